@@ -1,0 +1,208 @@
+"""The command line: flags and a YAML recipe become a `Config`.
+
+Flags, their help and their checks come from the fields of `scale_prune.config`; nothing is declared twice. Whatever is
+wrong leaves `parse` as a ValueError of one sentence, and `user_errors` turns that into one message and exit code 2.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, get_args
+
+import yaml
+
+from scale_prune.config import Config, concerns, describe
+
+DS_CONFIG_HINT = "give the DeepSpeed configuration as --ds_config FILE, scale_prune starts the engine itself"
+HINTS = {"--deepspeed": DS_CONFIG_HINT, "--deepspeed_config": DS_CONFIG_HINT}
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+USER_MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+
+
+def parse(argv: Sequence[str], *, criteria: Sequence[str]) -> tuple[Config, frozenset[str]]:
+    """Read a command line and the recipe it names.
+
+    Flags win over the recipe, the recipe wins over the defaults. `--help` prints and exits with code 0.
+
+    Args:
+        argv: the arguments, without the program's name.
+        criteria: names that `--criterion` accepts.
+
+    Returns:
+        the settings, and the names of those that were given by a flag or by the recipe.
+
+    Raises:
+        ValueError: a flag, recipe key, value or combination of values that is not valid, or an unreadable recipe.
+    """
+    flags = _read_flags(argv, criteria)
+    recipe = read_recipe(flags.pop("config")) if "config" in flags else {}
+    given = recipe | {name: _from_flag(name, value) for name, value in flags.items()}
+    config = Config.from_flat(given)
+    if config.pruning.criterion not in criteria:
+        raise ValueError(f"--criterion {config.pruning.criterion} is unknown, choose one of {', '.join(criteria)}")
+    return config, frozenset(given)
+
+
+@contextmanager
+def user_errors(rank: int) -> Iterator[None]:
+    """Turn a user's mistake into one message on stderr and exit code 2.
+
+    A mistake is a ValueError, or a file that is missing, in the way or not permitted; anything else keeps its
+    traceback. With SCALE_PRUNE_TRACEBACK=1 in the environment every rank shows the traceback of a mistake as well.
+
+    Args:
+        rank: rank of this process; only rank 0 prints, every rank exits.
+    """
+    try:
+        yield
+    except USER_MISTAKES as error:
+        if os.environ.get("SCALE_PRUNE_TRACEBACK") == "1":
+            sys.excepthook(type(error), error, error.__traceback__)
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read settings from a YAML file; keys are flags' names without dashes in front, `-` may stand for `_`.
+
+    A key whose value is null counts as not given, where null is the default.
+
+    Raises:
+        ValueError: the file cannot be read or is not a YAML mapping, a key is unknown or twice there, or a value is not
+            of the setting's type.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"--config {path}, line {line} is not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not a YAML text: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"--config {path} holds {content!r}, it must hold lines of the form `flag: value`")
+    lines = [(_key(path, key), value) for key, value in (content or {}).items()]
+    if twice := [name for place, (name, _) in enumerate(lines) if name in dict(lines[:place])]:
+        raise ValueError(f"--config {path} has the key {twice[0]} twice, once with - and once with _")
+    return {
+        name: _from_recipe(path, name, value)
+        for name, value in lines
+        if value is not None or _specs()[name].default is not None
+    }
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a hint at the valid name nearest to `name`, or the way to all names where none is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"did you mean {close[0]}?" if close else "--help lists all"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, a key that is twice there is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _read_flags(argv: Sequence[str], criteria: Sequence[str]) -> dict[str, Any]:
+    """Return the flags that were given, as texts; switches as booleans; without the launcher's own."""
+    parser = _build_parser(criteria)
+    flags, rest = parser.parse_known_args(argv)
+    if not rest:
+        return {name: value for name, value in vars(flags).items() if name != "local_rank"}
+    unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
+    if not unknown.startswith("-"):
+        raise ValueError(f"unexpected argument {unknown!r}, every setting is a flag of the form --name value")
+    valid = [name for action in parser._actions for name in action.option_strings]
+    raise ValueError(f"unknown flag {unknown}, {HINTS.get(unknown) or nearest(unknown, valid)}")
+
+
+def _build_parser(criteria: Sequence[str]) -> _Parser:
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        description="Prune a causal language model while it is fine-tuned under DeepSpeed ZeRO-3.",
+        epilog="SCALE_PRUNE_TRACEBACK=1 in the environment shows where an error arose.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, `flag: value` on each line; flags win")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    for name, concern in concerns().items():
+        group = parser.add_argument_group(name, concern.__doc__)
+        for spec in fields(concern):
+            _add_flag(group, spec, criteria if spec.name == "criterion" else spec.metadata["choices"])
+    return parser
+
+
+def _add_flag(group: Any, spec: Field[Any], choices: Sequence[str] | None) -> None:
+    text = describe(spec).replace("%", "%%")
+    if _kind(spec) is bool:
+        group.add_argument(f"--{spec.name}", action=argparse.BooleanOptionalAction, help=text)
+    else:
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[_kind(spec)]
+        group.add_argument(f"--{spec.name}", metavar=metavar, help=text)
+
+
+def _specs() -> Mapping[str, Field[Any]]:
+    return {spec.name: spec for concern in concerns().values() for spec in fields(concern)}
+
+
+def _kind(spec: Field[Any]) -> type:
+    """Return a field's type without the None."""
+    kinds = [kind for kind in get_args(spec.type) or (spec.type,) if kind is not NoneType]
+    return kinds[0]
+
+
+def _from_flag(name: str, value: str | bool) -> Any:
+    kind = _kind(_specs()[name])
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ValueError(f"--{name} {value} is not valid, it must be {NOUNS[kind]}") from error
+
+
+def _from_recipe(path: str, name: str, value: Any) -> Any:
+    kind = _kind(_specs()[name])
+    whole_as_float = kind is float and type(value) is int
+    if type(value) is not kind and not whole_as_float:
+        raise ValueError(f"--config {path}: `{name}: {value!r}` is not valid, it must be {NOUNS[kind]}")
+    return kind(value)
+
+
+def _key(path: str, key: Any) -> str:
+    name = str(key).replace("-", "_")
+    if name not in _specs():
+        raise ValueError(f"--config {path} has the unknown key {key}, {nearest(name, _specs())}")
+    return name

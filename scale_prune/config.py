@@ -1,0 +1,281 @@
+"""Every setting of a run: frozen keyword-only dataclasses, one per concern.
+
+A field's declaration is its documentation, in `--help` and here: what it is, its unit, its range, its default. The same
+range is what the field is checked against. `Config` joins the four concerns; `scale_prune.cli` turns flags and recipes
+into one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Range:
+    """Valid values of a number.
+
+    Args:
+        low: the smallest value.
+        high: the largest value; infinity itself is never valid.
+        ends: whether `low` and `high` belong to the range, in the notation of intervals: "[]", "[)", "(]" or "()".
+    """
+
+    low: float
+    high: float = math.inf
+    ends: str = "[)"
+
+    def __contains__(self, value: float) -> bool:
+        from_low = value >= self.low if self.ends[0] == "[" else value > self.low
+        to_high = value <= self.high if self.ends[1] == "]" else value < self.high
+        return from_low and to_high
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
+        return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+
+
+POSITIVE = Range(0, ends="()")
+
+
+def setting(
+    default: Any,
+    help: str,
+    within: Range | None = None,
+    *,
+    choices: tuple[str, ...] | None = None,
+    otherwise: str | None = None,
+) -> Any:
+    """Declare a field.
+
+    Args:
+        default: the value of a field that is not given.
+        help: what it is, and its unit.
+        within: valid values of a number.
+        choices: valid values of a string, where they are a closed set.
+        otherwise: what happens where the value is None.
+    """
+    return field(default=default, metadata={"help": help, "within": within, "choices": choices, "otherwise": otherwise})
+
+
+def describe(spec: Field[Any]) -> str:
+    """Return the full sentence about a field: what it is; its range; its default."""
+    default = spec.metadata["otherwise"] if spec.default is None else spec.default
+    limits = [str(spec.metadata["within"])] if spec.metadata["within"] else []
+    return "; ".join([spec.metadata["help"], *limits, f"default: {default}"])
+
+
+def check_field(spec: Field[Any], value: Any) -> None:
+    """Refuse a value that the field's declaration does not allow.
+
+    Raises:
+        ValueError: the value is None where there is a default, an empty string, not one of the choices or out of range.
+    """
+    within, choices = spec.metadata["within"], spec.metadata["choices"]
+    if value is None:
+        if spec.default is not None:
+            raise ValueError(f"--{spec.name} has no value, leave it out to take its default, {spec.default}")
+    elif within is not None and value not in within:
+        raise ValueError(f"--{spec.name} {value} is out of range, it must be {within}")
+    elif choices is not None and value not in choices:
+        raise ValueError(f"--{spec.name} {value} is unknown, choose one of {', '.join(choices)}")
+    elif value == "":
+        raise ValueError(f'--{spec.name} "" is empty, give a value or leave it out')
+
+
+class Settings:
+    """Settings of one concern, checked when they are made."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            check_field(spec, getattr(self, spec.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    """Which text, and how it is cut."""
+
+    dataset: str | None = setting(
+        None,
+        "data set: a local file (txt, jsonl, csv, parquet, each also .gz), a `datasets` folder, or a hub name",
+        otherwise="text that comes with Python",
+    )
+    dataset_config: str | None = setting(
+        None, "configuration of a hub data set, e.g. wikitext-103-raw-v1", otherwise="the data set's own"
+    )
+    train_file: str | None = setting(None, "file with the training text", otherwise="the training split of --dataset")
+    validation_file: str | None = setting(
+        None, "file with the validation text", otherwise="the validation split of --dataset"
+    )
+    text_column: str = setting("text", "column that holds the text")
+    block_size: int = setting(128, "tokens in a block, at most the model's positions", Range(2))
+    eval_tokens: int = setting(
+        0, "validation tokens used for perplexity, from the start of the stream, 0 takes all", Range(0)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_tokens == 1:
+            raise ValueError("--eval_tokens 1 predicts nothing, give at least 2, or 0 for all")
+        if self.dataset_config is not None and self.dataset is None:
+            raise ValueError(f"--dataset_config {self.dataset_config} belongs to a --dataset, which is not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig(Settings):
+    """What is pruned, by which criterion, how fast."""
+
+    criterion: str = setting("gum", "rule that scores neurons")
+    scope: str | None = setting(
+        None,
+        "rank all neurons of the model together (global), or within each layer's MLP (per_group)",
+        choices=("global", "per_group"),
+        otherwise="global for gum, else per_group",
+    )
+    remaining: float = setting(
+        0.5, "fraction of the neurons that is kept at the end, 1 is plain fine-tuning", Range(0, 1, "(]")
+    )
+    warmup_fraction: float = setting(
+        0.1, "fraction of the steps that stay dense before pruning starts", Range(0, 1, "[)")
+    )
+    cooldown_fraction: float = setting(0.3, "fraction of the steps after the target is reached", Range(0, 1, "[)"))
+    update_every: int = setting(1, "steps between two updates of the masks", Range(1))
+    score_learning_rate: float = setting(1e-2, "learning rate of the movement scores", POSITIVE)
+    score_optimizer: str = setting("adam", "optimizer of the movement scores", choices=("adam", "sgd"))
+    regularization: float | None = setting(
+        None, "weight lambda_f of the score penalty", Range(0), otherwise="the criterion's own (see README)"
+    )
+    uniqueness: float | None = setting(
+        None,
+        "weight lambda_gum of the similarity inside the score penalty",
+        Range(0),
+        otherwise="the criterion's own (see README)",
+    )
+    similarity: str = setting(
+        "batch",
+        "batch: keep N numbers a group (smoothed row sums); running: keep N*N sums of products, sharded by rows",
+        choices=("batch", "running"),
+    )
+    similarity_every: int = setting(10, "steps between two samples of activations", Range(1))
+    similarity_tokens: int = setting(1024, "tokens in one sample, over all ranks", Range(2))
+    similarity_weight: float = setting(0.999, "weight of the newest sample in the similarity", Range(0, 1, "(]"))
+    min_kept: int = setting(1, "neurons that every layer keeps under scope global", Range(1))
+    width_multiple: int = setting(1, "final widths are rounded to multiples of this many neurons", Range(1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_fraction + self.cooldown_fraction > 1:
+            raise ValueError(
+                f"--warmup_fraction {self.warmup_fraction} and --cooldown_fraction {self.cooldown_fraction} "
+                f"leave no steps to prune in, their sum must be at most 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Settings):
+    """Which model, and how it is fine-tuned."""
+
+    ds_config: str | None = setting(
+        None,
+        'DeepSpeed configuration with ZeRO stage 3, values may be "auto": a JSON file or the name of one in ds_configs',
+        otherwise="zero3_cpu",
+    )
+    model: str | None = setting(
+        None, "Hugging Face folder or hub name", otherwise="a small GPT-Neo that is built and trained here"
+    )
+    max_steps: int = setting(400, "optimizer steps of fine-tuning with pruning", Range(1))
+    recovery_steps: int = setting(0, "optimizer steps after compaction", Range(0))
+    train_batch_size: int | None = setting(
+        None,
+        "blocks in one optimizer step, over all ranks",
+        Range(1),
+        otherwise="what --micro_batch_size makes, else 16, or the next number that the ranks divide",
+    )
+    micro_batch_size: int | None = setting(
+        None, "blocks in one forward pass of a rank", Range(1), otherwise="what the other two batch sizes leave"
+    )
+    gradient_accumulation_steps: int | None = setting(
+        None,
+        "forward passes of a rank in one optimizer step",
+        Range(1),
+        otherwise="what the other two batch sizes leave, else 1",
+    )
+    learning_rate: float = setting(5e-4, "peak learning rate of the weights", POSITIVE)
+    weight_decay: float = setting(0.01, "weight decay of the weights", Range(0))
+    lr_warmup_fraction: float = setting(
+        0.1, "fraction of the steps over which the learning rate rises", Range(0, 1, "[)")
+    )
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm, 0 turns clipping off", Range(0))
+    precision: str = setting(
+        "fp32", 'fills bf16.enabled and fp16.enabled where they are "auto"', choices=("fp32", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    seed: int = setting(0, "seed of data order, dropout and random scores", Range(0, 2**32 - 1, "[]"))
+    trust_remote_code: bool = setting(False, "run code that comes with the model or data set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(Settings):
+    """Where results go, in which form."""
+
+    output_dir: str = setting("out", "folder for everything that the run writes, must not hold a run already")
+    overwrite: bool = setting(False, "replace the run that output_dir holds, once the new one is complete")
+    layout: str | None = setting(
+        None,
+        "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
+        "needs trust_remote_code)",
+        choices=("uniform", "pad", "per_layer"),
+        otherwise="per_layer for scope global, uniform for per_group",
+    )
+    eval_every: int = setting(
+        0, "steps between two evaluations while training, 0 evaluates only before and after", Range(0)
+    )
+    log_every: int = setting(10, "steps between two points in TensorBoard", Range(1))
+    tensorboard: bool = setting(True, "write TensorBoard events to output_dir/tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig = DataConfig()
+    pruning: PruningConfig = PruningConfig()
+    training: TrainingConfig = TrainingConfig()
+    output: OutputConfig = OutputConfig()
+
+    def __post_init__(self) -> None:
+        if self.pruning.scope == "global" and self.output.layout == "uniform":
+            raise ValueError(
+                "--layout uniform cannot hold the widths of --scope global, which differ by layer, "
+                "choose --layout pad or per_layer, or --scope per_group"
+            )
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """Build from settings by their flags' names, the inverse of `flat`; absent names take their defaults.
+
+        Raises:
+            ValueError: a name is not a setting's, or a value is not valid.
+        """
+        if unknown := values.keys() - cls().flat().keys():
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return cls(
+            **{
+                concern: kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+                for concern, kind in concerns().items()
+            }
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its flag's name, without the leading dashes."""
+        return {f.name: getattr(part, f.name) for part in self.parts() for f in fields(part)}
+
+    def parts(self) -> tuple[DataConfig, PruningConfig, TrainingConfig, OutputConfig]:
+        """Return the four concerns."""
+        return self.data, self.pruning, self.training, self.output
+
+
+def concerns() -> dict[str, Any]:
+    """Return the class of each concern by its name in `Config`."""
+    return {spec.name: spec.type for spec in fields(Config)}

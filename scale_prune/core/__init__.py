@@ -1,0 +1,1 @@
+"""Pure mathematics of pruning: torch only; no collectives, no files, no DeepSpeed."""

@@ -1,0 +1,111 @@
+"""Smaller tensors: units taken out of, or zeros put into, everything that stores them.
+
+Under ZeRO-3 the caller selects from each gathered tensor with `select_units` and hands partitioned parameters to
+`set_members`; `compact_model` does both for a model that lies in one piece.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from scale_prune.core.groups import Member, UnitGroup
+
+# What nn.Linear and the Conv1D of transformers call the size of the side that a member's role counts units on.
+SIZE_ATTRIBUTES = {"in": ("out_features", "nf"), "out": ("in_features", "nx"), "bias": ()}
+
+
+def select_units(tensor: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """Return a copy that holds only the kept units; for weights and their optimizer moments alike.
+
+    Args:
+        tensor: any tensor of a member's full shape.
+        keep: int64 (K,), ascending indices of the kept units in [0, N).
+        dim: the axis that counts units.
+
+    Returns:
+        The tensor with K instead of N along `dim`, on the same device.
+    """
+    return tensor.index_select(dim, keep.to(tensor.device))
+
+
+def pad_units(tensor: Tensor, width: int, dim: int) -> Tensor:
+    """Return a copy with zero units behind the existing ones.
+
+    A neuron with zero input weights, bias and output weights adds nothing, whatever the activation function.
+
+    Args:
+        tensor: a member's full tensor.
+        width: units after padding, at least as many as there are.
+        dim: the axis that counts units.
+    """
+    missing = list(tensor.shape)
+    missing[dim] = width - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim)
+
+
+def resize_group(group: UnitGroup, num_units: int) -> UnitGroup:
+    """Return the description of the same group with another number of units.
+
+    Args:
+        group: the group.
+        num_units: units it has afterwards, at least 1.
+    """
+    return replace(group, num_units=num_units, members=tuple(_resize(member, num_units) for member in group.members))
+
+
+def _resize(member: Member, num_units: int) -> Member:
+    before, after = member.shape[: member.dim], member.shape[member.dim + 1 :]
+    return replace(member, shape=(*before, num_units, *after))
+
+
+def set_members(
+    model: nn.Module, group: UnitGroup, parameters: Mapping[str, nn.Parameter], num_units: int
+) -> UnitGroup:
+    """Put smaller parameters in the place of a group's members and tell their modules the new size.
+
+    The parameters' own shapes are not looked at, so they may be partitioned.
+
+    Args:
+        model: the model that the group describes; changed in place.
+        group: the group as it is before.
+        parameters: for each member's name the parameter that takes its place.
+        num_units: units of the group afterwards, at least 1.
+
+    Returns:
+        The group as it is afterwards.
+    """
+    for member in group.members:
+        module_name, _, name = member.name.rpartition(".")
+        module = model.get_submodule(module_name)
+        setattr(module, name, parameters[member.name])
+        for attribute in SIZE_ATTRIBUTES[member.role]:
+            if hasattr(module, attribute):
+                setattr(module, attribute, num_units)
+    return resize_group(group, num_units)
+
+
+def compact_model(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> tuple[UnitGroup, ...]:
+    """Take the units that are not kept out of a model that lies in memory in one piece.
+
+    The model's config still tells the old width; the export writes the new ones.
+
+    Args:
+        model: the model; changed in place, parameters that lose units are new objects.
+        groups: the model's groups.
+        keep: for each group's name int64 (K,), ascending indices of the kept units in [0, N); at least one, since
+            the Conv1D of transformers does not run on none.
+
+    Returns:
+        The groups of the smaller model.
+    """
+    return tuple(_compact_group(model, group, keep[group.name]) for group in groups)
+
+
+def _compact_group(model: nn.Module, group: UnitGroup, keep: Tensor) -> UnitGroup:
+    parameters = {}
+    for member in group.members:
+        old = model.get_parameter(member.name)
+        parameters[member.name] = nn.Parameter(select_units(old.detach(), keep, member.dim), old.requires_grad)
+    return set_members(model, group, parameters, keep.numel())

@@ -1,0 +1,103 @@
+"""What can be removed, and from which tensors: unit groups.
+
+Pure data. A unit (an MLP neuron) lives in several tensors at once: a row of the input projection, an element of its
+bias, a column of the output projection. A `UnitGroup` lists them, so that everything after it can treat the units of
+any architecture alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+Role = Literal["in", "bias", "out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One stored tensor that loses an index when a unit is removed.
+
+    Attributes:
+        name: the parameter's name in `model.named_parameters()`.
+        shape: the full shape, also where only a shard is held.
+        dim: the axis that counts units; `shape[dim]` is the group's `num_units`.
+        role: "in" for a weight that makes the units' activations, "bias" for its bias, "out" for the weight that reads
+            them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    role: Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitGroup:
+    """Units that are stored alike and are ranked together under scope "per_group": the neurons of one MLP.
+
+    Attributes:
+        name: the dotted name of the module that holds them, unique in the model.
+        layer: index of the transformer layer, from 0.
+        num_units: units in the group, N.
+        members: the tensors that lose the same unit together.
+        output: the dotted name of the module whose input is the units' activations h.
+    """
+
+    name: str
+    layer: int
+    num_units: int
+    members: tuple[Member, ...]
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitSpan:
+    """Units [first, last) of one group, standing at `place` in a vector that holds units of several groups."""
+
+    group: UnitGroup
+    index: int
+    first: int
+    last: int
+    place: slice
+
+
+class UnitLayout:
+    """All units of all groups in one line, cut evenly over the ranks.
+
+    Unit u of group g has the number `starts[g] + u` in [0, M). Rank r owns the numbers [r * per_rank, (r+1) * per_rank),
+    so that one reduce-scatter and one all-gather of a flat vector serve every group at once; the line is padded to
+    `per_rank * world_size`.
+
+    Args:
+        groups: the model's groups.
+        world_size: number of ranks, at least 1.
+    """
+
+    def __init__(self, groups: Sequence[UnitGroup], world_size: int) -> None:
+        self.groups = tuple(groups)
+        self.world_size = world_size
+        ends = list(accumulate(group.num_units for group in groups))
+        self.starts = [0, *ends[:-1]]
+        self.num_units = ends[-1]
+        self.per_rank = -(-self.num_units // world_size)
+        self.padded = self.per_rank * world_size
+
+    def slice_of(self, group: int) -> slice:
+        """Return where group number `group` stands in the line of all units."""
+        return slice(self.starts[group], self.starts[group] + self.groups[group].num_units)
+
+    def owned(self, rank: int) -> slice:
+        """Return the units that `rank` owns, without the padding."""
+        first = min(rank * self.per_rank, self.num_units)
+        return slice(first, min(first + self.per_rank, self.num_units))
+
+    def owned_spans(self, rank: int) -> list[UnitSpan]:
+        """Return the units that `rank` owns, group by group; `place` counts from the first of them."""
+        owned, spans = self.owned(rank), []
+        for index, (group, start) in enumerate(zip(self.groups, self.starts, strict=True)):
+            first = max(owned.start, start)
+            last = min(owned.stop, start + group.num_units)
+            if first < last:
+                place = slice(first - owned.start, last - owned.start)
+                spans.append(UnitSpan(group=group, index=index, first=first - start, last=last - start, place=place))
+        return spans

@@ -1,0 +1,117 @@
+"""From scores and a budget to masks. Every rank calls this with the same scores and gets the same masks, bit for bit.
+
+Ties are broken by order: the unit that comes first, in the earlier group, is kept.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def top_mask(scores: Tensor, count: int) -> Tensor:
+    """Keep the `count` highest scores; among equals the first.
+
+    Args:
+        scores: (N,) higher = keep.
+        count: units to keep, in [0, N].
+
+    Returns:
+        (N,) bool, exactly `count` of them True.
+    """
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[scores.argsort(descending=True, stable=True)[:count]] = True
+    return mask
+
+
+def budget(remaining: float, total: int) -> int:
+    """Return how many of `total` units a fraction in (0, 1] keeps: int(remaining * total), but at least 1."""
+    return max(int(remaining * total + 1e-6), 1)
+
+
+def select(
+    scores: Sequence[Tensor], *, remaining: float, scope: str, min_kept: int = 1, width_multiple: int = 1
+) -> list[Tensor]:
+    """Choose the units that remain.
+
+    Args:
+        scores: one (N,) tensor a group, finite, higher = keep.
+        remaining: fraction to keep, in (0, 1].
+        scope: "global" ranks all units together, "per_group" each group by itself.
+        min_kept: units that every group keeps (or all it has, if fewer) under scope "global".
+        width_multiple: widths are multiples of this (or the group's full width), the total as near the budget as these
+            steps allow; the units within a width are still the highest scores.
+
+    Returns:
+        One (N,) bool mask a group.
+    """
+    if scope == "per_group":
+        masks = [top_mask(group, budget(remaining, len(group))) for group in scores]
+    else:
+        masks = _select_global(scores, remaining, min_kept)
+    if width_multiple == 1:
+        return masks
+    widths = round_widths(
+        [int(mask.sum()) for mask in masks],
+        [len(group) for group in scores],
+        multiple=width_multiple,
+        min_kept=min_kept,
+        shared_budget=scope == "global",
+    )
+    return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
+
+
+def _select_global(scores: Sequence[Tensor], remaining: float, min_kept: int) -> list[Tensor]:
+    """Rank all units together; each group's best `min_kept` come before everything else."""
+    sizes = [len(group) for group in scores]
+    if not min_kept:
+        return list(top_mask(torch.cat(list(scores)), budget(remaining, sum(sizes))).split(sizes))
+    floored = torch.cat([group.masked_fill(top_mask(group, min_kept), float("inf")) for group in scores])
+    floor = sum(min(size, min_kept) for size in sizes)
+    return list(top_mask(floored, max(budget(remaining, sum(sizes)), floor)).split(sizes))
+
+
+def round_widths(
+    widths: Sequence[int], sizes: Sequence[int], *, multiple: int, min_kept: int, shared_budget: bool
+) -> list[int]:
+    """Round widths to multiples, keeping the sum: largest remainders first.
+
+    Args:
+        widths: units chosen in each group.
+        sizes: units each group has; a full group stays full, whether or not its size is a multiple.
+        multiple: at least 1.
+        min_kept: smallest width allowed before rounding up to a multiple.
+        shared_budget: True spreads the groups' sum (scope "global"); False rounds each group to the nearest multiple.
+
+    Returns:
+        One width a group, in [min(multiple, size), size].
+    """
+    smallest = max(-(-min_kept // multiple), 1) * multiple
+    floors = [min(max(width // multiple * multiple, smallest), size) for width, size in zip(widths, sizes, strict=True)]
+    steps = [min(multiple, size - floor) for floor, size in zip(floors, sizes, strict=True)]
+    if not shared_budget:
+        return [
+            floor + step if 2 * (width - floor) >= multiple else floor
+            for width, floor, step in zip(widths, floors, steps, strict=True)
+        ]
+    spare = sum(widths) - sum(floors)
+    rounded = list(floors)
+    for index in sorted(range(len(widths)), key=lambda i: floors[i] - widths[i]):
+        if steps[index] and 2 * spare >= steps[index]:
+            rounded[index] += steps[index]
+            spare -= steps[index]
+    return rounded
+
+
+def check_finite(scores: Tensor, group_name: str) -> None:
+    """Refuse scores that cannot be ranked.
+
+    Raises:
+        ValueError: a score of the group is NaN or infinite.
+    """
+    bad = int((~scores.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(scores)} scores of group {group_name} are not finite, so its units cannot be ranked; "
+            "the loss or a gradient probably overflowed in an earlier step"
+        )

@@ -1,0 +1,94 @@
+"""How alike units are: mean absolute cosine between activations, for a block of rows at a time.
+
+Shape legend: T sampled tokens, N units of a group, R the rows (units) that this rank owns of it.
+
+Source: arXiv 2302.03773, uniqueness: uncentred cosine of the activations after the non-linearity.
+Deviation: the mean runs over live units other than i itself; padding tokens are left out by the caller.
+"""
+
+import torch
+from torch import Tensor
+
+ROWS_AT_ONCE = 1024  # bounds the (R, N) temporaries: 64 MiB in float32 at N = 16,384
+
+
+class Similarity:
+    """Running similarity of the units [first, last) of one group to all live units of the group.
+
+    Args:
+        num_units: N.
+        first: first unit that is owned here.
+        last: one past the last.
+        kind: "batch" smooths the row sums and keeps R numbers; "running" smooths the sums of products and keeps R * N.
+        weight: share of the newest sample, in (0, 1].
+    """
+
+    def __init__(self, num_units: int, first: int, last: int, *, kind: str, weight: float) -> None:
+        self.first, self.last = first, last
+        self.kind, self.weight = kind, weight
+        self.num_units = num_units
+        self.values: Tensor | None = None
+        self._products = torch.empty(0)
+        self._squares = torch.empty(0)
+
+    def update(self, activations: Tensor, live: Tensor) -> Tensor:
+        """Take in a sample.
+
+        Args:
+            activations: (T, N); rows of zeros count as nothing.
+            live: (N,) bool, units that remain.
+
+        Returns:
+            (R,) mean over live units j != i of |cos(h_i, h_j)|, in [0, 1]; a unit that is not live keeps its last value.
+        """
+        h = activations.float()
+        newest = self._running(h, live) if self.kind == "running" else self._batch(h, live)
+        if self.values is None:
+            self.values = newest
+        self.values = torch.where(live[self.first : self.last], newest, self.values)
+        return self.values
+
+    def _batch(self, h: Tensor, live: Tensor) -> Tensor:
+        squares = h.square().sum(0)
+        rows = [mean_absolute_cosine(h[:, b].T @ h, squares, live, b.start) for b in self._blocks()]
+        newest = torch.cat(rows)
+        return newest if self.values is None else torch.lerp(self.values, newest, self.weight)
+
+    def _running(self, h: Tensor, live: Tensor) -> Tensor:
+        weight = self.weight
+        if self.values is None:
+            weight = 1.0
+            self._squares = h.new_zeros(self.num_units)
+            self._products = h.new_zeros(self.last - self.first, self.num_units)
+        self._squares.lerp_(h.square().sum(0), weight)
+        rows = []
+        for block in self._blocks():
+            products = self._products[block.start - self.first : block.stop - self.first]
+            products.lerp_(h[:, block].T @ h, weight)
+            rows.append(mean_absolute_cosine(products, self._squares, live, block.start))
+        return torch.cat(rows)
+
+    def _blocks(self) -> list[slice]:
+        edges = range(self.first, self.last, ROWS_AT_ONCE)
+        return [slice(edge, min(edge + ROWS_AT_ONCE, self.last)) for edge in edges]
+
+
+def mean_absolute_cosine(products: Tensor, squares: Tensor, live: Tensor, first: int) -> Tensor:
+    """Average |cosine| of some units to the other live units.
+
+    Args:
+        products: (R, N) inner products of units first, first + 1, ... with all units.
+        squares: (N,) squared norms; a unit whose norm is 0 has cosine 0 to all.
+        live: (N,) bool, the units that count.
+        first: number of the unit in row 0.
+
+    Returns:
+        (R,) in [0, 1]; 0 where no other unit is live.
+    """
+    norms = squares.sqrt()
+    inverse = torch.where(norms > 0, 1.0 / norms, 0.0)
+    own = slice(first, first + len(products))
+    cosines = (products * inverse * inverse[own, None]).abs()
+    cosines.diagonal(offset=first).zero_()
+    others = live.sum() - live[own].long()
+    return cosines @ live.to(cosines.dtype) / others.clamp(min=1)

@@ -1,0 +1,17 @@
+"""GUM, globally unique movement: movement scores ranked over the whole model, similar neurons penalised.
+
+Source: arXiv 2302.03773. GUM is three things together: top-v, over all groups at once, and a score penalty that grows
+with a neuron's similarity to the live neurons of its layer.
+Deviation: lambda_f and lambda_gum of the paper are not public; the defaults here were tuned by us.
+"""
+
+from scale_prune.criteria.movement import Movement
+
+
+class Gum(Movement):
+    """Keep the units with the highest movement scores of the model, less alike ones first."""
+
+    needs = frozenset({"grad", "activation"})
+    default_scope = "global"
+    default_regularization = 1.0
+    default_uniqueness = 10.0

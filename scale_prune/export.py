@@ -1,0 +1,208 @@
+"""The pruned model as a Hugging Face folder, written tensor by tensor, in one of three layouts."""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from scale_prune.core.compaction import pad_units
+from scale_prune.core.groups import UnitGroup
+from scale_prune.families import family_of
+from scale_prune.files import complete_or_absent, write_tensors
+
+LAYOUTS = ("uniform", "pad", "per_layer")
+MODELING_FILE = Path(__file__).with_name("modeling_per_layer.py")
+
+
+def resolve_layout(layout: str | None, scope: str) -> str:
+    """Return the layout to write: the one that was asked for, or the scope's own.
+
+    Args:
+        layout: "uniform", "pad", "per_layer", or None for the scope's own.
+        scope: "global" or "per_group".
+
+    Raises:
+        ValueError: the layout is unknown; or it is uniform although global ranking leaves layers of different widths.
+    """
+    if layout is None:
+        return "per_layer" if scope == "global" else "uniform"
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
+    if (layout, scope) == ("uniform", "global"):
+        raise ValueError(
+            "layout 'uniform' needs layers of one width, but scope 'global' leaves different ones; "
+            "ask for layout 'pad' or 'per_layer', or for scope 'per_group'"
+        )
+    return layout
+
+
+def check_layout(layout: str, config: PretrainedConfig) -> None:
+    """Make sure, before training, that a model of this kind can be written in a layout.
+
+    Args:
+        layout: "uniform", "pad" or "per_layer".
+        config: the model's config.
+
+    Raises:
+        ValueError: the layout is per_layer and transformers itself has no causal language model for this config, so
+            that there is no class for the modelling file to build on; or the model belongs to no registered family.
+    """
+    family_of(config)
+    if layout == "per_layer" and _stock_class(config) is None:
+        raise ValueError(
+            f"layout 'per_layer' needs a model class of transformers, which has none for {type(config).__name__}; "
+            f"ask for layout 'pad' or 'uniform'"
+        )
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint of a model in one piece holds: parameters and persistent buffers, tied ones once.
+
+    Args:
+        model: the model.
+
+    Yields:
+        The state-dict name, of tied tensors the first one's, and the tensor, not copied.
+    """
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
+
+
+def write_model(
+    folder: str | os.PathLike[str],
+    *,
+    config: PretrainedConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    groups: Sequence[UnitGroup],
+    layout: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str,
+    is_writer: bool,
+    generation_config: GenerationConfig | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a compacted model for `AutoModelForCausalLM.from_pretrained`.
+
+    Every rank calls it, since making the tensors is a collective; one writes. No more than one shard is in memory at
+    a time. Other ranks may return before the folder is there.
+
+    Args:
+        folder: the folder to make; must not exist, or be empty.
+        config: the model's config; not changed, its width is not read.
+        tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
+            tensor is copied before the next is asked for.
+        groups: the groups of the compacted model.
+        layout: "uniform": one width, in the config key of the family; "pad": zero neurons up to the widest layer;
+            "per_layer": each layer's own, in `per_layer_config`, with a modelling file for `trust_remote_code`.
+        tokenizer: written along, if there is one.
+        card: the model card, Markdown.
+        is_writer: True on the one rank that writes.
+        generation_config: written along as it is, if there is one.
+        max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
+
+    Raises:
+        ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has no
+            class for the config; the model belongs to no registered family; the folder is not empty (writer only).
+    """
+    written_config = _config_for(layout, config, groups)
+    if not is_writer:
+        for _ in tensors:
+            pass
+        return
+    with complete_or_absent(Path(folder)) as partial:
+        stored = _in_layout(layout, tensors, groups)
+        # The names of files are for the classes of transformers; code that comes with a model gets no translation.
+        names = {} if layout == "per_layer" else dict(family_of(config).checkpoint_names)
+        named = ((names.get(name, name), tensor) for name, tensor in stored)
+        written_config.dtype = write_tensors(partial, named, max_shard_bytes)
+        written_config.save_pretrained(partial)
+        if layout == "per_layer":
+            (partial / MODELING_FILE.name).write_text(_modeling_source(config), encoding="utf-8")
+        if generation_config is not None:
+            # Not save_pretrained, which refuses combinations that published models do have.
+            generation_config.to_json_file(partial / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
+    """Return a copy of the config that tells the widths in the way of the layout."""
+    check_layout(layout, config)
+    widths = {group.layer: group.num_units for group in groups}
+    if layout == "uniform" and len(set(widths.values())) > 1:
+        raise ValueError(
+            f"layout 'uniform' needs layers of one width, but they have {list(widths.values())}; "
+            f"ask for layout 'pad' or 'per_layer'"
+        )
+    config = copy.deepcopy(config)
+    _forget_per_layer(config)
+    setattr(config, family_of(config).width_key, max(widths.values()))
+    stock = _stock_class(config)
+    if stock is not None:
+        config.architectures = [stock.__name__]
+    if layout == "per_layer":
+        _tell_per_layer(config, widths)
+    return config
+
+
+def _forget_per_layer(config: PretrainedConfig) -> None:
+    """Undo `_tell_per_layer`, for a model that was pruned before and is pruned again."""
+    config.per_layer_config = None
+    vars(config).pop("serialize_explicit_per_layer_config", None)
+    if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
+        del config.auto_map
+
+
+def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
+    key = family_of(config).width_key
+    config.per_layer_config = {layer: {key: width} for layer, width in widths.items()}
+    # Without it, layers as wide as the widest are left out of config.json.
+    config.serialize_explicit_per_layer_config = True
+    name = f"PerLayer{_stock_class(config).__name__}"
+    config.architectures = [name]
+    config.auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{name}"}
+
+
+def _stock_class(config: PretrainedConfig) -> Any:
+    """Return the causal language model of transformers for this config, None if it has none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _modeling_source(config: PretrainedConfig) -> str:
+    """Return our modelling file, which is GPT-Neo's, with the names of another family."""
+    family = family_of(config)
+    names = {
+        "GPTNeoForCausalLM": _stock_class(config).__name__,
+        "GPTNeoConfig": type(config).__name__,
+        "transformer.h": family.layers,
+        "intermediate_size": family.width_key,
+    }
+    source = MODELING_FILE.read_text(encoding="utf-8")
+    for ours, theirs in names.items():
+        source = source.replace(ours, theirs)
+    return source
+
+
+def _in_layout(
+    layout: str, tensors: Iterable[tuple[str, Tensor]], groups: Sequence[UnitGroup]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield private CPU copies, padded where the layout asks for it."""
+    members = {member.name: member for group in groups for member in group.members}
+    widest = max(group.num_units for group in groups)
+    for name, tensor in tensors:
+        copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        member = members.pop(name, None)
+        if member is not None:
+            assert copied.shape == member.shape, f"{name} is {copied.shape}, its group says {member.shape}"
+            copied = pad_units(copied, widest, member.dim) if layout == "pad" else copied
+        yield name, copied
+    assert not members, f"tensors of {sorted(members)} are missing"

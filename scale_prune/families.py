@@ -1,0 +1,186 @@
+"""Where a model family keeps its MLP neurons: a few lines of data each.
+
+To prune another architecture, describe it and register the description:
+
+    register(Family(model_types=("gpt_bigcode",), layers="transformer.h", mlp="mlp",
+                    inputs=("c_fc",), output="c_proj", width_key="n_inner"))
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from scale_prune.core.groups import Member, Role, UnitGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The names by which causal language models of one kind store their MLPs.
+
+    Attributes:
+        model_types: the `model_type` of the configs that the description fits.
+        layers: dotted name of the list of layers; each is built as `Layer(config, index)`.
+        mlp: name of the MLP within a layer, "" where the projections belong to the layer itself.
+        inputs: names of the projections that make the neurons' activations; two in a gated MLP.
+        output: name of the projection that reads them.
+        width_key: the config's key for the number of neurons of an MLP.
+        transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
+        checkpoint_names: pairs of a name in the state dict and the one in files, where transformers tells them apart.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str
+    mlp: str
+    inputs: tuple[str, ...]
+    output: str
+    width_key: str
+    transposed: bool = False
+    checkpoint_names: tuple[tuple[str, str], ...] = ()
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known under each of its model types; a later description takes the place of an earlier one.
+
+    Args:
+        family: the description.
+    """
+    FAMILIES.update(dict.fromkeys(family.model_types, family))
+
+
+register(
+    Family(
+        model_types=("gpt_neo",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="intermediate_size",
+    )
+)
+register(
+    Family(
+        model_types=("gptj",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("fc_in",),
+        output="fc_out",
+        width_key="n_inner",
+    )
+)
+register(
+    Family(
+        model_types=("gpt2",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="n_inner",
+        transposed=True,
+    )
+)
+register(
+    Family(
+        model_types=(
+            *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2"),
+            *("olmo", "olmo2", "granite", "stablelm", "cohere"),
+        ),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("gate_proj", "up_proj"),
+        output="down_proj",
+        width_key="intermediate_size",
+    )
+)
+register(
+    Family(
+        model_types=("gpt_neox",),
+        layers="gpt_neox.layers",
+        mlp="mlp",
+        inputs=("dense_h_to_4h",),
+        output="dense_4h_to_h",
+        width_key="intermediate_size",
+        checkpoint_names=(("lm_head.weight", "embed_out.weight"),),
+    )
+)
+register(
+    Family(
+        model_types=("opt",),
+        layers="model.decoder.layers",
+        mlp="",
+        inputs=("fc1",),
+        output="fc2",
+        width_key="ffn_dim",
+    )
+)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family that a model's config belongs to.
+
+    Args:
+        config: the model's config.
+
+    Raises:
+        ValueError: the config's `model_type` belongs to no registered family.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"no family is known for model type {config.model_type!r}; known are {', '.join(sorted(FAMILIES))}; "
+            f"describe another in a few lines with scale_prune.families.register(Family(...))"
+        )
+    return FAMILIES[config.model_type]
+
+
+def unit_groups(model: PreTrainedModel) -> tuple[UnitGroup, ...]:
+    """List the MLP neurons of a causal language model, one group for each layer.
+
+    Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
+
+    Args:
+        model: the model, in one piece or partitioned by ZeRO-3; layers may differ in width.
+
+    Returns:
+        The groups, by layer. A projection without bias has no bias member; the output projection's bias belongs to no
+        neuron and is never a member.
+
+    Raises:
+        ValueError: the model's type belongs to no registered family; or the family's description does not fit the
+            model, because a module has another name or the members differ in their number of neurons.
+    """
+    family = family_of(model.config)
+    try:
+        layers = model.get_submodule(family.layers)
+        return tuple(_group(model, family, index) for index in range(len(list(layers.children()))))
+    except AttributeError as missing:
+        raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
+
+
+def _group(model: nn.Module, family: Family, layer: int) -> UnitGroup:
+    name = ".".join(filter(None, (family.layers, str(layer), family.mlp)))
+    members = tuple(_members(model, family, name))
+    widths = {member.name: member.shape[member.dim] for member in members}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"{family} does not describe a {type(model).__name__}: neurons of {name} counted as {widths}")
+    num_units = next(iter(widths.values()))
+    return UnitGroup(name=name, layer=layer, num_units=num_units, members=members, output=f"{name}.{family.output}")
+
+
+def _members(model: nn.Module, family: Family, mlp: str) -> Iterator[Member]:
+    in_dim, out_dim = (1, 0) if family.transposed else (0, 1)
+    for name in (f"{mlp}.{projection}" for projection in family.inputs):
+        yield _member(model, f"{name}.weight", in_dim, "in")
+        if getattr(model.get_submodule(name), "bias", None) is not None:
+            yield _member(model, f"{name}.bias", 0, "bias")
+    yield _member(model, f"{mlp}.{family.output}.weight", out_dim, "out")
+
+
+def _member(model: nn.Module, name: str, dim: int, role: Role) -> Member:
+    parameter = model.get_parameter(name)
+    # ZeRO-3 leaves a partitioned parameter with the shape (0,) and records the full one here.
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return Member(name=name, shape=shape, dim=dim, role=role)

@@ -1,0 +1,92 @@
+"""Folders that appear complete or not at all, and weights in files of bounded size."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into that takes its name on success and is gone on failure.
+
+    Args:
+        folder: the folder to make; its parents are made too.
+
+    Yields:
+        A folder beside it. At the end of the `with` block it is flushed to disk and renamed in one step.
+
+    Raises:
+        ValueError: the folder exists and is not empty, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; the model goes to a new or an empty folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors in portions; a portion is emptied before the next is filled."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > max_bytes:
+            yield shard
+            shard.clear()
+        shard[name] = tensor
+    yield shard
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> torch.dtype:
+    """Write weights as safetensors files under the names that transformers reads, with an index if they are several.
+
+    Args:
+        folder: an existing folder.
+        tensors: names and contiguous CPU tensors that share no memory; taken one at a time.
+        max_bytes: largest size of a file, in bytes; a larger tensor has a file to itself.
+
+    Returns:
+        The dtype of the first floating point tensor.
+    """
+    shards: list[list[str]] = []
+    dtype, total_size = None, 0
+    for shard in _shards(tensors, max_bytes):
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        dtype = dtype or next((held.dtype for held in shard.values() if held.is_floating_point()), None)
+        total_size += sum(held.nbytes for held in shard.values())
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        path = (folder / f"shard-{index}").rename(folder / file)
+        # safetensors makes files that only their owner can read.
+        path.chmod(folder.stat().st_mode & 0o666)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        contents = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
+    assert dtype is not None
+    return dtype

@@ -1,0 +1,143 @@
+"""Everything that a run reads, checked before it costs anything: ds_config, model, text, output folder.
+
+All ranks make the same checks on the same files, so all of them stop at the same mistake.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from scale_prune.config import Config, TrainingConfig
+from scale_prune.criteria import CRITERIA
+from scale_prune.data import load_text
+from scale_prune.ds_config import load, resolve
+from scale_prune.export import check_layout, resolve_layout
+
+RECIPE = "recipe.yaml"
+REPORT = "report.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A run's inputs, all of them usable.
+
+    Attributes:
+        config: the settings, with scope and layout filled in.
+        ds_config: a DeepSpeed configuration without "auto" values.
+        model_config: the model's own configuration.
+        tokenizer: the model's tokenizer.
+    """
+
+    config: Config
+    ds_config: dict[str, Any]
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def batch_size(self) -> int:
+        """Blocks in one optimizer step, over all ranks."""
+        return int(self.ds_config["train_batch_size"])
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks in one forward pass of a rank."""
+        return int(self.ds_config["train_micro_batch_size_per_gpu"])
+
+
+def read_inputs(config: Config, explicit: frozenset[str], world_size: int) -> Inputs:
+    """Read and check a run's inputs; nothing is written, no weights are loaded, no process talks to another.
+
+    Args:
+        config: the settings; `training.model` and a data set are given.
+        explicit: names of the settings that the user gave.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: one of them cannot be used; the message says which, why and what would be valid.
+    """
+    config = fill_in(config)
+    model_config, tokenizer = _read_model(config.training)
+    check_layout(str(config.output.layout), model_config)
+    ds_config = resolve(load(config.training.ds_config), config, explicit, world_size, model_config.hidden_size)
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and config.data.block_size > positions:
+        raise ValueError(
+            f"--block_size {config.data.block_size} is more than the {positions} positions of {config.training.model}"
+        )
+    load_text(config.data, "train")
+    load_text(config.data, "validation")
+    return Inputs(config=config, ds_config=ds_config, model_config=model_config, tokenizer=tokenizer)
+
+
+def fill_in(config: Config) -> Config:
+    """Replace a scope and a layout that were not given by what follows from the criterion.
+
+    Raises:
+        ValueError: the layout cannot hold what the scope leaves.
+    """
+    scope = config.pruning.scope or CRITERIA[config.pruning.criterion].default_scope
+    layout = resolve_layout(config.output.layout, scope)
+    return replace(
+        config, pruning=replace(config.pruning, scope=scope), output=replace(config.output, layout=layout)
+    )
+
+
+def check_output(config: Config) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        ValueError: the folder holds a run and `overwrite` is off, or it holds something else.
+    """
+    folder = Path(config.output.output_dir)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / RECIPE).is_file():
+        raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
+    if not config.output.overwrite:
+        raise ValueError(f"--output_dir {folder} holds a run already; give another folder, or --overwrite to replace it")
+
+
+def make_output(config: Config) -> None:
+    """Make the output folder with the run's settings in it; a run that is to be overwritten waits beside as `.old`."""
+    folder = Path(config.output.output_dir)
+    if (folder / REPORT).is_file():
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        folder.rename(_old(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = {name: value for name, value in config.flat().items() if value is not None}
+    (folder / RECIPE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def drop_old_output(config: Config) -> None:
+    """Remove the run that this complete one took the place of."""
+    shutil.rmtree(_old(Path(config.output.output_dir)), ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
+
+
+def _read_model(training: TrainingConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Read the model's configuration and tokenizer."""
+    options = {"trust_remote_code": training.trust_remote_code}
+    model_config = _from_hub_or_folder("model", training.model, lambda name: AutoConfig.from_pretrained(name, **options))
+    tokenizer = _from_hub_or_folder("tokenizer", training.model, lambda name: AutoTokenizer.from_pretrained(name, **options))
+    return model_config, tokenizer
+
+
+def _from_hub_or_folder(what: str, name: str | None, read: Callable[[str], T]) -> T:
+    assert name is not None
+    try:
+        return read(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--model {name}: its {what} cannot be read, neither as a folder nor as a hub name: {reason}"
+        ) from error

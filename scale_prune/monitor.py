@@ -1,0 +1,77 @@
+"""A run as it is watched: TensorBoard events and a progress bar, on rank 0 only."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+CELL = 12  # pixels a layer and a point in time take in the heat map
+COLOURS = torch.tensor([[68, 1, 84], [33, 145, 140], [253, 231, 37]], dtype=torch.float32)  # 0, 0.5, 1
+
+
+class Monitor:
+    """Writes what happens; on ranks other than 0 every call does nothing.
+
+    Args:
+        folder: where events go; None writes none.
+        total_steps: optimizer steps of the run, for the progress bar.
+        active: True on rank 0.
+    """
+
+    def __init__(self, folder: Path | None, *, total_steps: int, active: bool) -> None:
+        self.writer = SummaryWriter(str(folder)) if active and folder is not None else None
+        self.bar = tqdm(total=total_steps, unit="step", disable=not active, dynamic_ncols=True, mininterval=1.0)
+        self.history: list[Tensor] = []
+
+    def progress(self, step: int, *, loss: float, remaining: float, tokens_per_second: float) -> None:
+        """Move the progress bar to a step."""
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, remaining {remaining:.1%}, {tokens_per_second:,.0f} tokens/s", refresh=False
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers by tag."""
+        if self.writer is not None:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def layers(self, step: int, *, masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
+        """Write the kept share of every layer, a heat map of it over time, and histograms of the scores."""
+        if self.writer is None:
+            return
+        kept = torch.tensor([float(mask.float().mean()) for mask in masks])
+        self.history.append(kept)
+        for layer, (share, score) in enumerate(zip(kept, scores, strict=True)):
+            self.writer.add_scalar(f"kept/layer_{layer:02d}", float(share), step)
+            self.writer.add_histogram(f"scores/layer_{layer:02d}", score.float().cpu(), step)
+        self.writer.add_image("kept/layers_over_time", heat_map(torch.stack(self.history, 1)), step)
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if not self.bar.disable:
+            self.bar.write(message)
+
+    def close(self) -> None:
+        """Finish bar and files."""
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def heat_map(shares: Tensor) -> Tensor:
+    """Draw shares in [0, 1] as colours: dark violet 0, green 0.5, yellow 1.
+
+    Args:
+        shares: (L, P) layers from top to bottom, points in time from left to right.
+
+    Returns:
+        (3, L * CELL, P * CELL) uint8.
+    """
+    position = shares.clamp(0, 1) * (len(COLOURS) - 1)
+    lower = position.floor().clamp(max=len(COLOURS) - 2).long()
+    colours = torch.lerp(COLOURS[lower], COLOURS[lower + 1], (position - lower)[..., None])
+    return colours.byte().permute(2, 0, 1).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)

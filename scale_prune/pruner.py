@@ -1,0 +1,296 @@
+"""The life of a pruning run: shares, scores, masks, and the proof that the masks hold.
+
+What moves between ranks, with M units in all, G groups and T sampled tokens:
+
+    after_backward   reduce-scatter of the shares: each unit's total arrives at its owner      4 M bytes a step
+    after_step       all-gather of the scores; every rank ranks them alike                     4 M bytes an update
+                     reduce-scatter and all-gather of the read-back                            8 M bytes an update
+                     all-gather of sampled activations, one group at a time                    T * N numbers a sample
+
+Parameters never move. A rank holds scores and their optimizer state of M / W units, masks of all (M bytes).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scale_prune.activations import ActivationSampler
+from scale_prune.config import PruningConfig
+from scale_prune.core.groups import Member, UnitGroup, UnitLayout
+from scale_prune.core.schedule import Schedule
+from scale_prune.core.selection import check_finite
+from scale_prune.core.similarity import Similarity
+from scale_prune.criteria import Moment, ShardView, make_criterion
+
+
+class ShardBackend(Protocol):
+    """What pruning needs of the system that shards the parameters."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    module: nn.Module
+    accumulation_steps: int
+
+    def at_boundary(self) -> bool:
+        """Tell whether the coming step will be an optimizer step, and not only accumulate gradients."""
+
+    def step_applied(self) -> bool:
+        """Tell whether the last optimizer step changed the weights; False where fp16 gradients overflowed."""
+
+    def master(self, member: Member, *, grad: bool) -> ShardView:
+        """Return this rank's slice of the float32 master weights, with the unscaled gradient if `grad`."""
+
+    def working(self, member: Member) -> ShardView:
+        """Return this rank's slice of what the forward pass uses."""
+
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+        """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses."""
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Add up (W * n,) over ranks and return the n numbers of this rank."""
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Join the ranks' (n, ...) tensors along the first axis, in order of rank."""
+
+
+class Pruner:
+    """Prunes a model while it is trained: call `after_backward` and `after_step` in the training loop.
+
+    Args:
+        backend: where the parameters live.
+        groups: the model's groups of units.
+        config: settings of pruning.
+        total_steps: optimizer steps of the run, at least 1.
+        seed: seed of random scores and of the sampled tokens, at least 0.
+
+    Attributes:
+        masks: one (N,) bool tensor a group, True = keep; the same on all ranks.
+        widths: units that remain in each group.
+        scores: one (N,) float32 tensor a group, as of the last update of the masks.
+        step: optimizer steps made.
+        churn: units whose mask changed in the last update.
+        seconds: wall-clock time spent in "scoring", "similarity" and "masking" (host time on a GPU).
+
+    Raises:
+        ValueError: the criterion is unknown, or `min_kept` asks for more units than remain.
+    """
+
+    def __init__(
+        self, backend: ShardBackend, groups: Sequence[UnitGroup], config: PruningConfig, *, total_steps: int, seed: int
+    ) -> None:
+        self.backend, self.groups, self.config, self.seed = backend, tuple(groups), config, seed
+        self.criterion = make_criterion(config, seed)
+        self.schedule = Schedule(
+            total_steps=total_steps,
+            target=config.remaining,
+            warmup_fraction=config.warmup_fraction,
+            cooldown_fraction=config.cooldown_fraction,
+            update_every=config.update_every,
+        )
+        check_min_kept(self.groups, config, self.criterion.scope)
+        self.layout = UnitLayout(self.groups, backend.world_size)
+        self.spans = self.layout.owned_spans(backend.rank)
+        self.num_owned = sum(span.last - span.first for span in self.spans)
+        self.masks = [torch.ones(group.num_units, dtype=torch.bool, device=backend.device) for group in groups]
+        self.widths = [group.num_units for group in groups]
+        self.scores: list[Tensor] = [torch.zeros(group.num_units, device=backend.device) for group in groups]
+        self.state = self.criterion.initial_state(self.spans, backend.device)
+        self.similarity = self._per_owned(lambda group: 0.0)
+        self._weights = self._per_owned(lambda group: 1.0 / (len(self.groups) * group.num_units))
+        self._similarities = [
+            Similarity(s.group.num_units, s.first, s.last, kind=config.similarity, weight=config.similarity_weight)
+            for s in self.spans
+        ]
+        per_pass = -(-config.similarity_tokens // (backend.world_size * backend.accumulation_steps))
+        self._sampler = ActivationSampler(backend.module, self.groups, per_pass)
+        self._total = torch.zeros(self.num_owned, device=backend.device)
+        self._at_boundary = False
+        self._sampling = False
+        self.step = 0
+        self.churn = 0
+        self.seconds: Counter[str] = Counter()
+        self._arm_sampler()
+
+    # --- the two calls -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Take the units' shares of the step's gradient; call it between `engine.backward` and `engine.step`."""
+        self._at_boundary = self.backend.at_boundary()
+        if self._at_boundary and "grad" in self.criterion.needs:
+            with self._timed("scoring"):
+                self._total = self._totals(self._criterion_share)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Update scores, choose masks where the schedule says so, and put them on the working copy.
+
+        Raises:
+            ValueError: scores cannot be ranked.
+            RuntimeError: the masks, read back from the working copy, are not what was asked.
+        """
+        if not self._at_boundary:
+            return
+        self.step += 1
+        sampled = self._sampler.take(self.backend.accumulation_steps) if self._sampling else []
+        if self.backend.step_applied():
+            with self._timed("similarity"):
+                self._update_similarity(sampled)
+            with self._timed("scoring"):
+                self._update_state()
+        if self.schedule.updates(self.step):
+            with self._timed("scoring"):
+                self._choose_masks()
+            with self._timed("masking"):
+                self._apply_masks()
+                self._verify_masks()
+        else:
+            with self._timed("masking"):
+                self._apply_masks()
+        self._arm_sampler()
+
+    # --- what the run reports ------------------------------------------------------------------------------------
+
+    @property
+    def remaining(self) -> float:
+        """The fraction of units that remains, by the masks."""
+        return sum(self.widths) / self.layout.num_units
+
+    def mean_similarity(self) -> float | None:
+        """Return the mean similarity of the live units that this rank owns, None where the criterion does not use it."""
+        live = self._owned(torch.cat(self.masks))
+        if "activation" not in self.criterion.needs or not live.any():
+            return None
+        return float(self.similarity[live].mean())
+
+    # --- scores --------------------------------------------------------------------------------------------------
+
+    def _totals(self, share: Callable[[Member], Tensor | None]) -> Tensor:
+        """Add up the members' shares and return the (U,) totals of the units that this rank owns."""
+        line = torch.zeros(self.layout.padded, dtype=torch.float64, device=self.backend.device)
+        for index, group in enumerate(self.groups):
+            for member in group.members:
+                part = share(member)
+                if part is not None:
+                    line[self.layout.slice_of(index)] += part
+        return self.backend.reduce_scatter(line.float())[: self.num_owned]
+
+    def _criterion_share(self, member: Member) -> Tensor | None:
+        if member.role not in self.criterion.roles:
+            return None
+        return self.criterion.share(self.backend.master(member, grad="grad" in self.criterion.needs))
+
+    def _update_state(self) -> None:
+        if "grad" in self.criterion.needs:
+            self.state = self.criterion.update(self.state, self._total, self._moment())
+
+    def _moment(self) -> Moment:
+        return Moment(
+            step=self.step,
+            schedule=self.schedule,
+            live=self._owned(torch.cat(self.masks)),
+            similarity=self.similarity,
+            weight=self._weights,
+        )
+
+    def _owned(self, line: Tensor) -> Tensor:
+        return line[self.layout.owned(self.backend.rank)]
+
+    def _per_owned(self, value: Callable[[UnitGroup], float]) -> Tensor:
+        values = [torch.full((span.last - span.first,), value(span.group)) for span in self.spans]
+        return torch.cat([*values, torch.zeros(0)]).to(self.backend.device)
+
+    # --- similarity ----------------------------------------------------------------------------------------------
+
+    def _arm_sampler(self) -> None:
+        self._sampling = "activation" in self.criterion.needs and self.step % self.config.similarity_every == 0
+        if self._sampling:
+            self._sampler.arm((self.seed * 1_000_003 + self.step) * 1_000_003 + self.backend.rank)
+
+    def _update_similarity(self, sampled: Sequence[Tensor]) -> None:
+        """Gather the sampled activations one group at a time; each rank computes the rows of the units it owns."""
+        owned = {span.index: (span, rows) for span, rows in zip(self.spans, self._similarities, strict=True)}
+        for index, own_tokens in enumerate(sampled):
+            activations = self.backend.all_gather(own_tokens)
+            if index in owned:
+                span, rows = owned[index]
+                self.similarity[span.place] = rows.update(activations, self.masks[index])
+
+    # --- masks ---------------------------------------------------------------------------------------------------
+
+    def _choose_masks(self) -> None:
+        if self.criterion.needs == {"weight"}:
+            self.state = self.criterion.update(self.state, self._totals(self._criterion_share), self._moment())
+        self.scores = self._by_group(self._gather(self.criterion.score(self.state)))
+        for group, scores in zip(self.groups, self.scores, strict=True):
+            check_finite(scores, group.name)
+        masks = self.criterion.select(self.scores, self.schedule, self.step)
+        self.churn = sum(int((new != old).sum()) for new, old in zip(masks, self.masks, strict=True))
+        self.masks = masks
+        self.widths = [int(mask.sum()) for mask in masks]
+
+    def _gather(self, owned: Tensor) -> Tensor:
+        padding = owned.new_zeros(self.layout.per_rank - len(owned))
+        return self.backend.all_gather(torch.cat([owned, padding]))[: self.layout.num_units]
+
+    def _by_group(self, line: Tensor) -> list[Tensor]:
+        return list(line.split([group.num_units for group in self.groups]))
+
+    def _apply_masks(self) -> None:
+        for group, mask, width in zip(self.groups, self.masks, self.widths, strict=True):
+            if width < group.num_units:
+                self.backend.mask_working_copy(group, mask)
+
+    def _verify_masks(self) -> None:
+        """Read the working copy back: exactly the masked units must be zero, apart from units whose master is zero.
+
+        Raises:
+            RuntimeError: they are not; the message names the group. The same on all ranks.
+        """
+        read = self._by_group(self._magnitudes(self.backend.working) == 0)
+        if all(torch.equal(zero, ~mask) for zero, mask in zip(read, self.masks, strict=True)):
+            return
+        born_zero = self._by_group(self._magnitudes(lambda member: self.backend.master(member, grad=False)) == 0)
+        for group, mask, zero, born in zip(self.groups, self.masks, read, born_zero, strict=True):
+            if not torch.equal(zero, ~mask | born):
+                raise RuntimeError(
+                    f"step {self.step}: the masks of group {group.name} did not take hold in the working copy: "
+                    f"{int(zero.sum())} of {group.num_units} units read back as zero, {int((~mask | born).sum())} should"
+                )
+
+    def _magnitudes(self, source: Callable[[Member], ShardView]) -> Tensor:
+        """Return (M,) sums of absolute values by unit, on all ranks."""
+
+        def share(member: Member) -> Tensor:
+            view = source(member)
+            return view.unit_sum(view.weight.abs())
+
+        return self._gather(self._totals(share))
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+
+def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig, scope: str) -> None:
+    """Refuse a floor that the target cannot hold.
+
+    Raises:
+        ValueError: the groups' floors of `min_kept` units add up to more than the target keeps.
+    """
+    total = sum(group.num_units for group in groups)
+    floor = sum(min(config.min_kept, group.num_units) for group in groups)
+    if scope == "global" and floor > config.remaining * total:
+        raise ValueError(
+            f"--min_kept {config.min_kept} keeps {floor} units in {len(groups)} layers, more than the "
+            f"{int(config.remaining * total)} of {total} that --remaining {config.remaining} leaves; "
+            f"at most --min_kept {int(config.remaining * total) // len(groups)} is possible"
+        )

@@ -1,0 +1,124 @@
+"""What a run leaves in words and numbers: report.json, report.md, kept.json, scores, and the model card."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scale_prune.core.groups import UnitGroup
+
+PACKAGES = ("scale_prune", "torch", "deepspeed", "transformers", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def write_kept(
+    folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]
+) -> None:
+    """Write kept.json, {group: [indices in the dense model]}, and scores.safetensors, {group: (N,) float32}."""
+    kept = {group.name: mask.nonzero().flatten().tolist() for group, mask in zip(groups, masks, strict=True)}
+    write_atomically(folder / "kept.json", json.dumps(kept) + "\n")
+    final = {group.name: score.float().cpu().contiguous() for group, score in zip(groups, scores, strict=True)}
+    temporary = folder / "scores.safetensors.partial"
+    save_file(final, temporary)
+    os.replace(temporary, folder / "scores.safetensors")
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write report.md, then report.json, which says that the run is complete."""
+    write_atomically(folder / "report.md", as_markdown(report))
+    write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text that is there as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """Lay a report out for people: results first, then widths, time, settings."""
+    perplexity, parameters, remaining = report["perplexity"], report["parameters"], report["remaining"]
+    lines = [
+        f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the neurons",
+        "",
+        "| | dense | pruned | ratio |",
+        "|---|---|---|---|",
+        f"| parameters | {parameters['dense']:,} | {parameters['pruned']:,} | {_ratio(parameters['pruned'], parameters['dense'])} |",
+        f"| parameters in the file | {parameters['dense']:,} | {parameters['stored']:,} | "
+        f"{_ratio(parameters['stored'], parameters['dense'])} |",
+        f"| validation perplexity | {_number(perplexity['dense'])} | {_number(perplexity['exported'])} | "
+        f"{_ratio(perplexity['exported'], perplexity['dense'])} |",
+        "",
+        f"Perplexity: dense before training {_number(perplexity['dense'])}, masked at the end "
+        f"{_number(perplexity['masked'])}, compacted {_number(perplexity['compacted'])}, exported and re-loaded "
+        f"{_number(perplexity['exported'])}.",
+        f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}. "
+        f"Layout {report['layout']}, widths {report['widths']}.",
+        "",
+        "| seconds | |",
+        "|---|---|",
+        *(f"| {part} | {seconds:.1f} |" for part, seconds in report["seconds"].items()),
+        "",
+        f"{report['steps']} steps, {report['tokens']:,} tokens, {report['world_size']} ranks, peak memory "
+        f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}.",
+        "",
+        "| setting | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in report["settings"].items()),
+        "",
+        ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: str) -> str:
+    """Say in the exported folder's README how the model was made and how it is loaded."""
+    code = ", trust_remote_code=True" if layout == "per_layer" else ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pruned, structured-pruning, scale_prune]",
+        "---",
+        "",
+        f"# {settings['model']}, structurally pruned",
+        "",
+        f"MLP neurons of {settings['model']} were removed while it was fine-tuned under DeepSpeed ZeRO-3, by the "
+        f"criterion `{settings['criterion']}` with scope {settings['scope']}, to {settings['remaining']:.0%} of them. "
+        f"Neurons in each layer now: {', '.join(str(width) for width in widths)}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in settings.items() if name not in ("output_dir", "ds_config")),
+        "",
+        f"Made with scale_prune {version('scale_prune')}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _ratio(value: float | None, base: float) -> str:
+    return "" if value is None else f"{value / base:.3f}"

@@ -1,0 +1,134 @@
+"""Processes, engines and models under DeepSpeed."""
+
+import copy
+import logging
+import os
+import resource
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+KIBIBYTE = 1024
+
+
+class Runtime:
+    """The group of processes that this one belongs to; started by `start`, also when launched without a launcher."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls) -> "Runtime":
+        """Join the process group that the launcher describes; a process by itself is a group of one."""
+        _quieten()
+        if "RANK" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            os.environ.update(alone)
+        deepspeed.init_distributed(verbose=False)
+        runtime = cls()
+        runtime.rank, runtime.world_size = dist.get_rank(), dist.get_world_size()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        get_accelerator().set_device(local_rank)
+        runtime.device = torch.device(get_accelerator().current_device_name())
+        return runtime
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which alone writes files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def add_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the sum of a small tensor over ranks, on its own device."""
+        moved = values.to(self.device, copy=True)
+        dist.all_reduce(moved)
+        return moved.to(values.device)
+
+    def gather_numbers(self, value: float) -> list[float]:
+        """Return one number of every rank, in order of rank."""
+        own = torch.zeros(self.world_size, dtype=torch.float64)
+        own[self.rank] = value
+        return [float(number) for number in self.add_over_ranks(own)]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on rank 0 first, so that the others find its caches."""
+        if not self.is_main:
+            dist.barrier()
+        try:
+            yield
+        finally:  # also where the body fails: the others must meet the same mistake, not wait for ever
+            if self.is_main:
+                dist.barrier()
+
+    def peak_memory(self) -> list[int]:
+        """Return every rank's peak memory in bytes: of the device, or of the process on a CPU."""
+        if self.device.type == "cpu":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+        else:
+            peak = int(get_accelerator().max_memory_allocated())
+        return [int(value) for value in self.gather_numbers(peak)]
+
+    def stop(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def load_model(path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model straight into ZeRO-3 shards, in the precision of the ds_config."""
+    keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=precision(ds_config), trust_remote_code=trust_remote_code)
+    del keep_alive
+    return model
+
+
+def precision(ds_config: dict[str, Any]) -> torch.dtype:
+    """Return the dtype of the working copy that a ds_config asks for."""
+    if ds_config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    if ds_config.get("fp16", {}).get("enabled"):
+        return torch.float16
+    return torch.float32
+
+
+def training_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Build an engine with the optimizer and scheduler of a ds_config without "auto" values."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=copy.deepcopy(ds_config))
+    return engine
+
+
+def inference_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Build an engine that only runs forward passes over shards: no optimizer, no gradients."""
+    config = {key: value for key, value in ds_config.items() if key not in ("optimizer", "scheduler")}
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(config))
+    return engine
+
+
+def release(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Take an engine apart for good, and free the memory of its shards."""
+    for param in engine.module.parameters():
+        param.ds_tensor.data = param.ds_tensor.new_empty(0)
+        param.data = param.data.new_empty(0)
+    engine.destroy()
+
+
+def _quieten() -> None:
+    """Leave DeepSpeed's warnings and errors, drop its chatter and torch's notes on collectives that DeepSpeed calls."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")

@@ -1,0 +1,112 @@
+"""Tiny random models of every family, shared by the tests: prime sizes, layers of different kept widths."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from scale_prune.core.compaction import compact_model
+from scale_prune.core.groups import UnitGroup
+from scale_prune.export import named_state, write_model
+from scale_prune.families import FAMILIES, Family, unit_groups
+
+VOCABULARY, HIDDEN, WIDTH, LAYERS, POSITIONS = 29, 11, 17, 3, 31
+
+# Widths of the layers that each layout is tried with.
+WIDTHS = {"uniform": (7, 7, 7), "pad": (5, 13, 2), "per_layer": (5, 13, 2)}
+
+# What a model type needs beside the common sizes.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 5},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": HIDDEN},
+}
+
+
+@contextmanager
+def own_registrations() -> Iterator[dict[str, Family]]:
+    """Give the registry of families; what is registered meanwhile is forgotten at the end."""
+    before = dict(FAMILIES)
+    try:
+        yield FAMILIES
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(before)
+
+
+def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
+    """Return a config of a registered model type; `settings` win over the tiny sizes."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 1,
+        "max_position_embeddings": POSITIONS,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        FAMILIES[model_type].width_key: WIDTH,
+    }
+    if FAMILIES[model_type] == FAMILIES["llama"]:
+        sizes |= {"num_key_value_heads": 1, "head_dim": 4}
+    return AutoConfig.for_model(model_type, **{**sizes, **EXTRAS.get(model_type, {}), **settings})
+
+
+def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a model in evaluation mode with every parameter random, biases included."""
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **settings)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> Tensor:
+    """Return int64 (batch, length) random token ids."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_keep(groups: Sequence[UnitGroup], widths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
+    """Return for each group the ascending indices of as many random units as `widths` says."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        group.name: torch.randperm(group.num_units, generator=generator)[:width].sort().values
+        for group, width in zip(groups, widths, strict=True)
+    }
+
+
+@torch.no_grad()
+def mask_units(model: PreTrainedModel, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> None:
+    """Zero everything that the units outside `keep` own, in place."""
+    for group in groups:
+        masked = torch.ones(group.num_units, dtype=torch.bool)
+        masked[keep[group.name]] = False
+        for member in group.members:
+            model.get_parameter(member.name).movedim(member.dim, 0)[masked] = 0.0
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return float32 (batch, length, vocabulary)."""
+    return model(ids, use_cache=False).logits
+
+
+def export(folder: Path, model: PreTrainedModel, groups: tuple[UnitGroup, ...], layout: str, **settings: Any) -> Path:
+    """Write a compacted model that lies in memory."""
+    usual = {"tensors": named_state(model), "tokenizer": None, "card": "# Pruned", "is_writer": True}
+    write_model(folder, config=model.config, groups=groups, layout=layout, **usual | settings)
+    return folder
+
+
+def compacted(model_type: str, layout: str, **settings: Any) -> tuple[PreTrainedModel, tuple[UnitGroup, ...], Tensor]:
+    """Return a compacted model, its groups, and the logits of its masked form for `tokens()`."""
+    model = tiny_model(model_type, **settings)
+    groups = unit_groups(model)
+    keep = random_keep(groups, WIDTHS[layout])
+    mask_units(model, groups, keep)
+    masked = logits(model, tokens())
+    return model, compact_model(model, groups, keep), masked

@@ -1,0 +1,81 @@
+"""Compaction: smaller tensors that compute the same as masked ones."""
+
+import pytest
+import torch
+from models import HIDDEN, LAYERS, logits, mask_units, random_keep, tiny_model, tokens
+from torch import nn
+
+from scale_prune.core.compaction import compact_model, pad_units, resize_group, select_units, set_members
+from scale_prune.families import FAMILIES, unit_groups
+
+WIDTHS = (5, 13, 1)
+
+
+@pytest.mark.parametrize(
+    ("dim", "kept"),
+    [(0, [[4, 5, 6, 7], [12, 13, 14, 15]]), (1, [[1, 3], [5, 7], [9, 11], [13, 15], [17, 19]])],
+)
+def test_select_units_keeps_the_indices_along_the_axis(dim: int, kept: list[list[int]]) -> None:
+    tensor = torch.arange(20).view(5, 4)
+    assert select_units(tensor, torch.tensor([1, 3]), dim).tolist() == kept
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (3, 7), (2, 7, 3)])
+def test_padding_is_undone_by_selecting_and_adds_only_zeros(shape: tuple[int, ...]) -> None:
+    tensor, dim = torch.randn(shape), shape.index(7)
+    padded = pad_units(tensor, 11, dim)
+    assert padded.shape[dim] == 11
+    assert torch.equal(select_units(padded, torch.arange(7), dim), tensor)
+    assert torch.count_nonzero(select_units(padded, torch.arange(7, 11), dim)) == 0
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_compacted_forward_equals_masked_forward(model_type: str) -> None:
+    model, ids = tiny_model(model_type), tokens()
+    groups = unit_groups(model)
+    keep = random_keep(groups, WIDTHS)
+    dense = logits(model, ids)
+    mask_units(model, groups, keep)
+    masked = logits(model, ids)
+    compacted = compact_model(model, groups, keep)
+
+    assert (dense - masked).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, ids), masked, rtol=0, atol=1e-5)
+    assert compacted == unit_groups(model)
+    assert [group.num_units for group in compacted] == list(WIDTHS)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_modules_know_their_new_size(model_type: str) -> None:
+    model = tiny_model(model_type)
+    groups = unit_groups(model)
+    compact_model(model, groups, random_keep(groups, (5,) * LAYERS))
+    for group in groups:
+        for member in group.members:
+            module = model.get_submodule(member.name.rpartition(".")[0])
+            names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("nx", "nf")
+            assert sorted(getattr(module, name) for name in names) == [5, HIDDEN]
+
+
+def test_compaction_can_be_repeated_and_keeps_frozen_parameters_frozen() -> None:
+    model, twice = tiny_model("llama"), tiny_model("llama")
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
+    groups = unit_groups(model)
+    keep = {group.name: torch.tensor([2, 7, 16]) for group in groups}
+    first = {group.name: torch.tensor([1, 2, 7, 11, 16]) for group in groups}
+    second = {group.name: torch.tensor([1, 2, 4]) for group in groups}
+    assert compact_model(model, groups, keep) == compact_model(twice, compact_model(twice, groups, first), second)
+    assert torch.equal(logits(model, tokens()), logits(twice, tokens()))
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_set_members_reads_the_number_of_units_and_not_the_parameters() -> None:
+    model = tiny_model("gpt2")
+    group = unit_groups(model)[1]
+    partitioned = {member.name: nn.Parameter(torch.empty(0)) for member in group.members}
+    assert set_members(model, group, partitioned, 5) == resize_group(group, 5)
+    mlp = model.get_submodule(group.name)
+    assert (mlp.get_submodule("c_fc").nf, mlp.get_submodule("c_proj").nx) == (5, 5)
+    assert all(model.get_parameter(name) is parameter for name, parameter in partitioned.items())
+    assert [member.shape for member in resize_group(group, 5).members] == [(11, 5), (5,), (5, 11)]

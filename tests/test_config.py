@@ -1,0 +1,139 @@
+"""Every range that the help states is enforced, and the message says what is valid."""
+
+import re
+from dataclasses import Field, fields
+from typing import Any
+
+import pytest
+
+from scale_prune.config import Config, Range, concerns, describe
+
+SPECS: list[Field[Any]] = [spec for concern in concerns().values() for spec in fields(concern)]
+NAN, INFINITY = float("nan"), float("inf")
+
+OUT_OF_RANGE = [
+    ("block_size", 1, "at least 2"),
+    ("eval_tokens", -1, "at least 0"),
+    ("remaining", 0.0, "in (0, 1]"),
+    ("remaining", 1.5, "in (0, 1]"),
+    ("remaining", NAN, "in (0, 1]"),
+    ("warmup_fraction", -0.1, "in [0, 1)"),
+    ("warmup_fraction", 1.0, "in [0, 1)"),
+    ("cooldown_fraction", -0.1, "in [0, 1)"),
+    ("cooldown_fraction", 1.0, "in [0, 1)"),
+    ("update_every", 0, "at least 1"),
+    ("score_learning_rate", 0.0, "above 0"),
+    ("score_learning_rate", INFINITY, "above 0"),
+    ("regularization", -1e-9, "at least 0"),
+    ("uniqueness", -1.0, "at least 0"),
+    ("uniqueness", INFINITY, "at least 0"),
+    ("similarity_every", 0, "at least 1"),
+    ("similarity_tokens", 1, "at least 2"),
+    ("similarity_weight", 0.0, "in (0, 1]"),
+    ("similarity_weight", 1.1, "in (0, 1]"),
+    ("min_kept", -1, "at least 0"),
+    ("width_multiple", 0, "at least 1"),
+    ("max_steps", 0, "at least 1"),
+    ("recovery_steps", -1, "at least 0"),
+    ("train_batch_size", 0, "at least 1"),
+    ("micro_batch_size", 0, "at least 1"),
+    ("gradient_accumulation_steps", 0, "at least 1"),
+    ("learning_rate", 0.0, "above 0"),
+    ("learning_rate", NAN, "above 0"),
+    ("weight_decay", -0.1, "at least 0"),
+    ("lr_warmup_fraction", -0.1, "in [0, 1)"),
+    ("lr_warmup_fraction", 1.0, "in [0, 1)"),
+    ("max_grad_norm", -1.0, "at least 0"),
+    ("seed", -1, "in [0, 4294967295]"),
+    ("seed", 2**32, "in [0, 4294967295]"),
+    ("eval_every", -1, "at least 0"),
+    ("log_every", 0, "at least 1"),
+]
+AT_THE_EDGE = [
+    ("block_size", 2),
+    ("remaining", 1.0),
+    ("warmup_fraction", 0.0),
+    ("similarity_weight", 1.0),
+    ("max_grad_norm", 0.0),
+    ("uniqueness", 0.0),
+    ("seed", 2**32 - 1),
+    ("min_kept", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "valid"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_quoted_with_the_range(name: str, value: float, valid: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"--{name} {value} is out of range, it must be {valid}")):
+        Config.from_flat({name: value})
+
+
+def test_the_table_covers_every_number() -> None:
+    numbers = {spec.name for spec in SPECS if "int" in str(spec.type) or "float" in str(spec.type)}
+    assert {name for name, _, _ in OUT_OF_RANGE} == numbers
+
+
+@pytest.mark.parametrize(("name", "value"), AT_THE_EDGE)
+def test_the_ends_of_a_range_belong_to_it_where_help_says_so(name: str, value: float) -> None:
+    assert Config.from_flat({name: value}).flat()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("values", "piece"),
+    [
+        ({"scope": "local"}, "--scope local is unknown, choose one of global, per_group"),
+        ({"score_optimizer": "lion"}, "choose one of adam, sgd"),
+        ({"similarity": "all"}, "choose one of batch, running"),
+        ({"precision": "int8"}, "choose one of fp32, bf16, fp16"),
+        ({"layout": "ragged"}, "choose one of uniform, pad, per_layer"),
+        ({"output_dir": ""}, '--output_dir "" is empty'),
+        ({"max_steps": None}, "--max_steps has no value, leave it out to take its default, 400"),
+        ({"eval_tokens": 1}, "--eval_tokens 1 predicts nothing"),
+        ({"dataset_config": "wikitext-2"}, "--dataset_config wikitext-2 belongs to a --dataset"),
+        ({"warmup_fraction": 0.6, "cooldown_fraction": 0.5}, "--warmup_fraction 0.6 and --cooldown_fraction 0.5"),
+        ({"warmup_fraction": 0.8}, "--cooldown_fraction 0.3 leave no steps"),
+        ({"scope": "global", "layout": "uniform"}, "--layout uniform cannot hold the widths of --scope global"),
+        ({"max_step": 3, "b": 1}, "unknown settings: b, max_step"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(values: dict[str, Any], piece: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(piece)):
+        Config.from_flat(values)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_fractions_that_fill_all_steps_are_accepted(percent: int) -> None:
+    """Hundredths that add up to 1 do so in floating point too."""
+    Config.from_flat({"warmup_fraction": percent / 100, "cooldown_fraction": (100 - percent) / 100})
+
+
+def test_flat_and_from_flat_are_inverse() -> None:
+    config = Config.from_flat({"remaining": 0.25, "dataset": "text.txt", "layout": "pad", "seed": 7})
+    assert Config.from_flat(config.flat()) == config
+    assert (config.pruning.remaining, config.data.dataset, config.output.layout) == (0.25, "text.txt", "pad")
+
+
+def test_no_two_concerns_share_a_name() -> None:
+    assert len({spec.name for spec in SPECS}) == len(SPECS) == len(Config().flat())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_every_setting_says_what_it_is_and_its_default(spec: Field[Any]) -> None:
+    help, *_, default = describe(spec).split("; ")
+    assert len(help.split()) >= 3
+    assert default.startswith("default: ")
+    assert default != "default: None"
+
+
+@pytest.mark.parametrize(
+    ("valid", "words", "inside", "outside"),
+    [
+        (Range(0), "at least 0", [0, 5], [-1, INFINITY, NAN]),
+        (Range(0, ends="()"), "above 0", [1e-30], [0, INFINITY, NAN]),
+        (Range(0, 1, "(]"), "in (0, 1]", [0.5, 1], [0, 1.01, NAN]),
+        (Range(0, 1, "[)"), "in [0, 1)", [0, 0.99], [-0.01, 1]),
+    ],
+)
+def test_range(valid: Range, words: str, inside: list[float], outside: list[float]) -> None:
+    assert str(valid) == words
+    assert all(value in valid for value in inside)
+    assert not any(value in valid for value in outside)

@@ -1,0 +1,278 @@
+"""Text becomes the stream of tokens that anyone can recompute, whatever the format it comes in."""
+
+import csv
+import gzip
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from scale_prune.config import DataConfig
+from scale_prune.data import Split, load_text, prepare, token_stream
+from scale_prune.embedded import END_OF_TEXT, train_tokenizer
+
+DOCUMENTS = ["A first one.", "", "NA", "2020", 'two\nlines, "quoted"', "  null ", "größer ≥ 7 🌲", "A first one."]
+LINES = ["A first one.\n", "\n", " page\x0cbreak \n", "line\u2028separator\n", "2020\n", "no newline at the end"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return one that adds special tokens where it is not told otherwise."""
+    trained = train_tokenizer(DOCUMENTS + LINES, 270)
+    template = f"{END_OF_TEXT} $A {END_OF_TEXT}"
+    special_tokens = [(END_OF_TEXT, trained.eos_token_id)]
+    trained.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
+    assert trained("a")["input_ids"][0] == trained.eos_token_id
+    return trained
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return one with a token for every byte."""
+    return train_tokenizer([], 257)
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(zip(["number", *range(len(DOCUMENTS))], ["text", *DOCUMENTS], strict=True))
+
+
+def as_dataset() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"number": range(len(DOCUMENTS)), "text": DOCUMENTS})
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "rows.jsonl": lambda path: path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)),
+    "rows.json": lambda path: path.write_text(json.dumps([{"text": text} for text in DOCUMENTS])),
+    "rows.csv": write_csv,
+    "rows.parquet": lambda path: as_dataset().to_parquet(path),
+}
+
+
+def compressed(path: Path) -> Path:
+    target = path.with_name(f"{path.name}.gz")
+    target.write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+
+def documents_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[int]:
+    stream: list[int] = []
+    for document in documents:
+        stream += [*tokenizer.encode(document, add_special_tokens=False), tokenizer.eos_token_id]
+    return stream[:-1]
+
+
+def stream_of(tokenizer: PreTrainedTokenizerFast, **spec: Any) -> list[int]:
+    return token_stream(load_text(DataConfig(**spec), "train"), tokenizer).tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_of_documents_gives_the_same_stream(
+    name: str, packed: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    file = str(compressed(path) if packed else path)
+    assert stream_of(tokenizer, train_file=file, validation_file=file) == documents_stream(tokenizer, DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"), [("lines.txt", False), ("lines.txt", True), ("a pattern [1] *.txt", False)]
+)
+def test_a_txt_file_is_its_lines_with_their_newline(
+    name: str, packed: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / name
+    path.write_text("".join(LINES), encoding="utf-8")
+    with path.open(encoding="utf-8") as file:
+        expected = [token for line in file for token in tokenizer.encode(line, add_special_tokens=False)]
+    given = str(compressed(path) if packed else path)
+    assert stream_of(tokenizer, train_file=given, validation_file=given, text_column="any") == expected
+
+
+def test_a_folder_on_disk_gives_its_splits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = as_dataset()
+    datasets.DatasetDict({"train": rows, "validation": rows.select(range(3))}).save_to_disk(tmp_path / "both")
+    rows.save_to_disk(tmp_path / "one")
+    both = DataConfig(dataset=str(tmp_path / "both"))
+    before = sorted(path.name for path in (tmp_path / "both" / "train").iterdir())
+    assert stream_of(tokenizer, dataset=str(tmp_path / "both")) == documents_stream(tokenizer, DOCUMENTS)
+    validation = token_stream(load_text(both, "validation"), tokenizer).tolist()
+    assert validation == documents_stream(tokenizer, DOCUMENTS[:3])
+    assert stream_of(tokenizer, dataset=str(tmp_path / "one")) == documents_stream(tokenizer, DOCUMENTS[:-1])
+    assert sorted(path.name for path in (tmp_path / "both" / "train").iterdir()) == before
+
+
+def test_the_tokens_are_cached_by_content(
+    tmp_path: Path, own_cache: Path, tokenizer: PreTrainedTokenizerFast, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = str(tmp_path / "rows.csv")
+    write_csv(tmp_path / "rows.csv")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    used, unused = (PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer") for _ in range(2))
+    used(["one", "and a longer one"], truncation=True, max_length=5)
+    streams = [stream_of(one, train_file=file, validation_file=file) for one in (used, unused, byte_tokenizer)]
+    assert streams[0] == streams[1] == documents_stream(tokenizer, DOCUMENTS)
+    assert streams[2] == documents_stream(byte_tokenizer, DOCUMENTS)
+    assert len(list((own_cache / "scale_prune").glob("*.arrow"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("split", "num_tokens", "eval_tokens", "lengths"),
+    [
+        ("train", 21, 0, [7, 7, 7]),
+        ("train", 20, 2, [7, 7]),
+        ("train", 7, 0, [7]),
+        ("validation", 21, 0, [7, 7, 7]),
+        ("validation", 20, 0, [7, 7, 6]),
+        ("validation", 16, 0, [7, 7, 2]),
+        ("validation", 15, 0, [7, 7]),
+        ("validation", 20, 12, [7, 5]),
+        ("validation", 20, 8, [7]),
+        ("validation", 20, 99, [7, 7, 6]),
+        ("validation", 2, 0, [2]),
+    ],
+)
+def test_blocks_are_consecutive(
+    split: Split,
+    num_tokens: int,
+    eval_tokens: int,
+    lengths: list[int],
+    tmp_path: Path,
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = "".join(chr(ord("a") + place) for place in range(num_tokens))
+    (tmp_path / "text.txt").write_text(text)
+    file = str(tmp_path / "text.txt")
+    spec = DataConfig(train_file=file, validation_file=file, block_size=7, eval_tokens=eval_tokens)
+    blocks = prepare(spec, split, byte_tokenizer)
+    found = [blocks.block(index) for index in range(len(blocks))]
+    assert [len(block) for block in found] == lengths
+    assert byte_tokenizer.decode(torch.cat(found)) == text[: sum(lengths)]
+
+
+def test_rows_are_held_out_where_no_validation_text_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"line {number}\n" for number in range(41)]
+    file = tmp_path / "text.txt"
+    file.write_text("".join(lines))
+    spec = DataConfig(dataset=str(file))
+    with caplog.at_level(logging.WARNING, logger="scale_prune.data"):
+        assert list(load_text(spec, "train").rows["text"]) == lines[:39]
+        assert list(load_text(spec, "validation").rows["text"]) == lines[39:]
+    assert f"the last 2 of 41 rows of {file} are it" in caplog.text
+
+
+def test_files_take_the_place_of_the_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("first", "second", "third"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    first, second, third = (str(tmp_path / f"{name}.txt") for name in ("first", "second", "third"))
+    cases: list[tuple[Split, str, DataConfig]] = [
+        ("train", "first\n", DataConfig(dataset=first, validation_file=second)),
+        ("validation", "second\n", DataConfig(dataset=first, validation_file=second)),
+        ("train", "third\n", DataConfig(dataset=first, train_file=third, validation_file=second)),
+        ("validation", "second\n", DataConfig(validation_file=second)),
+    ]
+    for split, expected, spec in cases:
+        assert list(load_text(spec, split).rows["text"]) == [expected]
+    assert not caplog.records
+
+
+FILES = {
+    "good.jsonl": b'{"text": "word", "n": 1}\n' * 30,
+    "one.txt": b"only one row",
+    "empty.txt": b"",
+    "empty.jsonl.gz": gzip.compress(b""),
+    "header.csv": b"text,n\n",
+    "invalid.jsonl": b"{no json\n",
+    "latin1.txt": "größer".encode("latin-1"),
+    "plain.txt.gz": b"not compressed",
+    "short.parquet": b"PAR1",
+    "numbers.jsonl": b'{"text": 3}\n' * 30,
+    "notes.md": b"text",
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "message"),
+    [
+        (None, {}, "no train text: no data set is given; give --dataset or --train_file"),
+        ("missing.txt", {}, "missing.txt is missing"),
+        ("notes.md", {}, "notes.md is of no known format; a file ends in one of .txt, .jsonl, .json, .csv, .parquet"),
+        ("empty.txt", {}, "empty.txt cannot be read: it is empty"),
+        ("empty.jsonl.gz", {}, "empty.jsonl.gz cannot be read: it is empty"),
+        ("header.csv", {}, "header.csv cannot be read: .* no data"),
+        ("no_rows.parquet.gz", {"validation_file": "good.jsonl"}, "no_rows.parquet.gz is empty"),
+        ("no_rows.parquet.gz", {}, "no_rows.parquet.gz has 0 rows, too few to hold out any for validation"),
+        ("one.txt", {}, "one.txt has 1 rows, too few to hold out any for validation"),
+        ("invalid.jsonl", {}, "invalid.jsonl cannot be read: .*JSON"),
+        ("latin1.txt", {}, "latin1.txt cannot be read: 'utf-8' codec"),
+        ("plain.txt.gz", {}, "plain.txt.gz cannot be read: Not a gzipped file"),
+        ("short.parquet", {}, "short.parquet cannot be read: Parquet"),
+        ("folder", {}, "folder cannot be read: .*neither a `Dataset` directory nor a `DatasetDict`"),
+        ("good.jsonl", {"text_column": "body"}, "has no column 'body', its columns are text, n"),
+        ("good.jsonl", {"text_column": "n"}, "column 'n' of data set .* holds int64, not text"),
+        ("numbers.jsonl", {}, "column 'text' of data set .* holds int64, not text"),
+        ("good.jsonl", {"block_size": 500}, r"good.jsonl has 139 tokens, at least 500 are needed \(block_size 500"),
+        ("good.jsonl", {"validation_file": "missing.csv"}, "missing.csv is missing"),
+    ],
+)
+def test_bad_data_is_one_sentence(
+    dataset: str | None,
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    as_dataset().select([]).to_parquet(tmp_path / "no_rows.parquet")
+    compressed(tmp_path / "no_rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(DataConfig(dataset=dataset, **settings), "train", byte_tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_nothing_gives_is_named(tmp_path: Path) -> None:
+    datasets.DatasetDict({"test": as_dataset()}).save_to_disk(tmp_path / "odd")
+    with pytest.raises(
+        ValueError, match=r"no validation text: .*odd has only test; give --dataset or --validation_file"
+    ):
+        load_text(DataConfig(dataset=str(tmp_path / "odd")), "validation")
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="data set nobody/nothing cannot be read: "):
+        load_text(DataConfig(dataset="nobody/nothing"), "train")
+
+
+def test_too_few_tokens_to_predict(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "one.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"validation text .* has 1 tokens, at least 2 are needed"):
+        prepare(DataConfig(validation_file=str(tmp_path / "one.txt")), "validation", byte_tokenizer)
+
+
+def test_documents_need_an_end_of_text_token(tmp_path: Path) -> None:
+    write_csv(tmp_path / "rows.csv")
+    (tmp_path / "lines.txt").write_text("ab")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([], 257).backend_tokenizer)
+    with pytest.raises(ValueError, match=r"no eos_token, which stands between the documents of .*rows\.csv"):
+        stream_of(tokenizer, train_file=str(tmp_path / "rows.csv"), validation_file=str(tmp_path / "rows.csv"))
+    lines = str(tmp_path / "lines.txt")
+    assert len(stream_of(tokenizer, train_file=lines, validation_file=lines)) == 2

@@ -1,0 +1,231 @@
+"""The exported folder computes what the masked model computes, in every layout, wherever transformers is."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    VOCABULARY,
+    WIDTHS,
+    compacted,
+    export,
+    logits,
+    own_registrations,
+    random_keep,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from scale_prune.core.compaction import compact_model
+from scale_prune.export import LAYOUTS, check_layout, named_state, resolve_layout
+from scale_prune.families import FAMILIES, Family, register, unit_groups
+
+NEW_FAMILY = Family(
+    model_types=("gpt_bigcode",),
+    layers="transformer.h",
+    mlp="mlp",
+    inputs=("c_fc",),
+    output="c_proj",
+    width_key="n_inner",
+)
+CASES = [(model_type, layout) for model_type in (*FAMILIES, *NEW_FAMILY.model_types) for layout in LAYOUTS]
+
+# Runs where scale_prune cannot be imported, in a folder that holds `folders` and `expected`; writes `results.json`.
+LOADER = """
+import json
+import sys
+sys.modules["scale_prune"] = None
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+def measure(folder, expected):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="per_layer" in str(folder)).eval()
+    with torch.no_grad():
+        difference = (model(expected["ids"], use_cache=False).logits - expected["logits"]).abs().max().item()
+    generated = model.generate(expected["ids"], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    kind = type(model).__name__
+    return model, {"difference": difference, "generated": generated.shape[1], "tied": tied, "class": kind}
+
+results = {}
+for folder in sorted(Path("folders").iterdir()):
+    expected = load_file(f"expected/{folder.name}")
+    model, results[folder.name] = measure(folder, expected)
+    if "per_layer" in folder.name:
+        again = Path("again") / folder.name
+        model.save_pretrained(again)
+        results[folder.name + "-again"] = measure(again, expected)[1]
+Path("results.json").write_text(json.dumps(results))
+"""
+
+
+def run_alone(script: str, folder: Path) -> None:
+    """Run a script in a fresh interpreter that sees neither this repository nor PYTHONPATH."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict]:
+    """Export every family in every layout and load all of it in one fresh process."""
+    root = tmp_path_factory.mktemp("export")
+    (root / "expected").mkdir()
+    with own_registrations():
+        register(NEW_FAMILY)
+        for model_type, layout in CASES:
+            model, groups, masked = compacted(model_type, layout)
+            export(root / "folders" / f"{model_type}-{layout}", model, groups, layout)
+            save_file({"ids": tokens(), "logits": masked}, root / "expected" / f"{model_type}-{layout}")
+    run_alone(LOADER, root)
+    return json.loads((root / "results.json").read_text())
+
+
+@pytest.mark.parametrize(("model_type", "layout"), CASES)
+def test_reloaded_folder_equals_masked_model(loaded: Mapping[str, dict], model_type: str, layout: str) -> None:
+    result = loaded[f"{model_type}-{layout}"]
+    assert result["difference"] < 1e-5
+    assert result["generated"] == tokens().shape[1] + 3
+    assert result["class"].startswith("PerLayer") == (layout == "per_layer")
+
+
+@pytest.mark.parametrize("model_type", [model_type for model_type, layout in CASES if layout == "per_layer"])
+def test_per_layer_model_can_be_saved_again(loaded: Mapping[str, dict], model_type: str) -> None:
+    assert loaded[f"{model_type}-per_layer-again"] == loaded[f"{model_type}-per_layer"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt"])
+def test_tied_weights_stay_tied_and_are_written_once(tmp_path: Path, model_type: str, tied: bool) -> None:
+    model, groups, masked = compacted(model_type, "pad", tie_word_embeddings=tied)
+    folder = export(tmp_path / "pruned", model, groups, "pad")
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+    torch.testing.assert_close(logits(again, tokens()), masked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_tensors_have_the_names_that_transformers_gives_them(tmp_path: Path, model_type: str) -> None:
+    model, groups, _ = compacted(model_type, "uniform")
+    folder = export(tmp_path / "ours", model, groups, "uniform")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", set(FAMILIES.values()), ids=lambda family: family.model_types[0])
+def test_config_tells_the_widths_under_the_family_key(tmp_path: Path, family: Family, layout: str) -> None:
+    model, groups, _ = compacted(family.model_types[0], layout)
+    before = model.config.to_dict()
+    config = json.loads((export(tmp_path / "pruned", model, groups, layout) / "config.json").read_text())
+    assert config[family.width_key] == max(WIDTHS[layout])
+    told = {int(layer): values[family.width_key] for layer, values in config.get("per_layer_config", {}).items()}
+    assert told == (dict(enumerate(WIDTHS[layout])) if layout == "per_layer" else {})
+    assert config["dtype"] == "float32"
+    assert model.config.to_dict() == before
+
+
+def test_tokenizer_generation_config_and_card_come_along(tmp_path: Path) -> None:
+    model, groups, _ = compacted("gpt2", "uniform")
+    words = WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="0")
+    generation_config = GenerationConfig(temperature=0.5, do_sample=False)
+    extras = {"tokenizer": tokenizer, "card": "# Kept 7 of 17", "generation_config": generation_config}
+    folder = export(tmp_path / "new" / "pruned", model, groups, "uniform", **extras)
+    assert (folder / "README.md").read_text() == "# Kept 7 of 17"
+    assert GenerationConfig.from_pretrained(folder).temperature == 0.5
+    assert PreTrainedTokenizerFast.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+    assert modes.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_persistent_buffers_are_written_and_others_not() -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("count", torch.zeros(()))
+    model.register_buffer("scratch", torch.zeros(()), persistent=False)
+    assert [name for name, _ in named_state(model)] == ["weight", "bias", "count"]
+
+
+def test_a_per_layer_model_can_be_pruned_again_to_a_plain_one(tmp_path: Path) -> None:
+    model, groups, _ = compacted("llama", "per_layer")
+    first = export(tmp_path / "first", model, groups, "per_layer")
+    again = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
+    groups = unit_groups(again)
+    assert tuple(group.num_units for group in groups) == WIDTHS["per_layer"]
+    groups = compact_model(again, groups, random_keep(groups, (2, 2, 2)))
+    second = export(tmp_path / "second", again, groups, "uniform")
+    plain = AutoModelForCausalLM.from_pretrained(second)
+    assert type(plain).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(logits(plain, tokens()), logits(again, tokens()), rtol=0, atol=1e-5)
+
+
+def test_more_than_ten_layers_keep_their_order(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=11)
+    groups = unit_groups(model)
+    groups = compact_model(model, groups, random_keep(groups, range(1, 12)))
+    folder = export(tmp_path / "pruned", model, groups, "per_layer")
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert [group.num_units for group in unit_groups(again)] == list(range(1, 12))
+    torch.testing.assert_close(logits(again, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_uniform_layout_refuses_layers_of_different_widths(tmp_path: Path) -> None:
+    model, groups, _ = compacted("gpt2", "pad")
+    with pytest.raises(ValueError, match=r"'uniform' needs layers of one width.*\[5, 13, 2\].*'pad' or 'per_layer'"):
+        export(tmp_path / "pruned", model, groups, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("layout", "scope", "resolved"),
+    [
+        (None, "global", "per_layer"),
+        (None, "per_group", "uniform"),
+        ("pad", "global", "pad"),
+        ("per_layer", "per_group", "per_layer"),
+        ("uniform", "per_group", "uniform"),
+    ],
+)
+def test_layout_defaults_to_the_scope(layout: str | None, scope: str, resolved: str) -> None:
+    assert resolve_layout(layout, scope) == resolved
+
+
+@pytest.mark.parametrize(
+    ("layout", "scope", "message"),
+    [("uniform", "global", "'pad' or 'per_layer'"), ("dense", "global", "'dense'; valid are uniform, pad, per_layer")],
+)
+def test_impossible_layouts_are_refused(layout: str, scope: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_layout(layout, scope)
+
+
+def test_per_layer_layout_needs_a_class_of_transformers() -> None:
+    class OwnConfig(PretrainedConfig):
+        model_type = "gpt2"
+
+    check_layout("per_layer", tiny_config("gpt2"))
+    check_layout("pad", OwnConfig())
+    with pytest.raises(ValueError, match="has none for OwnConfig; ask for layout 'pad'"):
+        check_layout("per_layer", OwnConfig())

@@ -1,0 +1,84 @@
+"""Files of weights stay small, and a folder appears complete or not at all."""
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import compacted, export, logits, tiny_model, tokens
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from scale_prune.export import LAYOUTS, named_state
+from scale_prune.families import unit_groups
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_hold_no_more_than_asked_and_load(tmp_path: Path, layout: str) -> None:
+    model, groups, masked = compacted("gpt_neo", layout)
+    limit = 29 * 11 * 4
+    folder = export(tmp_path / "pruned", model, groups, layout, max_shard_bytes=limit)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards.values()]
+    assert len(shards) > 5
+    assert all(size <= limit or len(shard) == 1 for size, shard in zip(sizes, shards.values(), strict=True))
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=layout == "per_layer")
+    torch.testing.assert_close(logits(again, tokens()), masked, rtol=0, atol=1e-5)
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that the garbage collector follows."""
+    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) is Tensor]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=11)
+    sizes = [tensor.nbytes for _, tensor in named_state(model)]
+    limit = sum(sizes) // 4
+    alive: list[int] = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named_state(model):
+            alive.append(live_bytes())
+            yield name, tensor
+
+    gc.freeze()  # takes what exists already out of the count
+    export(tmp_path / "pruned", model, unit_groups(model), "uniform", tensors=stream(), max_shard_bytes=limit)
+    gc.unfreeze()
+    # A shard, the copy that did not fit into it any more, and the tensor that the stream still holds.
+    assert 0.8 * limit < max(alive) <= limit + 2 * max(sizes) < 1.6 * limit
+
+
+def test_other_ranks_take_the_stream_and_write_nothing(tmp_path: Path) -> None:
+    model, groups, _ = compacted("gpt2", "uniform")
+    stream = named_state(model)
+    export(tmp_path / "pruned", model, groups, "uniform", tensors=stream, is_writer=False)
+    assert next(stream, None) is None
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_stream_leaves_nothing(tmp_path: Path) -> None:
+    model, groups, _ = compacted("gpt2", "uniform")
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        yield from list(named_state(model))[:5]
+        raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        export(tmp_path / "pruned", model, groups, "uniform", tensors=stream())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_contents_is_left_alone(tmp_path: Path) -> None:
+    model, groups, _ = compacted("gpt2", "uniform")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        export(tmp_path, model, groups, "uniform")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
