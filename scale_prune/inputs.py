@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from scale_prune.config import Config, TrainingConfig
-from scale_prune.criteria import CRITERIA
+from scale_prune.criteria import with_defaults
 from scale_prune.data import load_text
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
@@ -76,16 +76,14 @@ def read_inputs(config: Config, explicit: frozenset[str], world_size: int) -> In
 
 
 def fill_in(config: Config) -> Config:
-    """Replace a scope and a layout that were not given by what follows from the criterion.
+    """Replace settings that were not given, and follow from the criterion, by their values.
 
     Raises:
         ValueError: the layout cannot hold what the scope leaves.
     """
-    scope = config.pruning.scope or CRITERIA[config.pruning.criterion].default_scope
-    layout = resolve_layout(config.output.layout, scope)
-    return replace(
-        config, pruning=replace(config.pruning, scope=scope), output=replace(config.output, layout=layout)
-    )
+    pruning = with_defaults(config.pruning)
+    layout = resolve_layout(config.output.layout, str(pruning.scope))
+    return replace(config, pruning=pruning, output=replace(config.output, layout=layout))
 
 
 def check_output(config: Config) -> None:
@@ -100,7 +98,9 @@ def check_output(config: Config) -> None:
     if not (folder / RECIPE).is_file():
         raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
     if not config.output.overwrite:
-        raise ValueError(f"--output_dir {folder} holds a run already; give another folder, or --overwrite to replace it")
+        raise ValueError(
+            f"--output_dir {folder} holds a run already; give another folder, or --overwrite to replace it"
+        )
 
 
 def make_output(config: Config) -> None:
@@ -127,8 +127,12 @@ def _old(folder: Path) -> Path:
 def _read_model(training: TrainingConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Read the model's configuration and tokenizer."""
     options = {"trust_remote_code": training.trust_remote_code}
-    model_config = _from_hub_or_folder("model", training.model, lambda name: AutoConfig.from_pretrained(name, **options))
-    tokenizer = _from_hub_or_folder("tokenizer", training.model, lambda name: AutoTokenizer.from_pretrained(name, **options))
+    model_config = _from_hub_or_folder(
+        "model", training.model, lambda name: AutoConfig.from_pretrained(name, **options)
+    )
+    tokenizer = _from_hub_or_folder(
+        "tokenizer", training.model, lambda name: AutoTokenizer.from_pretrained(name, **options)
+    )
     return model_config, tokenizer
 
 

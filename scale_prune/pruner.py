@@ -11,7 +11,7 @@ Parameters never move. A rank holds scores and their optimizer state of M / W un
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -25,7 +25,7 @@ from scale_prune.core.groups import Member, UnitGroup, UnitLayout
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import check_finite
 from scale_prune.core.similarity import Similarity
-from scale_prune.criteria import Moment, ShardView, make_criterion
+from scale_prune.criteria import CRITERIA, Moment, ShardView, with_defaults
 
 
 class ShardBackend(Protocol):
@@ -70,6 +70,7 @@ class Pruner:
         seed: seed of random scores and of the sampled tokens, at least 0.
 
     Attributes:
+        pruning: False where everything remains; then the two calls only count steps.
         masks: one (N,) bool tensor a group, True = keep; the same on all ranks.
         widths: units that remain in each group.
         scores: one (N,) float32 tensor a group, as of the last update of the masks.
@@ -84,8 +85,9 @@ class Pruner:
     def __init__(
         self, backend: ShardBackend, groups: Sequence[UnitGroup], config: PruningConfig, *, total_steps: int, seed: int
     ) -> None:
+        config = with_defaults(config)
         self.backend, self.groups, self.config, self.seed = backend, tuple(groups), config, seed
-        self.criterion = make_criterion(config, seed)
+        self.criterion = CRITERIA[config.criterion](config, seed)
         self.schedule = Schedule(
             total_steps=total_steps,
             target=config.remaining,
@@ -93,7 +95,7 @@ class Pruner:
             cooldown_fraction=config.cooldown_fraction,
             update_every=config.update_every,
         )
-        check_min_kept(self.groups, config, self.criterion.scope)
+        check_min_kept(self.groups, config)
         self.layout = UnitLayout(self.groups, backend.world_size)
         self.spans = self.layout.owned_spans(backend.rank)
         self.num_owned = sum(span.last - span.first for span in self.spans)
@@ -111,10 +113,11 @@ class Pruner:
         self._sampler = ActivationSampler(backend.module, self.groups, per_pass)
         self._total = torch.zeros(self.num_owned, device=backend.device)
         self._at_boundary = False
+        self.pruning = config.remaining < 1
         self._sampling = False
         self.step = 0
         self.churn = 0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._arm_sampler()
 
     # --- the two calls -------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ class Pruner:
     def after_backward(self) -> None:
         """Take the units' shares of the step's gradient; call it between `engine.backward` and `engine.step`."""
         self._at_boundary = self.backend.at_boundary()
-        if self._at_boundary and "grad" in self.criterion.needs:
+        if self._at_boundary and self.pruning and "grad" in self.criterion.needs:
             with self._timed("scoring"):
                 self._total = self._totals(self._criterion_share)
 
@@ -163,7 +166,7 @@ class Pruner:
         return sum(self.widths) / self.layout.num_units
 
     def mean_similarity(self) -> float | None:
-        """Return the mean similarity of the live units that this rank owns, None where the criterion does not use it."""
+        """Return the mean similarity of the live units of this rank, None where the criterion does not use it."""
         live = self._owned(torch.cat(self.masks))
         if "activation" not in self.criterion.needs or not live.any():
             return None
@@ -187,7 +190,7 @@ class Pruner:
         return self.criterion.share(self.backend.master(member, grad="grad" in self.criterion.needs))
 
     def _update_state(self) -> None:
-        if "grad" in self.criterion.needs:
+        if self.pruning and "grad" in self.criterion.needs:
             self.state = self.criterion.update(self.state, self._total, self._moment())
 
     def _moment(self) -> Moment:
@@ -209,7 +212,8 @@ class Pruner:
     # --- similarity ----------------------------------------------------------------------------------------------
 
     def _arm_sampler(self) -> None:
-        self._sampling = "activation" in self.criterion.needs and self.step % self.config.similarity_every == 0
+        due = self.step % self.config.similarity_every == 0
+        self._sampling = due and self.pruning and "activation" in self.criterion.needs
         if self._sampling:
             self._sampler.arm((self.seed * 1_000_003 + self.step) * 1_000_003 + self.backend.rank)
 
@@ -260,8 +264,8 @@ class Pruner:
         for group, mask, zero, born in zip(self.groups, self.masks, read, born_zero, strict=True):
             if not torch.equal(zero, ~mask | born):
                 raise RuntimeError(
-                    f"step {self.step}: the masks of group {group.name} did not take hold in the working copy: "
-                    f"{int(zero.sum())} of {group.num_units} units read back as zero, {int((~mask | born).sum())} should"
+                    f"step {self.step}: the masks of group {group.name} did not take hold in the working copy: of "
+                    f"{group.num_units} units {int(zero.sum())} read back as zero, {int((~mask | born).sum())} should"
                 )
 
     def _magnitudes(self, source: Callable[[Member], ShardView]) -> Tensor:
@@ -280,7 +284,7 @@ class Pruner:
         self.seconds[part] += time.perf_counter() - started
 
 
-def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig, scope: str) -> None:
+def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
     """Refuse a floor that the target cannot hold.
 
     Raises:
@@ -288,7 +292,7 @@ def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig, scope: st
     """
     total = sum(group.num_units for group in groups)
     floor = sum(min(config.min_kept, group.num_units) for group in groups)
-    if scope == "global" and floor > config.remaining * total:
+    if config.scope == "global" and floor > config.remaining * total:
         raise ValueError(
             f"--min_kept {config.min_kept} keeps {floor} units in {len(groups)} layers, more than the "
             f"{int(config.remaining * total)} of {total} that --remaining {config.remaining} leaves; "

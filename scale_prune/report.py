@@ -21,9 +21,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def write_kept(
-    folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]
-) -> None:
+def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
     """Write kept.json, {group: [indices in the dense model]}, and scores.safetensors, {group: (N,) float32}."""
     kept = {group.name: mask.nonzero().flatten().tolist() for group, mask in zip(groups, masks, strict=True)}
     write_atomically(folder / "kept.json", json.dumps(kept) + "\n")
@@ -57,11 +55,9 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         "",
         "| | dense | pruned | ratio |",
         "|---|---|---|---|",
-        f"| parameters | {parameters['dense']:,} | {parameters['pruned']:,} | {_ratio(parameters['pruned'], parameters['dense'])} |",
-        f"| parameters in the file | {parameters['dense']:,} | {parameters['stored']:,} | "
-        f"{_ratio(parameters['stored'], parameters['dense'])} |",
-        f"| validation perplexity | {_number(perplexity['dense'])} | {_number(perplexity['exported'])} | "
-        f"{_ratio(perplexity['exported'], perplexity['dense'])} |",
+        _row("parameters", parameters["dense"], parameters["pruned"]),
+        _row("parameters in the file", parameters["dense"], parameters["stored"]),
+        _row("validation perplexity", perplexity["dense"], perplexity["exported"]),
         "",
         f"Perplexity: dense before training {_number(perplexity['dense'])}, masked at the end "
         f"{_number(perplexity['masked'])}, compacted {_number(perplexity['compacted'])}, exported and re-loaded "
@@ -78,7 +74,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         "",
         "| setting | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in report["settings"].items()),
+        *(f"| {name} | {value} |" for name, value in report["settings"].items() if value is not None),
         "",
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
@@ -96,8 +92,7 @@ def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: st
         "",
         f"# {settings['model']}, structurally pruned",
         "",
-        f"MLP neurons of {settings['model']} were removed while it was fine-tuned under DeepSpeed ZeRO-3, by the "
-        f"criterion `{settings['criterion']}` with scope {settings['scope']}, to {settings['remaining']:.0%} of them. "
+        f"MLP neurons of {settings['model']} were removed while it was fine-tuned under DeepSpeed ZeRO-3. "
         f"Neurons in each layer now: {', '.join(str(width) for width in widths)}.",
         "",
         "```python",
@@ -109,16 +104,16 @@ def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: st
         "",
         "## Settings",
         "",
-        *(f"- {name}: {value}" for name, value in settings.items() if name not in ("output_dir", "ds_config")),
+        *(f"- {name}: {value}" for name, value in settings.items() if value is not None),
         "",
         f"Made with scale_prune {version('scale_prune')}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+def _row(name: str, dense: float, pruned: float) -> str:
+    return f"| {name} | {_number(dense)} | {_number(pruned)} | {pruned / dense:.3f} |"
 
 
-def _ratio(value: float | None, base: float) -> str:
-    return "" if value is None else f"{value / base:.3f}"
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"

@@ -64,8 +64,8 @@ class UnitSpan:
 class UnitLayout:
     """All units of all groups in one line, cut evenly over the ranks.
 
-    Unit u of group g has the number `starts[g] + u` in [0, M). Rank r owns the numbers [r * per_rank, (r+1) * per_rank),
-    so that one reduce-scatter and one all-gather of a flat vector serve every group at once; the line is padded to
+    Unit u of group g has the number `starts[g] + u` in [0, M). Rank r owns the numbers from r * per_rank on, so that
+    one reduce-scatter and one all-gather of a flat vector serve every group at once; the line is padded to
     `per_rank * world_size`.
 
     Args:

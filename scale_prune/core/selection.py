@@ -55,7 +55,7 @@ def select(
         [int(mask.sum()) for mask in masks],
         [len(group) for group in scores],
         multiple=width_multiple,
-        min_kept=min_kept,
+        min_kept=min_kept if scope == "global" else 1,
         shared_budget=scope == "global",
     )
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
@@ -74,33 +74,45 @@ def _select_global(scores: Sequence[Tensor], remaining: float, min_kept: int) ->
 def round_widths(
     widths: Sequence[int], sizes: Sequence[int], *, multiple: int, min_kept: int, shared_budget: bool
 ) -> list[int]:
-    """Round widths to multiples, keeping the sum: largest remainders first.
+    """Round widths to multiples.
 
     Args:
-        widths: units chosen in each group.
+        widths: units chosen in each group, at least 1.
         sizes: units each group has; a full group stays full, whether or not its size is a multiple.
         multiple: at least 1.
         min_kept: smallest width allowed before rounding up to a multiple.
-        shared_budget: True spreads the groups' sum (scope "global"); False rounds each group to the nearest multiple.
+        shared_budget: False rounds each group to the nearest multiple; True (scope "global") also brings the sum as
+            near to that of `widths` as single steps of a multiple can, which is half a multiple where there is room.
 
     Returns:
-        One width a group, in [min(multiple, size), size].
+        One width a group: a multiple of at least `min_kept`, or the group's full size.
     """
     smallest = max(-(-min_kept // multiple), 1) * multiple
-    floors = [min(max(width // multiple * multiple, smallest), size) for width, size in zip(widths, sizes, strict=True)]
-    steps = [min(multiple, size - floor) for floor, size in zip(floors, sizes, strict=True)]
-    if not shared_budget:
-        return [
-            floor + step if 2 * (width - floor) >= multiple else floor
-            for width, floor, step in zip(widths, floors, steps, strict=True)
-        ]
-    spare = sum(widths) - sum(floors)
-    rounded = list(floors)
-    for index in sorted(range(len(widths)), key=lambda i: floors[i] - widths[i]):
-        if steps[index] and 2 * spare >= steps[index]:
-            rounded[index] += steps[index]
-            spare -= steps[index]
-    return rounded
+    valid = [
+        [size] if width == size else [*range(smallest, size, multiple), size]
+        for width, size in zip(widths, sizes, strict=True)
+    ]
+    rounded = [
+        max(options, key=lambda option, width=width: (-abs(option - width), option))
+        for options, width in zip(valid, widths, strict=True)
+    ]
+    return _toward_sum(rounded, widths, valid) if shared_budget else rounded
+
+
+def _toward_sum(rounded: Sequence[int], widths: Sequence[int], valid: Sequence[Sequence[int]]) -> list[int]:
+    """Move one group by one step at a time, the one that is least off its own width then, while it helps the sum."""
+    places = [options.index(width) for options, width in zip(valid, rounded, strict=True)]
+    while True:
+        excess = sum(options[place] for options, place in zip(valid, places, strict=True)) - sum(widths)
+        step = -1 if excess > 0 else 1
+        moves = {
+            index: options[place + step]
+            for index, (options, place) in enumerate(zip(valid, places, strict=True))
+            if 0 <= place + step < len(options) and abs(excess + options[place + step] - options[place]) < abs(excess)
+        }
+        if not moves:
+            return [options[place] for options, place in zip(valid, places, strict=True)]
+        places[min(moves, key=lambda index: abs(moves[index] - widths[index]))] += step
 
 
 def check_finite(scores: Tensor, group_name: str) -> None:

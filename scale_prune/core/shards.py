@@ -1,7 +1,7 @@
 """Arithmetic on flat slices of tensors, as ZeRO-3 cuts them.
 
-A shard is the elements [start, start + S) of a tensor's row-major order, cut anywhere, also through the middle of a unit.
-So a rank never sees whole units: it adds up its share of each unit's number, and the shares add up over ranks.
+A shard is the elements [start, start + S) of a tensor's row-major order, cut anywhere, also through a unit. So a
+rank never sees whole units: it adds up its share of each unit's number, and the shares add up over ranks.
 
 Shape legend: S elements of the shard, N units along `dim`, inner = product of the axes after `dim`.
 """
@@ -23,7 +23,7 @@ def unit_sum(values: Tensor, start: int, shape: tuple[int, ...], dim: int) -> Te
         dim: the axis that counts units.
 
     Returns:
-        (N,) float64: the shard's share of each unit's sum. Shares of all shards add up to the sum over the whole tensor.
+        (N,) float64: the shard's share of each unit's sum; the shares of all shards add up to the whole sum.
     """
     num_units, inner = shape[dim], prod(shape[dim + 1 :])
     rows = _rows(values, start % inner, inner).sum(1, dtype=torch.float64)

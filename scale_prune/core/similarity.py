@@ -39,7 +39,7 @@ class Similarity:
             live: (N,) bool, units that remain.
 
         Returns:
-            (R,) mean over live units j != i of |cos(h_i, h_j)|, in [0, 1]; a unit that is not live keeps its last value.
+            (R,) mean over live units j != i of |cos(h_i, h_j)|, in [0, 1]; a removed unit keeps its last value.
         """
         h = activations.float()
         newest = self._running(h, live) if self.kind == "running" else self._batch(h, live)

@@ -1,16 +1,17 @@
 """The criteria, registered by being there: one module of this package each, named like its criterion."""
 
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 
 from scale_prune.config import PruningConfig
 from scale_prune.criteria.base import Criterion, Moment, Need, ShardView, State
 
-__all__ = ["CRITERIA", "Criterion", "Moment", "Need", "ShardView", "State", "make_criterion"]
+__all__ = ["CRITERIA", "Criterion", "Moment", "Need", "ShardView", "State", "with_defaults"]
 
 
 def _discover() -> dict[str, type[Criterion]]:
-    """Import every module but `base`; its criterion is the class that is defined there, `class Movement` in movement.py."""
+    """Import every module but `base`; movement.py holds `class Movement`."""
     found = {}
     for module_info in iter_modules(__path__):
         if module_info.name == "base":
@@ -23,12 +24,13 @@ def _discover() -> dict[str, type[Criterion]]:
 CRITERIA: dict[str, type[Criterion]] = _discover()
 
 
-def make_criterion(config: PruningConfig, seed: int) -> Criterion:
-    """Build the criterion that the settings name.
+def with_defaults(config: PruningConfig) -> PruningConfig:
+    """Fill the settings that were not given with the criterion's own.
 
     Raises:
         ValueError: there is no criterion of that name.
     """
     if config.criterion not in CRITERIA:
         raise ValueError(f"--criterion {config.criterion} is unknown; known are {', '.join(CRITERIA)}")
-    return CRITERIA[config.criterion](config, seed)
+    defaults = CRITERIA[config.criterion].defaults
+    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})

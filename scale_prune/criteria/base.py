@@ -1,13 +1,13 @@
 """What a criterion is: the rule that gives each unit a score.
 
-A criterion knows nothing of ranks. It turns a slice of a tensor into that slice's additive share of every unit's number,
+A criterion knows nothing of ranks. It turns a slice of a tensor into the slice's additive share of every unit's number,
 and updates state for some units, whichever they are. A new criterion is a new file in this folder; it says only what
 distinguishes it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -69,21 +69,21 @@ class Criterion:
         needs: what the shares are made of. "grad": they are taken after every backward pass and `update` runs every
             step. "weight" alone: only when masks are chosen. "activation": `Moment.similarity` is kept up to date.
         roles: the members that have a share.
-        default_scope: used where the user gives none.
+        defaults: values of the settings that have none of their own, where the user gives none; every criterion has a
+            "scope".
 
     Args:
-        config: settings of pruning.
+        config: settings of pruning, without None where `defaults` has a value.
         seed: the run's seed, at least 0.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     roles: ClassVar[frozenset[Role]] = frozenset({"in", "out"})
-    default_scope: ClassVar[str] = "per_group"
+    defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.scope = config.scope or self.default_scope
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
@@ -113,7 +113,7 @@ class Criterion:
         return select(
             scores,
             remaining=schedule.remaining(step),
-            scope=self.scope,
+            scope=str(self.config.scope),
             min_kept=self.config.min_kept,
             width_multiple=self.config.width_multiple if at_target else 1,
         )

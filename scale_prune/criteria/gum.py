@@ -5,6 +5,8 @@ with a neuron's similarity to the live neurons of its layer.
 Deviation: lambda_f and lambda_gum of the paper are not public; the defaults here were tuned by us.
 """
 
+from typing import Any, ClassVar
+
 from scale_prune.criteria.movement import Movement
 
 
@@ -12,6 +14,4 @@ class Gum(Movement):
     """Keep the units with the highest movement scores of the model, less alike ones first."""
 
     needs = frozenset({"grad", "activation"})
-    default_scope = "global"
-    default_regularization = 1.0
-    default_uniqueness = 10.0
+    defaults: ClassVar[dict[str, Any]] = {"scope": "global", "regularization": 1.0, "uniqueness": 10.0}

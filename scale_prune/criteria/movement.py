@@ -12,6 +12,7 @@ rises over the dense steps and then falls linearly, whatever the weights' schedu
 """
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,16 +25,10 @@ EPSILON = 1e-8
 
 
 class Movement(Criterion):
-    """Keep the units with the highest trained scores ("hard movement", top-v).
-
-    Attributes:
-        default_regularization: lambda_f where the user gives none.
-        default_uniqueness: lambda_gum where the user gives none.
-    """
+    """Keep the units with the highest trained scores ("hard movement", top-v)."""
 
     needs = frozenset({"grad"})
-    default_regularization = 0.0
-    default_uniqueness = 0.0
+    defaults: ClassVar[dict[str, Any]] = {"scope": "per_group", "regularization": 0.0, "uniqueness": 0.0}
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's part of the units' w * dL/dw, (N,)."""
@@ -59,10 +54,11 @@ class Movement(Criterion):
 
     def penalty_gradient(self, score: Tensor, moment: Moment) -> Tensor:
         """Return lambda(t) * dR/dS, with R = mean over groups and units of sigmoid(S) * (1 + lambda_gum * U)."""
-        strength = self._setting("regularization") * self.penalty_schedule(moment)
+        assert self.config.regularization is not None
+        assert self.config.uniqueness is not None
+        strength = self.config.regularization * self.penalty_schedule(moment)
         sigmoid = score.sigmoid()
-        unlikeness = 1 + self._setting("uniqueness") * moment.similarity
-        return strength * moment.weight * sigmoid * (1 - sigmoid) * unlikeness
+        return strength * moment.weight * sigmoid * (1 - sigmoid) * (1 + self.config.uniqueness * moment.similarity)
 
     def penalty_schedule(self, moment: Moment) -> float:
         """Return lambda(t) / lambda_f = v(t) / v_f: the penalty falls as units go."""
@@ -71,8 +67,3 @@ class Movement(Criterion):
     def score(self, state: State) -> Tensor:
         """Return the trained scores."""
         return state["score"]
-
-    def _setting(self, name: str) -> float:
-        given: float | None = getattr(self.config, name)
-        default: float = getattr(self, f"default_{name}")
-        return default if given is None else given

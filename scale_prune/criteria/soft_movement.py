@@ -7,6 +7,7 @@ Deviation: from the cool-down on, exactly the target stays (the highest scores),
 """
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ FINAL_THRESHOLD = 0.1
 class SoftMovement(Movement):
     """Keep the units whose trained score is above the threshold."""
 
-    default_regularization = 100.0
+    defaults: ClassVar[dict[str, Any]] = Movement.defaults | {"regularization": 100.0}
 
     def penalty_schedule(self, moment: Moment) -> float:
         """Return lambda(t) / lambda_f = tau(t) / tau_f: the penalty rises with the threshold."""

@@ -32,7 +32,9 @@ class Zero3Backend:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         if engine.zero_optimization_stage() != 3:
-            raise ValueError(f"the engine runs ZeRO stage {engine.zero_optimization_stage()}; scale_prune needs stage 3")
+            raise ValueError(
+                f"the engine runs ZeRO stage {engine.zero_optimization_stage()}; scale_prune needs stage 3"
+            )
         self.engine = engine
         self.module: nn.Module = engine.module
         self.device = torch.device(engine.device)
@@ -51,11 +53,13 @@ class Zero3Backend:
         for member in (member for group in groups for member in group.members):
             param: Any = self.parameters[member.name]
             if not param.requires_grad:
-                raise ValueError(f"parameter {member.name} is frozen; neurons can be pruned only where they are trained")
+                raise ValueError(
+                    f"parameter {member.name} is frozen; neurons can be pruned only where they are trained"
+                )
             if safe_get_local_fp32_param(param).data_ptr() == param.ds_tensor.data_ptr():
                 raise ValueError(
-                    f"parameter {member.name} has no float32 master of its own in this ds_config, so masks would destroy "
-                    "its weights; turn off torch_autocast and use bf16, fp16 or plain fp32"
+                    f"parameter {member.name} has no float32 master of its own in this ds_config, so masks would "
+                    "destroy its weights; turn off torch_autocast and use bf16, fp16 or plain fp32"
                 )
 
     def at_boundary(self) -> bool:
@@ -125,9 +129,11 @@ class Zero3Backend:
             if name not in self.parameters and not hasattr(tensor, "ds_id") and tensor.numel():
                 yield name, tensor.detach().to("cpu", copy=True)
 
-    def num_parameters(self) -> int:
-        """Return the number of elements of the whole model's parameters, tied ones once."""
-        return sum(param.ds_numel for param in self.parameters.values())
-
     def _bounds(self, param: Any) -> tuple[int, int]:
         return shard_bounds(param.ds_numel, self.rank, self.world_size)
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Return the number of elements of a sharded module's parameters, tied ones once."""
+    sharded: Any = module.parameters()
+    return sum(param.ds_numel for param in sharded)

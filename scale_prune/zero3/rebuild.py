@@ -74,7 +74,7 @@ def compact_engine(
 def _carry_out(backend: Zero3Backend, reduced: Mapping[str, tuple[Member, Tensor]]) -> Carried:
     """Copy this rank's slices of masters and optimizer state, cut down to the units that stay."""
     optimizer = backend.engine.optimizer.optimizer
-    state = next(iter(optimizer.state.values()), {})
+    state: dict[str, Any] = next(iter(optimizer.state.values()), {})
     kinds = [MASTER, *(key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0)]
     carried = Carried(scalars={key: value for key, value in state.items() if key not in kinds})
     if backend.engine.lr_scheduler is not None:
@@ -99,9 +99,7 @@ def _slice(backend: Zero3Backend, name: str, kind: str, reduced: Mapping[str, tu
     return local.cpu()
 
 
-def _smaller_parameters(
-    backend: Zero3Backend, reduced: Mapping[str, tuple[Member, Tensor]]
-) -> dict[str, nn.Parameter]:
+def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, tuple[Member, Tensor]]) -> dict[str, nn.Parameter]:
     """Build the smaller parameters, each partitioned before the next one is gathered."""
     smaller = {}
     for name, (member, keep) in reduced.items():

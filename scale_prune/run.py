@@ -1,0 +1,272 @@
+"""One run: a model, its engine and its pruner, from the first step to the re-loaded export."""
+
+import gc
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, set_seed
+
+from scale_prune.batches import TokenBlocks, training_batches, validation_batches
+from scale_prune.core.groups import UnitGroup
+from scale_prune.evaluation import perplexity
+from scale_prune.export import write_model
+from scale_prune.families import unit_groups
+from scale_prune.inputs import Inputs, make_output
+from scale_prune.monitor import Monitor
+from scale_prune.pruner import Pruner
+from scale_prune.report import model_card, versions, write_kept
+from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
+from scale_prune.zero3.runtime import inference_engine, load_model, release, training_engine
+
+
+class Run:
+    """One fine-tuning run and its engine."""
+
+    def __init__(self, inputs: Inputs, runtime: Runtime, validation_blocks: TokenBlocks) -> None:
+        self.inputs, self.config, self.runtime = inputs, inputs.config, runtime
+        self.folder = Path(self.config.output.output_dir)
+        self.validation_blocks = validation_blocks
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.perplexities: dict[str, float | None] = {}
+        training = self.config.training
+        set_seed(training.seed)
+        model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.generation_config: GenerationConfig | None = getattr(model, "generation_config", None)
+        self.groups = unit_groups(model)
+        self.engine = self._make_engine(model)
+        self.backend = Zero3Backend(self.engine)
+        self.backend.check(self.groups)
+        self.pruner = Pruner(
+            self.backend, self.groups, self.config.pruning, total_steps=training.max_steps, seed=training.seed
+        )
+        set_seed(training.seed + runtime.rank)
+        events = self.folder / "tensorboard" if self.config.output.tensorboard else None
+        if runtime.is_main:
+            make_output(self.config)
+        self.monitor = Monitor(events, total_steps=training.max_steps + training.recovery_steps, active=runtime.is_main)
+
+    def go(self, train_blocks: TokenBlocks) -> dict[str, Any]:
+        """Train, prune, compact, export and measure; return the report but for the total time."""
+        dense_parameters = num_parameters(self.engine.module)
+        training = self.config.training
+        self._evaluate("dense", 0)
+        batches = training_batches(
+            train_blocks,
+            batch_size=self.inputs.batch_size,
+            micro_batch_size=self.inputs.micro_batch_size,
+            accumulation=self.engine.gradient_accumulation_steps(),
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            seed=training.seed,
+        )
+        self._train(batches, 1, training.max_steps)
+        self._evaluate("masked", training.max_steps)
+        self._compact()
+        self._evaluate("compacted", training.max_steps)
+        if training.recovery_steps:
+            last = training.max_steps + training.recovery_steps
+            self._train(batches, training.max_steps + 1, last)
+            self._evaluate("recovered", last)
+        pruned_parameters = num_parameters(self.engine.module)
+        self._export()
+        stored_parameters = self._reload()
+        self.monitor.close()
+        return self._report(dense_parameters, pruned_parameters, stored_parameters)
+
+    # --- training --------------------------------------------------------------------------------------------
+
+    def _train(self, batches: Iterator[list[torch.Tensor]], first: int, last: int) -> None:
+        self.engine.train()
+        every, started, start_step = self.config.output.eval_every, time.monotonic(), first - 1
+        tokens_per_step = self.inputs.batch_size * self.config.data.block_size
+        for step in range(first, last + 1):
+            loss = self._step(next(batches), step)
+            rate = (step - start_step) * tokens_per_step / (time.monotonic() - started)
+            self.monitor.progress(step, loss=loss, remaining=self.pruner.remaining, tokens_per_second=rate)
+            if step % self.config.output.log_every == 0 or step == last:
+                self._log(step, loss, rate)
+            if every and step % every == 0 and step < last:
+                self._evaluate(None, step)
+                self.engine.train()
+
+    def _step(self, micro_batches: list[torch.Tensor], step: int) -> float:
+        """Make one optimizer step and return the loss of the global batch before it."""
+        total = torch.zeros((), dtype=torch.float64)
+        for index, micro_batch in enumerate(micro_batches, 1):
+            input_ids = micro_batch.to(self.runtime.device)
+            with self._timed("forward_backward"):
+                loss = self.engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+                self.engine.backward(loss)
+                total += loss.detach().double().cpu()
+            self._after_backward()
+            if index == len(micro_batches):
+                mean = float(self.runtime.add_over_ranks(total)) / len(micro_batches) / self.runtime.world_size
+                self._check_loss(mean, step)
+            with self._timed("step"):
+                self.engine.step()
+            self._after_step()
+        return mean
+
+    def _after_backward(self) -> None:
+        if self.pruner.step < self.config.training.max_steps:
+            self.pruner.after_backward()
+
+    def _after_step(self) -> None:
+        if self.pruner.step < self.config.training.max_steps:
+            self.pruner.after_step()
+
+    def _check_loss(self, loss: float, step: int) -> None:
+        """Stop before a loss that is not finite reaches the weights; in fp16 the loss scaler skips such steps."""
+        if math.isfinite(loss) or self.engine.fp16_enabled():
+            return
+        self._write("last_good", self.groups, layout="uniform" if self.uniform else "per_layer")
+        raise ValueError(
+            f"the loss is {loss} at step {step}; the model as it was before that step is in "
+            f"{self.folder / 'last_good'}; try a smaller --learning_rate than {self.config.training.learning_rate}"
+        )
+
+    def _log(self, step: int, loss: float, tokens_per_second: float) -> None:
+        pruner, parts = self.pruner, self.seconds | self.pruner.seconds
+        values = {
+            "train/loss": loss,
+            "train/learning_rate": self.engine.get_lr()[0],
+            "train/tokens_per_second": tokens_per_second,
+            "pruning/score_learning_rate": self.config.pruning.score_learning_rate
+            * pruner.schedule.learning_rate(step),
+            "pruning/remaining_target": pruner.schedule.remaining(step),
+            "pruning/remaining": pruner.remaining,
+            "pruning/mask_churn": pruner.churn,
+        }
+        similarity = self.pruner.mean_similarity()
+        if similarity is not None:
+            values["pruning/similarity"] = similarity
+        values |= {f"seconds/{part}": seconds / step for part, seconds in parts.items()}
+        self.monitor.scalars(step, values)
+        self.monitor.layers(step, masks=pruner.masks, scores=pruner.scores)
+
+    # --- measuring -------------------------------------------------------------------------------------------
+
+    def _evaluate(self, name: str | None, step: int) -> None:
+        """Measure perplexity on the validation text, under the engine as it is."""
+        with self._timed("evaluation"):
+            value = self._perplexity()
+        if name is not None:
+            self.perplexities[name] = value
+        self.monitor.scalars(step, {"validation/perplexity": value})
+        self.monitor.say(f"step {step}: validation perplexity {value:.3f}{f' ({name})' if name else ''}")
+
+    @torch.no_grad()
+    def _perplexity(self) -> float:
+        self.engine.eval()
+        batches = validation_batches(
+            self.validation_blocks,
+            micro_batch_size=self.inputs.micro_batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+        )
+        device = self.runtime.device
+        value = perplexity(
+            lambda input_ids: self.engine(input_ids=input_ids, use_cache=False).logits,
+            ((input_ids.to(device), labels.to(device)) for input_ids, labels in batches),
+            self.runtime.add_over_ranks,
+        )
+        self.engine.empty_partition_cache()  # finishes prefetches that only a backward pass would use
+        return value
+
+    # --- the smaller model -----------------------------------------------------------------------------------
+
+    @property
+    def uniform(self) -> bool:
+        """True where all layers have the same width."""
+        return len({group.num_units for group in self.groups}) == 1
+
+    def _compact(self) -> None:
+        """Rebuild the engine around the units that are left."""
+        if self.pruner.remaining == 1.0:
+            return
+        masks = {group.name: mask for group, mask in zip(self.groups, self.pruner.masks, strict=True)}
+        with self._timed("compaction"):
+            self.engine, self.groups = compact_engine(self.backend, self.groups, masks, self._make_engine)
+            self.backend = Zero3Backend(self.engine)
+
+    def _make_engine(self, module: torch.nn.Module) -> Any:
+        return training_engine(module, self.inputs.ds_config)
+
+    def _export(self) -> None:
+        with self._timed("export"):
+            if self.runtime.is_main:
+                write_kept(self.folder, self.pruner.groups, self.pruner.masks, self.pruner.scores)
+            self._write("pruned", self.groups, layout=str(self.config.output.layout))
+
+    def _write(self, name: str, groups: tuple[UnitGroup, ...], *, layout: str) -> None:
+        write_model(
+            self.folder / name,
+            config=self.inputs.model_config,
+            tensors=self.backend.named_tensors(),
+            groups=groups,
+            layout=layout,
+            tokenizer=self.inputs.tokenizer,
+            card=model_card(self.config.flat(), widths=[group.num_units for group in groups], layout=layout),
+            is_writer=self.runtime.is_main,
+            generation_config=self.generation_config,
+        )
+        self.runtime.barrier()
+
+    def _reload(self) -> int:
+        """Load the exported folder as a user would, measure it, and return the number of parameters it stores.
+
+        Raises:
+            RuntimeError: its perplexity is not that of the model it was written from.
+        """
+        release(self.engine)
+        del self.engine, self.backend, self.pruner.backend
+        gc.collect()
+        folder = self.folder / "pruned"
+        model = load_model(str(folder), self.inputs.ds_config, trust_remote_code=True)
+        self.engine = inference_engine(model, self.inputs.ds_config)
+        self._evaluate("exported", self.config.training.max_steps + self.config.training.recovery_steps)
+        expected = self.perplexities.get("recovered", self.perplexities["compacted"])
+        exported = self.perplexities["exported"]
+        assert expected is not None
+        assert exported is not None
+        if not math.isclose(expected, exported, rel_tol=1e-3):
+            raise RuntimeError(
+                f"the model in {folder} has perplexity {exported}, the one it was written from {expected}"
+            )
+        return num_parameters(model)
+
+    def _report(self, dense: int, pruned: int, stored: int) -> dict[str, Any]:
+        config, pruner = self.config, self.pruner
+        settings = config.flat()
+        return {
+            **{name: settings[name] for name in ("model", "criterion", "scope", "layout", "seed")},
+            "dataset": settings["dataset"] or settings["train_file"],
+            "world_size": self.runtime.world_size,
+            "steps": config.training.max_steps + config.training.recovery_steps,
+            "remaining": {"target": config.pruning.remaining, "measured": pruner.remaining},
+            "widths": pruner.widths,
+            "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
+            "perplexity": {"recovered": None, **self.perplexities},
+            "seconds": dict(self.seconds | pruner.seconds),
+            "tokens": (config.training.max_steps + config.training.recovery_steps)
+            * self.inputs.batch_size
+            * config.data.block_size,
+            "peak_memory_bytes": self.runtime.peak_memory(),
+            "settings": settings,
+            "ds_config": self.inputs.ds_config,
+            "versions": versions(),
+        }
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
