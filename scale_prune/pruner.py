@@ -14,10 +14,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scale_prune.activations import ActivationSampler
 from scale_prune.config import PruningConfig
@@ -26,37 +25,7 @@ from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import check_finite
 from scale_prune.core.similarity import Similarity
 from scale_prune.criteria import CRITERIA, Moment, ShardView, with_defaults
-
-
-class ShardBackend(Protocol):
-    """What pruning needs of the system that shards the parameters."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    module: nn.Module
-    accumulation_steps: int
-
-    def at_boundary(self) -> bool:
-        """Tell whether the coming step will be an optimizer step, and not only accumulate gradients."""
-
-    def step_applied(self) -> bool:
-        """Tell whether the last optimizer step changed the weights; False where fp16 gradients overflowed."""
-
-    def master(self, member: Member, *, grad: bool) -> ShardView:
-        """Return this rank's slice of the float32 master weights, with the unscaled gradient if `grad`."""
-
-    def working(self, member: Member) -> ShardView:
-        """Return this rank's slice of what the forward pass uses."""
-
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
-        """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses."""
-
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        """Add up (W * n,) over ranks and return the n numbers of this rank."""
-
-    def all_gather(self, values: Tensor) -> Tensor:
-        """Join the ranks' (n, ...) tensors along the first axis, in order of rank."""
+from scale_prune.shard_backend import ShardBackend
 
 
 class Pruner:

@@ -21,7 +21,7 @@ from scale_prune.criteria import ShardView
 
 
 class Zero3Backend:
-    """The shards of one engine on this rank; see `scale_prune.pruner.ShardBackend`.
+    """The shards of one engine on this rank; see `scale_prune.shard_backend.ShardBackend`.
 
     Args:
         engine: a DeepSpeed engine with ZeRO stage 3 and an optimizer.
