@@ -184,7 +184,7 @@ class TrainingConfig(Settings):
     model: str | None = setting(
         None, "Hugging Face folder or hub name", otherwise="a small GPT-Neo that is built and trained here"
     )
-    max_steps: int = setting(400, "optimizer steps of fine-tuning with pruning", Range(1))
+    max_steps: int = setting(300, "optimizer steps of fine-tuning with pruning", Range(1))
     recovery_steps: int = setting(0, "optimizer steps after compaction", Range(0))
     train_batch_size: int | None = setting(
         None,

@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from scale_prune.config import Config, TrainingConfig
+from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import with_defaults
 from scale_prune.data import load_text
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
+from scale_prune.families import unit_groups
+from scale_prune.pruner import check_min_kept
 
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
@@ -64,6 +68,7 @@ def read_inputs(config: Config, explicit: frozenset[str], world_size: int) -> In
     config = fill_in(config)
     model_config, tokenizer = _read_model(config.training)
     check_layout(str(config.output.layout), model_config)
+    check_min_kept(_groups_of(model_config, config.training), config.pruning)
     ds_config = resolve(load(config.training.ds_config), config, explicit, world_size, model_config.hidden_size)
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and config.data.block_size > positions:
@@ -134,6 +139,13 @@ def _read_model(training: TrainingConfig) -> tuple[PretrainedConfig, PreTrainedT
         "tokenizer", training.model, lambda name: AutoTokenizer.from_pretrained(name, **options)
     )
     return model_config, tokenizer
+
+
+def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tuple[UnitGroup, ...]:
+    """Return the groups of a model that is not loaded."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=training.trust_remote_code)
+    return unit_groups(model)
 
 
 def _from_hub_or_folder(what: str, name: str | None, read: Callable[[str], T]) -> T:

@@ -135,11 +135,10 @@ class Pruner:
         return sum(self.widths) / self.layout.num_units
 
     def mean_similarity(self) -> float | None:
-        """Return the mean similarity of the live units of this rank, None where the criterion does not use it."""
-        live = self._owned(torch.cat(self.masks))
-        if "activation" not in self.criterion.needs or not live.any():
+        """Return the mean similarity of the live units, None where the criterion does not use it. A collective."""
+        if "activation" not in self.criterion.needs:
             return None
-        return float(self.similarity[live].mean())
+        return float(self._gather(self.similarity)[torch.cat(self.masks)].mean())
 
     # --- scores --------------------------------------------------------------------------------------------------
 
