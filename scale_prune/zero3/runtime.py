@@ -129,6 +129,8 @@ def release(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _quieten() -> None:
-    """Leave DeepSpeed's warnings and errors, drop its chatter and torch's notes on collectives that DeepSpeed calls."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """Leave warnings and errors, drop DeepSpeed's chatter and torch's notes on collectives that DeepSpeed calls."""
+    chatter = logging.getLogger("DeepSpeed")
+    chatter.setLevel(logging.WARNING)
+    chatter.addFilter(lambda record: "before it has started" not in record.getMessage())  # at every start of an engine
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
