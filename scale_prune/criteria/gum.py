@@ -2,7 +2,8 @@
 
 Source: arXiv 2302.03773. GUM is three things together: top-v, over all groups at once, and a score penalty that grows
 with a neuron's similarity to the live neurons of its layer.
-Deviation: lambda_f and lambda_gum of the paper are not public; the defaults here were tuned by us.
+Deviation: lambda_f and lambda_gum of the paper are not public; the defaults are a choice of scale, at which the penalty
+separates units about as much as the movement gradient does (benchmarks/criteria.md).
 """
 
 from typing import Any, ClassVar

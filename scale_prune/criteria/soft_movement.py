@@ -3,6 +3,8 @@
 Source: arXiv 2302.03773, the baseline "soft movement"; structured soft movement is arXiv 2109.04838. The threshold
 tau rises from 0 to 0.1 on the cubic schedule, lambda(t) = lambda_f * tau(t) / tau_f, and at least the fraction v(t) of
 every group stays.
+A unit passes below the threshold only at S < -2.2 (sigmoid 0.1), which Adam reaches after 220 full steps at the default
+score learning rate: runs of a few hundred steps need a larger one, or they are cut to the target all at once.
 Deviation: from the cool-down on, exactly the target stays (the highest scores), so that results at one target compare.
 """
 
