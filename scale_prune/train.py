@@ -70,7 +70,7 @@ def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime)
         settings = (
             BASE | text | given | {"model": str(folder / "untrained"), "output_dir": str(base), "overwrite": True}
         )
-        prune(Config.from_flat(settings), frozenset(BASE), runtime)
+        prune(Config.from_flat(settings), frozenset(), runtime)  # the ds_config wins
         runtime.barrier()
     own_text = config.data.dataset is not None or config.data.train_file is not None
     return Config.from_flat(config.flat() | ({} if own_text else text) | {"model": str(base / "pruned")})
