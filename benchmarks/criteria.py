@@ -36,8 +36,7 @@ METHODS = {
 }
 GRID = {
     f"gum, lambda_f {penalty}, lambda_gum {unique}": f"--criterion gum --regularization {penalty} --uniqueness {unique}"
-    for penalty in (0, 1, 10, 100)
-    for unique in ((0, 10) if penalty else (0,))
+    for penalty, unique in ((0, 0), (0.1, 1), (0.1, 10), (1, 10))
 }
 
 
@@ -57,7 +56,7 @@ class Part:
 
 
 GPT_NEO = (
-    "--remaining 0.25 --block_size 128 --train_batch_size 16 --learning_rate 5e-4 --precision bf16 --eval_tokens 30000 "
+    "--remaining 0.25 --block_size 128 --train_batch_size 16 --learning_rate 5e-4 --precision bf16 --eval_tokens 20000 "
     "--similarity_every 5"
 )
 PARTS = {
@@ -67,8 +66,8 @@ PARTS = {
         methods=METHODS,
         seeds=(0,),
     ),
-    "gpt_neo": Part(common=f"{GPT_NEO} --max_steps 200", methods=METHODS, seeds=(0, 1)),
-    "gum_constants": Part(common=f"{GPT_NEO} --max_steps 150", methods=GRID, seeds=(7,)),
+    "gpt_neo": Part(common=f"{GPT_NEO} --max_steps 100", methods=METHODS, seeds=(0, 1)),
+    "gum_constants": Part(common=f"{GPT_NEO} --max_steps 100", methods=GRID, seeds=(7,)),
 }
 
 

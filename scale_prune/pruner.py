@@ -180,7 +180,7 @@ class Pruner:
     # --- similarity ----------------------------------------------------------------------------------------------
 
     def _arm_sampler(self) -> None:
-        due = self.step % self.config.similarity_every == 0
+        due = self.step % self.config.similarity_every == 0 and self.step < self.schedule.total_steps
         self._sampling = due and self.pruning and "activation" in self.criterion.needs
         if self._sampling:
             self._sampler.arm((self.seed * 1_000_003 + self.step) * 1_000_003 + self.backend.rank)

@@ -78,7 +78,6 @@ class Run:
         pruned_parameters = num_parameters(self.engine.module)
         self._export()
         stored_parameters = self._reload()
-        self.monitor.close()
         return self._report(dense_parameters, pruned_parameters, stored_parameters)
 
     # --- training --------------------------------------------------------------------------------------------
@@ -108,8 +107,7 @@ class Run:
                 total += loss.detach().double().cpu()
             self._after_backward()
             if index == len(micro_batches):
-                mean = float(self.runtime.add_over_ranks(total)) / len(micro_batches) / self.runtime.world_size
-                self._check_loss(mean, step)
+                mean = self._checked_loss(float(total) / len(micro_batches), step)
             with self._timed("step"):
                 self.engine.step()
             self._after_step()
@@ -123,13 +121,23 @@ class Run:
         if self.pruner.step < self.config.training.max_steps:
             self.pruner.after_step()
 
-    def _check_loss(self, loss: float, step: int) -> None:
-        """Stop before a loss that is not finite reaches the weights; in fp16 the loss scaler skips such steps."""
-        if math.isfinite(loss) or self.engine.fp16_enabled():
-            return
+    def _checked_loss(self, own: float, step: int) -> float:
+        """Return the ranks' mean loss; stop before a loss or gradient that is not finite reaches the weights.
+
+        In fp16 the loss scaler skips such steps.
+
+        Raises:
+            ValueError: the loss or a gradient is not finite.
+        """
+        sums = torch.tensor([own, float(not self.backend.gradients_finite())], dtype=torch.float64)
+        total, num_broken = self.runtime.add_over_ranks(sums).tolist()
+        loss = total / self.runtime.world_size
+        if self.engine.fp16_enabled() or (math.isfinite(loss) and not num_broken):
+            return loss
         self._write("last_good", self.groups, layout="uniform" if self.uniform else "per_layer")
+        what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         raise ValueError(
-            f"the loss is {loss} at step {step}; the model as it was before that step is in "
+            f"{what} at step {step}; the model as it was before that step is in "
             f"{self.folder / 'last_good'}; try a smaller --learning_rate than {self.config.training.learning_rate}"
         )
 

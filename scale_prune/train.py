@@ -90,7 +90,10 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
         train_blocks = prepare(config.data, "train", inputs.tokenizer)
         validation_blocks = prepare(config.data, "validation", inputs.tokenizer)
     run = Run(inputs, runtime, validation_blocks)
-    report = run.go(train_blocks)
+    try:
+        report = run.go(train_blocks)
+    finally:
+        run.monitor.close()  # so that a message does not stand behind the progress bar
     report["seconds"] = {"total": time.monotonic() - started} | report["seconds"]
     if runtime.is_main:
         write_report(run.folder, report)

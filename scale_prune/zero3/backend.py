@@ -70,13 +70,19 @@ class Zero3Backend:
         """Tell whether the last optimizer step changed the weights."""
         return bool(self.engine.was_step_applied())
 
+    def gradients_finite(self) -> bool:
+        """Tell whether this rank's slices of all gradients are finite, where `at_boundary`. No communication."""
+        trained = (param for param in self.parameters.values() if param.requires_grad)
+        sums = [self._local_grad(param).sum(dtype=torch.float64) for param in trained]
+        return bool(torch.stack(sums).isfinite().all())
+
     def master(self, member: Member, *, grad: bool) -> ShardView:
         """Return this rank's slice of the float32 master, with the unscaled gradient if `grad`. No communication."""
         param: Any = self.parameters[member.name]
         start, count = self._bounds(param)
         gradient = None
         if grad:
-            gradient = safe_get_local_grad(param).flatten()[:count].float()
+            gradient = self._local_grad(param).float()
             scale = float(self.engine.optimizer.loss_scale)
             gradient = gradient if scale == 1.0 else gradient / scale
         return ShardView(member, start, safe_get_local_fp32_param(param).flatten()[:count], gradient)
@@ -128,6 +134,10 @@ class Zero3Backend:
         for name, tensor in self.module.state_dict().items():
             if name not in self.parameters and not hasattr(tensor, "ds_id") and tensor.numel():
                 yield name, tensor.detach().to("cpu", copy=True)
+
+    def _local_grad(self, param: Any) -> Tensor:
+        """Return this rank's slice of a gradient, still scaled, without the padding, which may hold anything."""
+        return safe_get_local_grad(param).flatten()[: self._bounds(param)[1]]
 
     def _bounds(self, param: Any) -> tuple[int, int]:
         return shard_bounds(param.ds_numel, self.rank, self.world_size)

@@ -30,10 +30,12 @@ MASTER = "master"
 
 @dataclass
 class Carried:
-    """What survives an engine: this rank's slices by parameter name and kind, and the optimizer's scalars."""
+    """What survives an engine: this rank's slices by parameter name and kind, scalars of optimizer and scheduler."""
 
     slices: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    loss_scaler: Any = None
     scheduler: dict[str, Any] | None = None
 
 
@@ -52,7 +54,8 @@ def compact_engine(
         make_engine: builds an engine of the same settings around the module.
 
     Returns:
-        The new engine and the groups with their new widths. Masters, optimizer state and schedulers are carried over.
+        The new engine and the groups with their new widths. Masters, optimizer state, learning rates, schedulers and
+        the loss scale are carried over.
 
     Source: the order of calls that DeepSpeed 0.19 needs: partition the smaller parameters before `initialize`.
     """
@@ -77,6 +80,8 @@ def _carry_out(backend: Zero3Backend, reduced: Mapping[str, tuple[Member, Tensor
     state: dict[str, Any] = next(iter(optimizer.state.values()), {})
     kinds = [MASTER, *(key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0)]
     carried = Carried(scalars={key: value for key, value in state.items() if key not in kinds})
+    carried.rates = [options["lr"] for options in optimizer.param_groups]
+    carried.loss_scaler = backend.engine.optimizer.loss_scaler
     if backend.engine.lr_scheduler is not None:
         carried.scheduler = backend.engine.lr_scheduler.state_dict()
     for name, param in backend.parameters.items():
@@ -135,6 +140,10 @@ def _carry_in(backend: Zero3Backend, carried: Carried) -> None:
                 safe_set_local_optimizer_state(param, local, kind)
     if carried.scheduler is not None:
         backend.engine.lr_scheduler.load_state_dict(carried.scheduler)
+    # A scheduler writes the rate after a step, for the next one; its state alone does not bring it back.
+    for options, rate in zip(backend.engine.optimizer.optimizer.param_groups, carried.rates, strict=True):
+        options["lr"] = rate
+    backend.engine.optimizer.loss_scaler = carried.loss_scaler
 
 
 def _initialise_state(sharded_optimizer: Any, kinds: set[str], scalars: Mapping[str, Any]) -> None:
