@@ -1,11 +1,13 @@
-"""Keep the tests off the network and out of the user's caches; before transformers is imported, which reads this."""
+"""Keep the tests off the network, off GPUs and out of the user's caches; before anything is imported that reads it."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-MODULES_CACHE = tempfile.mkdtemp(prefix="modules-")
-atexit.register(shutil.rmtree, MODULES_CACHE, ignore_errors=True)
+CACHE = tempfile.mkdtemp(prefix="cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = MODULES_CACHE
+os.environ["HF_MODULES_CACHE"] = f"{CACHE}/modules"
+os.environ["HF_DATASETS_CACHE"] = f"{CACHE}/datasets"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")

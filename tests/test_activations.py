@@ -1,0 +1,160 @@
+"""Sampled activations: every real token once, whatever is recomputed, padded or evaluated meanwhile."""
+
+from typing import Any
+
+import pytest
+import torch
+from memory_backend import InMemoryBackend, steady_model, token_blocks, train
+from models import LAYERS, VOCABULARY, WIDTH, tiny_model, tokens
+from torch import Tensor, nn
+
+from scale_prune.activations import ActivationSampler
+from scale_prune.config import PruningConfig
+from scale_prune.families import FAMILIES, unit_groups
+from scale_prune.pruner import Pruner
+
+BATCH, LENGTH = 2, 7
+REENTRANT = {None: {}, True: {"use_reentrant": True}, False: {"use_reentrant": False}}
+
+
+def all_activations(model: Any, **inputs: Any) -> list[Tensor]:
+    """Return the (tokens, N) inputs of the output projections of a plain forward pass."""
+    caught: list[Tensor] = []
+    handles = [
+        model.get_submodule(group.output).register_forward_pre_hook(
+            lambda module, args: caught.append(args[0].detach().flatten(0, -2))
+        )
+        for group in unit_groups(model)
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+def in_order(rows: Tensor) -> Tensor:
+    """Sort rows by their sum, so that samples compare as sets."""
+    return rows[rows.sum(1).argsort()]
+
+
+def num_hooks(model: Any) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def sample(model: Any, size: int, **inputs: Any) -> list[Tensor]:
+    """Sample one training pass, forward and backward."""
+    sampler = ActivationSampler(model, unit_groups(model), size)
+    sampler.arm(seed=5)
+    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    return sampler.take(1)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_tokens_are_caught_once_in_every_family(model_type: str) -> None:
+    model, ids = steady_model(model_type), tokens(BATCH, LENGTH)
+    expected = all_activations(model, input_ids=ids)
+    for found, h in zip(sample(model, BATCH * LENGTH, input_ids=ids), expected, strict=True):
+        assert found.shape == (BATCH * LENGTH, WIDTH)
+        torch.testing.assert_close(in_order(found), in_order(h), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("model_type", ["gpt_neo", "llama", "opt"])
+def test_a_recomputed_pass_counts_once(model_type: str, reentrant: bool | None) -> None:
+    model, ids = steady_model(model_type).train(), tokens(BATCH, LENGTH)
+    passes: list[nn.Module] = []
+    model.get_submodule(unit_groups(model)[0].output).register_forward_pre_hook(lambda m, args: passes.append(m))
+    plain = sample(model, 5, input_ids=ids)
+    assert len(passes) == 1
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    again = sample(model, 5, input_ids=ids)
+    assert len(passes) == (2 if reentrant is None else 3), "checkpointing was not at work"
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert all(rows.shape == (5, WIDTH) and rows.any(1).all() for rows in again)
+
+
+def test_padding_is_left_out() -> None:
+    model, ids = steady_model("gpt_neo"), tokens(BATCH, LENGTH)
+    attention_mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    attention_mask[0, 4:] = 0
+    attention_mask[1, 6:] = 0
+    real = attention_mask.flatten().bool()
+    expected = all_activations(model, input_ids=ids, attention_mask=attention_mask)
+    found = sample(model, BATCH * LENGTH, input_ids=ids, attention_mask=attention_mask)
+    for rows, h in zip(found, expected, strict=True):
+        assert not rows[10:].any(), "places without a token are zeros"
+        torch.testing.assert_close(in_order(rows[:10]), in_order(h[real]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_another_shape_is_no_padding() -> None:
+    model, ids = steady_model("gpt_neo"), tokens(BATCH, LENGTH)
+    everywhere = torch.zeros(BATCH, 1, LENGTH, LENGTH)
+    assert all(rows.any(1).all() for rows in sample(model, 14, input_ids=ids, attention_mask=everywhere))
+
+
+def test_the_same_tokens_are_taken_in_every_layer_and_the_seed_decides_which() -> None:
+    model, ids = steady_model("gpt_neo"), tokens(BATCH, LENGTH)
+    expected = all_activations(model, input_ids=ids)
+    picks = []
+    for rows, h in zip(sample(model, 5, input_ids=ids), expected, strict=True):
+        picks.append([int((h - row).abs().sum(1).argmin()) for row in rows])
+    assert picks == [picks[0]] * LAYERS
+    assert len(set(picks[0])) == 5
+    sampler = ActivationSampler(model, unit_groups(model), 5)
+    chosen = set()
+    for seed in range(5):
+        sampler.arm(seed)
+        model(input_ids=ids)
+        chosen.add(tuple(sampler.take(1)[0][:, 0].tolist()))
+    assert len(chosen) == 5
+
+
+def test_passes_without_gradient_do_not_count() -> None:
+    model, ids = steady_model("gpt_neo"), tokens(BATCH, LENGTH)
+    other = tokens(BATCH, LENGTH, seed=1)
+    plain = sample(model, 5, input_ids=ids)
+    sampler = ActivationSampler(model, unit_groups(model), 5)
+    sampler.arm(seed=5)
+    with torch.no_grad():
+        model(input_ids=other)
+    model(input_ids=ids).logits.sum().backward()
+    with torch.inference_mode():
+        model(input_ids=other)
+    found = sampler.take(1)
+    assert all(torch.equal(one, two) for one, two in zip(plain, found, strict=True))
+
+
+def test_every_pass_of_a_step_is_sampled() -> None:
+    model = steady_model("gpt_neo")
+    sampler = ActivationSampler(model, unit_groups(model), 5)
+    sampler.arm(seed=0)
+    parts = [tokens(BATCH, LENGTH, seed=seed) for seed in range(3)]
+    for ids in parts:
+        model(input_ids=ids)
+    expected = [all_activations(model, input_ids=ids)[0] for ids in parts]
+    rows = sampler.take(3)[0]
+    assert rows.shape == (15, WIDTH)
+    for index, h in enumerate(expected):
+        distances = torch.cdist(rows[5 * index : 5 * index + 5], h)
+        assert distances.amin(1).max() < 1e-4
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_hooks_exist_only_in_the_steps_that_sample(every: int) -> None:
+    model = steady_model("gpt_neo")
+    backend, before = InMemoryBackend(model), num_hooks(model)
+    settings = PruningConfig(criterion="gum", similarity_every=every)
+    pruner = Pruner(backend, unit_groups(model), settings, total_steps=7, seed=0)
+    hooks = [num_hooks(model) - before]
+    train(backend, pruner, token_blocks(VOCABULARY), 7, after=lambda: hooks.append(num_hooks(model) - before))
+    assert hooks == [LAYERS + 1 if step % every == 0 and step < 7 else 0 for step in range(8)]
+
+
+@pytest.mark.parametrize("criterion", ["movement", "random", "magnitude", "sensitivity", "soft_movement"])
+def test_criteria_without_similarity_hang_no_hooks(criterion: str) -> None:
+    model = tiny_model("gpt_neo")
+    before = num_hooks(model)
+    Pruner(InMemoryBackend(model), unit_groups(model), PruningConfig(criterion=criterion), total_steps=7, seed=0)
+    assert num_hooks(model) == before

@@ -1,0 +1,44 @@
+"""The helper that the distributed tests stand on: a rank that fails or hangs is a failed test, not a silent one."""
+
+import time
+
+import pytest
+import torch
+from deepspeed import comm as dist
+from distributed import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def own_and_sum(value: float) -> tuple[int, float]:
+    total = torch.tensor(value + dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_rank(), float(total)
+
+
+def fail_on_last_rank() -> None:
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise ValueError("out of neurons")
+    dist.barrier()
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def test_results_come_in_order_of_rank() -> None:
+    assert run_ranks(own_and_sum, 3, 2.0) == [(0, 9.0), (1, 9.0), (2, 9.0)]
+
+
+def test_a_rank_that_raises_ends_the_others_and_is_quoted() -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        AssertionError, match=r"rank 2: Traceback[\s\S]*fail_on_last_rank[\s\S]*ValueError: out of neurons"
+    ):
+        run_ranks(fail_on_last_rank, 3)
+    assert time.monotonic() - started < 60
+
+
+def test_ranks_that_hang_are_ended() -> None:
+    with pytest.raises(AssertionError, match=r"not all ranks came to their end, exit codes \[-15, -15\]"):
+        run_ranks(hang, 2, timeout=5)

@@ -1,0 +1,456 @@
+"""The command itself, from the text to the report, and what it says where it cannot go on."""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from distributed import run_ranks, start_ranks
+from memory_backend import steady_model
+from models import LAYERS, WIDTH
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scale_prune import run
+from scale_prune.core.selection import select
+from scale_prune.embedded import train_tokenizer
+from scale_prune.train import main
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK, STEPS, RECOVERY, BATCH = 16, 7, 2, 4
+SENTENCE = "the a neuron layer model keeps drops learns prunes fast slowly and then again while training on text"
+
+
+def text(lines: int, seed: int) -> str:
+    rng, words = random.Random(seed), SENTENCE.split()
+    return "".join(" ".join(rng.choices(words, k=rng.randint(3, 12))) + ".\n" for _ in range(lines))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny model, its tokenizer and a little text."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "train.txt").write_text(text(200, seed=0))
+    (folder / "validation.txt").write_text(text(20, seed=1))
+    tokenizer = train_tokenizer([text(200, seed=0)], 300)
+    tokenizer.save_pretrained(folder / "model")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    steady_model("gpt_neo", vocab_size=len(tokenizer), **ids).save_pretrained(folder / "model")
+    return folder
+
+
+def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
+    usual = {
+        "model": work / "model",
+        "train_file": work / "train.txt",
+        "validation_file": work / "validation.txt",
+        "block_size": BLOCK,
+        "max_steps": STEPS,
+        "train_batch_size": BATCH,
+        "log_every": 2,
+        "output_dir": output,
+    }
+    words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in (usual | settings).items()]
+    return list(chain.from_iterable(words))
+
+
+def launch(flags: list[str]) -> subprocess.Popen[str]:
+    """Start `deepspeed launch/prune.py` on two ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(port),
+    ]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "launch" / "prune.py"), *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(work: Path) -> Path:
+    """Return the output folder of a whole run on two ranks."""
+    process = launch(arguments(work, work / "out", criterion="gum", remaining=0.4, recovery_steps=RECOVERY))
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert output.count("(dense)") == 1, "only rank 0 speaks"
+    return work / "out"
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> dict[str, Any]:
+    return report_of(finished)
+
+
+def test_the_report_keeps_its_contract(report: dict[str, Any], finished: Path) -> None:
+    facts = {name: report[name] for name in ("criterion", "scope", "layout", "seed", "world_size", "steps")}
+    assert facts == {
+        "criterion": "gum",
+        "scope": "global",
+        "layout": "per_layer",
+        "seed": 0,
+        "world_size": 2,
+        "steps": STEPS + RECOVERY,
+    }
+    kept = int(0.4 * LAYERS * WIDTH)
+    assert report["remaining"] == {"target": 0.4, "measured": kept / (LAYERS * WIDTH)}
+    assert sum(report["widths"]) == kept
+    assert report["parameters"]["dense"] - report["parameters"]["pruned"] == (LAYERS * WIDTH - kept) * (11 + 1 + 11)
+    assert report["parameters"]["stored"] == report["parameters"]["pruned"]
+    assert report["tokens"] == (STEPS + RECOVERY) * BATCH * BLOCK
+    parts = {"forward_backward", "step", "scoring", "similarity", "masking", "evaluation"}
+    assert parts < report["seconds"].keys()
+    assert sum(report["seconds"][part] for part in parts) <= report["seconds"]["total"]
+    assert len(report["peak_memory_bytes"]) == 2
+    assert all(2**26 < peak < 2**34 for peak in report["peak_memory_bytes"])
+    assert report["settings"]["learning_rate"] == report["ds_config"]["optimizer"]["params"]["lr"]
+    assert report["versions"]["torch"] == torch.__version__
+    markdown = (finished / "report.md").read_text()
+    assert all(str(width) in markdown for width in report["widths"])
+    assert f"{report['perplexity']['exported']:,.3f}" in markdown
+
+
+def test_masked_compacted_and_exported_model_agree(report: dict[str, Any]) -> None:
+    perplexity = report["perplexity"]
+    assert perplexity["masked"] == pytest.approx(perplexity["compacted"], rel=1e-5)
+    assert perplexity["recovered"] == pytest.approx(perplexity["exported"], rel=1e-5)
+    assert perplexity["recovered"] < perplexity["masked"] < perplexity["dense"]
+
+
+def recomputed_perplexity(model: Any, folder: Path, file: Path) -> float:
+    """Measure as the report says: lines keep their newline, blocks are consecutive, the last shorter one counts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [token for line in file.read_text().splitlines(True) for token in tokenizer(line)["input_ids"]]
+    total, count = 0.0, 0
+    for start in range(0, len(ids), BLOCK):
+        block = torch.tensor(ids[start : start + BLOCK])[None]
+        with torch.no_grad():
+            predictions = model(block).logits[0, :-1].log_softmax(-1)
+        total -= float(predictions.gather(1, block[0, 1:, None]).sum())
+        count += block.shape[1] - 1
+    return math.exp(total / count)
+
+
+def test_anyone_can_recompute_the_perplexities(report: dict[str, Any], finished: Path, work: Path) -> None:
+    pruned = AutoModelForCausalLM.from_pretrained(finished / "pruned", trust_remote_code=True)
+    dense = AutoModelForCausalLM.from_pretrained(work / "model")
+    for model, name in ((pruned, "exported"), (dense, "dense")):
+        found = recomputed_perplexity(model, finished / "pruned", work / "validation.txt")
+        assert found == pytest.approx(report["perplexity"][name], rel=1e-5)
+    assert sum(parameter.numel() for parameter in pruned.parameters()) == report["parameters"]["pruned"]
+
+
+def test_kept_neurons_are_those_of_the_highest_scores(report: dict[str, Any], finished: Path) -> None:
+    kept, scores = json.loads((finished / "kept.json").read_text()), load_file(finished / "scores.safetensors")
+    assert list(kept) == [f"transformer.h.{layer}.mlp" for layer in range(LAYERS)]
+    assert kept.keys() == scores.keys()
+    masks = select([scores[name] for name in kept], remaining=0.4, scope="global", min_kept=1)
+    assert [mask.nonzero().flatten().tolist() for mask in masks] == list(kept.values())
+    assert [len(indices) for indices in kept.values()] == report["widths"]
+
+
+def test_the_recipe_names_the_settings(report: dict[str, Any], finished: Path) -> None:
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe == {name: value for name, value in report["settings"].items() if value is not None}
+
+
+def test_tensorboard_shows_what_happened(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    logged = [2, 4, 6, 7, 8, 9]
+    for tag in ("train/loss", "train/learning_rate", "pruning/remaining", "pruning/mask_churn", "pruning/similarity"):
+        assert [step for step, _ in scalars[tag]] == logged, tag
+        assert all(math.isfinite(value) for _, value in scalars[tag])
+    assert scalars["pruning/remaining"][-1][1] == pytest.approx(20 / 51)
+    assert {f"kept/layer_{layer:02d}" for layer in range(LAYERS)} < scalars.keys()
+    assert {f"scores/layer_{layer:02d}" for layer in range(LAYERS)} == set(tags["histograms"])
+    assert tags["images"] == ["kept/layers_over_time"]
+    assert [step for step, _ in scalars["validation/perplexity"]] == [0, 7, 7, 9, 9]
+
+
+# --- in forked ranks, which start fast -------------------------------------------------------------------------------
+
+
+def outcome(flags: list[str]) -> tuple[int, str]:
+    """Return the exit code and what was written to stderr, of the command on this rank."""
+    errors = StringIO()
+    with redirect_stderr(errors):
+        try:
+            main(flags)
+        except SystemExit as exit:
+            return int(exit.code or 0), errors.getvalue()
+    return 0, errors.getvalue()
+
+
+def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
+    return [outcome(flags) for flags in cases]
+
+
+def errors_of(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error:")]
+
+
+def content(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(finished: Path, work: Path) -> None:
+    before = content(finished)
+    (code, stderr), (other_code, other_stderr) = run_ranks(outcome, 2, arguments(work, finished))
+    assert (code, other_code) == (2, 2)
+    message = f"error: --output_dir {finished} holds a run already; give another folder, or --overwrite to replace it"
+    assert stderr.splitlines() == [message]
+    assert other_stderr == ""
+    assert content(finished) == before
+
+
+def files(work: Path) -> dict[str, Path]:
+    """Make inputs that cannot be used."""
+    folder = work / "bad"
+    folder.mkdir(exist_ok=True)
+    contents = {
+        "broken.json": "{",
+        "stage2.json": json.dumps({"zero_optimization": {"stage": 2}}),
+        "compression.json": json.dumps({"zero_optimization": {"stage": 3}, "compression_training": {}}),
+        "batches.json": json.dumps(
+            {"zero_optimization": {"stage": 3}, "train_batch_size": 5, "gradient_accumulation_steps": 2}
+        ),
+        "typo.yaml": "remainin: 0.5\n",
+        "empty.txt": "",
+        "short.txt": "the model\n",
+        "columns.jsonl": json.dumps({"body": "a", "title": "b"}) + "\n",
+        "notes.txt": "mine",
+    }
+    for name, written in contents.items():
+        (folder / name).write_text(written)
+    return {name: folder / name for name in contents}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"ds_config": "nowhere.json"}, "--ds_config nowhere.json does not exist"),
+    ({"ds_config": "broken.json"}, "is not valid JSON at line 1"),
+    ({"ds_config": "stage2.json"}, '"zero_optimization.stage": 2, it must be 3'),
+    ({"ds_config": "compression.json"}, '"compression_training"'),
+    ({"ds_config": "batches.json", "train_batch_size": 5}, "train_batch_size 5 is not"),
+    ({"train_batch_size": 3}, "train_batch_size 3 is not"),
+    ({"model": "nowhere"}, "--model nowhere: its model cannot be read"),
+    ({"criterion": "sparsity"}, "--criterion sparsity is unknown, choose one of"),
+    ({"remainin": 0.5}, "unknown flag --remainin, did you mean --remaining?"),
+    ({"config": "typo.yaml"}, "has the unknown key remainin, did you mean remaining?"),
+    ({"remaining": 0}, "--remaining 0.0 is out of range"),
+    ({"remaining": 1.5}, "--remaining 1.5 is out of range"),
+    ({"criterion": "gum", "remaining": 0.3, "min_kept": 6}, "--min_kept 6 keeps 18 units in 3 layers"),
+    ({"warmup_fraction": 0.6, "cooldown_fraction": 0.6}, "their sum must be at most 1"),
+    ({"criterion": "gum", "layout": "uniform"}, "layout 'uniform'"),
+    ({"block_size": 32}, "--block_size 32 is more than the 31 positions"),
+    ({"train_file": "nowhere.txt"}, "nowhere.txt is missing"),
+    ({"train_file": "empty.txt"}, "empty.txt cannot be read: it is empty"),
+    ({"train_file": "columns.jsonl"}, "has no column 'text', its columns are body, title"),
+    ({"output_dir": "bad"}, "holds something that is not a run"),
+    ({"learning_rate": "fast"}, "--learning_rate fast is not valid, it must be a number"),
+    ({"ds_config": "zero3", "precision": "fp32"}, '"bf16.enabled": true'),
+]
+
+
+def test_bad_input_ends_in_one_message_and_writes_nothing(work: Path) -> None:
+    paths = files(work) | {"bad": work / "bad"}
+    output = work / "never"
+    cases = [
+        arguments(work, output, **{name: paths.get(str(value), value) for name, value in settings.items()})
+        for settings, _ in BAD
+    ]
+    before = content(work)
+    ranks = run_ranks(outcomes, 2, cases)
+    for (_, expected), (code, stderr), (other_code, other_stderr) in zip(BAD, *ranks, strict=True):
+        assert (code, other_code) == (2, 2), expected
+        assert len(errors_of(stderr)) == 1, (expected, stderr)
+        assert expected in errors_of(stderr)[0]
+        assert errors_of(other_stderr) == []
+        assert "Traceback" not in stderr + other_stderr
+    assert content(work) == before
+    assert not output.exists()
+
+
+def test_a_text_shorter_than_a_block_is_found_on_all_ranks(work: Path) -> None:
+    flags = arguments(work, work / "never", train_file=files(work)["short.txt"])
+    (code, stderr), (other_code, other_stderr) = run_ranks(outcome, 2, flags)
+    assert (code, other_code) == (2, 2)
+    (error,) = errors_of(stderr)
+    assert "short.txt has " in error
+    assert "at least 16 are needed" in error
+    assert errors_of(other_stderr) == []
+    assert not (work / "never").exists()
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def test_other_settings_reach_a_model_that_loads_without_code_of_its_own(work: Path) -> None:
+    shape = {"scope": "per_group", "layout": "uniform", "width_multiple": 4, "recovery_steps": 2}
+    running = {"precision": "bf16", "micro_batch_size": 1, "gradient_checkpointing": True}
+    flags = arguments(work, work / "uniform", criterion="movement", eval_every=3, **shape, **running)
+    results = run_ranks(outcome, 2, flags)
+    assert [code for code, _ in results] == [0, 0]
+    report = report_of(work / "uniform")
+    assert report["ds_config"]["gradient_accumulation_steps"] == 2
+    assert report["widths"] == [8, 8, 8]
+    assert report["perplexity"]["masked"] == pytest.approx(report["perplexity"]["compacted"], rel=0.01)
+    model = AutoModelForCausalLM.from_pretrained(work / "uniform" / "pruned")
+    assert model.config.intermediate_size == 8
+    assert model.dtype == torch.bfloat16
+    found = recomputed_perplexity(model, work / "uniform" / "pruned", work / "validation.txt")
+    assert found == pytest.approx(report["perplexity"]["exported"], rel=0.01)
+
+
+def test_overwriting_replaces_a_run_and_plain_fine_tuning_prunes_nothing(work: Path) -> None:
+    output = work / "replaced"
+    first = arguments(work, output, criterion="gum", layout="pad", max_steps=3, tensorboard=True)
+    second = arguments(work, output, remaining=1.0, max_steps=2, overwrite=True, layout="pad")
+    assert run_ranks(outcome, 1, first)[0][0] == 0
+    padded, model = report_of(output), AutoModelForCausalLM.from_pretrained(output / "pruned")
+    assert model.config.intermediate_size == max(padded["widths"]) < WIDTH
+    assert padded["parameters"]["stored"] > padded["parameters"]["pruned"]
+    assert run_ranks(outcome, 1, second)[0][0] == 0
+    dense = report_of(output)
+    assert (dense["steps"], dense["widths"], dense["remaining"]["measured"]) == (2, [WIDTH] * LAYERS, 1.0)
+    assert dense["perplexity"]["masked"] == dense["perplexity"]["compacted"]
+    assert dense["parameters"]["dense"] == dense["parameters"]["pruned"] == dense["parameters"]["stored"]
+    assert not output.with_name("replaced.old").exists()
+
+
+# --- what can happen on the way ------------------------------------------------------------------------------------
+
+
+def assert_stopped(ranks: list[tuple[int, str]], reason: str, output: Path, step: int) -> None:
+    """The run has stopped in a step, with one message and the model of before that step."""
+    (code, stderr), (other_code, other_stderr) = ranks
+    assert (code, other_code) == (2, 2)
+    (error,) = errors_of(stderr)
+    assert error.startswith(
+        f"error: {reason} at step {step}; the model as it was before that step is in {output}/last_good"
+    )
+    assert errors_of(other_stderr) == []
+    assert not (output / "report.json").exists()
+    assert not (output / "pruned").exists()
+    model = AutoModelForCausalLM.from_pretrained(output / "last_good", trust_remote_code=True)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(work: Path) -> None:
+    flags = arguments(work, work / "nan", learning_rate=1e30, warmup_fraction=0.9, cooldown_fraction=0.0)
+    ranks = run_ranks(outcome, 2, flags)
+    assert_stopped(ranks, "the loss is nan", work / "nan", 4)
+
+
+def outcome_with_a_broken_gradient(flags: list[str], step: int) -> tuple[int, str]:
+    """Run with a gradient that is NaN in one step, although the loss is finite."""
+    load = run.load_model
+
+    def load_model(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
+        passes = []
+
+        def spoil(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+            passes.append(module)
+            return tuple(gradient * math.nan for gradient in inputs) if len(passes) == step else None
+
+        model.get_submodule("transformer.h.2.mlp").register_full_backward_hook(spoil)
+        return model
+
+    run.load_model = load_model
+    return outcome(flags)
+
+
+@pytest.mark.parametrize("criterion", ["gum", "random"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_weights(criterion: str, work: Path) -> None:
+    output = work / f"nan-{criterion}"
+    ranks = run_ranks(outcome_with_a_broken_gradient, 2, arguments(work, output, criterion=criterion), 3)
+    assert_stopped(ranks, "a gradient is not finite", output, 3)
+
+
+def test_when_a_rank_dies_the_others_end(work: Path, tmp_path: Path) -> None:
+    output = work / "killed"
+    ranks = start_ranks(outcome, 3, tmp_path, arguments(work, output, max_steps=10_000, train_batch_size=3))
+    wait_until(lambda: (output / "recipe.yaml").exists())
+    time.sleep(1)
+    assert all(rank.is_alive() for rank in ranks)
+    ranks[1].kill()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [1, -9, 1]
+    assert not (output / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_when_a_rank_dies_the_launcher_ends_the_others(work: Path) -> None:
+    output = work / "killed by the launcher"
+    process = launch(arguments(work, output, max_steps=10_000))
+    wait_until(lambda: (output / "recipe.yaml").exists())
+    time.sleep(1)
+    ranks = pids_of(str(output))
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    finish(process)
+    assert process.returncode != 0
+    assert pids_of(str(output)) == []
+
+
+def pids_of(argument: str) -> list[int]:
+    """Return the training processes, by an argument of their own, in order of rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:
+            continue
+        for word in words:
+            if argument in words and word.startswith("--local_rank="):
+                found[word] = int(path.parent.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_until(happened: Callable[[], bool], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)

@@ -1,0 +1,48 @@
+"""The example of a loop of one's own, as README shows it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_backend import steady_model
+from models import LAYERS, WIDTH
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_example_prunes_half_of_the_neurons(tmp_path: Path) -> None:
+    steady_model("gpt_neo").save_pretrained(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)]
+    program = [str(ROOT / "launch" / "own_loop.py"), str(tmp_path / "model"), str(tmp_path / "pruned")]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    layers = json.loads((tmp_path / "pruned" / "config.json").read_text())["per_layer_config"]
+    assert sum(layer["intermediate_size"] for layer in layers.values()) == LAYERS * WIDTH // 2
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+    assert model.transformer.h[0].mlp.c_fc.out_features == layers["0"]["intermediate_size"]
+
+
+def test_readme_shows_the_calls_of_the_example() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = (ROOT / "launch" / "own_loop.py").read_text(encoding="utf-8")
+    for call in ("scale_prune.attach(engine, PruningConfig(", "pruner.after_backward()", "pruner.after_step()"):
+        assert call in readme
+        assert call in example

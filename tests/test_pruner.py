@@ -1,0 +1,269 @@
+"""The life of a pruning run without DeepSpeed: counts, masks that hold, scores that do not depend on the ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, token_blocks, train, zeros
+from models import LAYERS, VOCABULARY, WIDTH, tiny_model
+from torch import Tensor
+
+from scale_prune.config import PruningConfig
+from scale_prune.core.groups import Member, UnitGroup
+from scale_prune.criteria import CRITERIA, ShardView
+from scale_prune.families import unit_groups
+from scale_prune.pruner import Pruner
+
+STEPS = 11
+M = LAYERS * WIDTH
+BLOCKS = token_blocks(VOCABULARY)
+BY_GRADIENT = [name for name, criterion in CRITERIA.items() if "grad" in criterion.needs]
+
+
+def config(criterion: str, **settings: Any) -> PruningConfig:
+    usual = {"remaining": 0.4, "warmup_fraction": 0.2, "cooldown_fraction": 0.2, "similarity_every": 3}
+    return PruningConfig(criterion=criterion, **usual | settings)
+
+
+def start(
+    criterion: str, *, model: Any = None, kind: type[InMemoryBackend] = InMemoryBackend, **settings: Any
+) -> tuple[InMemoryBackend, Pruner]:
+    backend = kind(model or steady_model("gpt_neo"))
+    groups = unit_groups(backend.module)
+    return backend, Pruner(backend, groups, config(criterion, **settings), total_steps=STEPS, seed=0)
+
+
+def in_working(backend: InMemoryBackend, groups: tuple[UnitGroup, ...]) -> Tensor:
+    return torch.cat(zeros(lambda name: backend.parameters[name], groups))
+
+
+def in_master(backend: InMemoryBackend, groups: tuple[UnitGroup, ...]) -> Tensor:
+    return torch.cat(zeros(lambda name: backend.masters[name], groups))
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [("gpt_neo", torch.float32), ("llama", torch.bfloat16)])
+@pytest.mark.parametrize("scope", ["global", "per_group"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_after_every_step_exactly_the_masked_units_are_zero_and_the_master_is_dense(
+    criterion: str, scope: str, model_type: str, dtype: torch.dtype
+) -> None:
+    model: Any = steady_model(model_type)
+    backend, pruner = start(criterion, model=model.to(dtype), scope=scope, update_every=2)
+
+    def check() -> None:
+        assert torch.equal(in_working(backend, pruner.groups), ~torch.cat(pruner.masks))
+        assert not in_master(backend, pruner.groups).any()
+        assert [int(mask.sum()) for mask in pruner.masks] == pruner.widths
+        if pruner.schedule.updates(pruner.step) and criterion != "soft_movement":
+            kept = pruner.schedule.remaining(pruner.step)
+            assert pruner.widths == [int(kept * WIDTH)] * LAYERS or scope == "global"
+            assert sum(pruner.widths) == int(kept * M) or scope == "per_group"
+
+    train(backend, pruner, BLOCKS, STEPS, after=check)
+    assert pruner.step == STEPS
+    assert pruner.widths == [6] * LAYERS or (scope == "global" and sum(pruner.widths) == 20)
+    assert pruner.remaining == sum(pruner.widths) / M
+
+
+def test_a_masked_unit_comes_back_with_its_weights() -> None:
+    backend, pruner = start("magnitude", scope="per_group")
+    train(backend, pruner, BLOCKS, 10)
+    group, mask = pruner.groups[1], pruner.masks[1].clone()
+    unit = int((~mask).nonzero()[0])
+    for member in group.members:
+        backend.masters[member.name].movedim(member.dim, 0)[unit] *= 100.0
+    train(backend, pruner, BLOCKS, 1)
+    assert pruner.masks[1][unit]
+    assert pruner.churn == 2
+    for member in group.members:
+        row = backend.parameters[member.name].detach().movedim(member.dim, 0)[unit]
+        assert torch.equal(row, backend.masters[member.name].movedim(member.dim, 0)[unit])
+        assert row.abs().min() > 0.0
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gptj", "gpt2", "llama", "gpt_neox", "opt"])
+def test_masked_units_have_no_gradient_at_all(model_type: str) -> None:
+    model = tiny_model(model_type)
+    backend, pruner = start("movement", model=model, cooldown_fraction=0.5)
+    train(backend, pruner, BLOCKS, STEPS)
+    ids = BLOCKS.block(0)[None]
+    backend.backward(model(input_ids=ids, labels=ids).loss)
+    pruner.after_backward()
+    masked = ~torch.cat(pruner.masks)
+    without_gradient = torch.cat(zeros(lambda name: model.get_parameter(name).grad, pruner.groups))
+    assert without_gradient[masked].all()
+    assert not pruner._total[masked].any()
+    assert pruner._total[~masked].any()
+
+
+class Forgetful(InMemoryBackend):
+    """Masks everything but one tensor."""
+
+    forgotten = "transformer.h.1.mlp.c_fc.bias"
+
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+        """Mask, and put the forgotten tensor's values back."""
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        super().mask_working_copy(group, mask)
+        self.parameters[self.forgotten].data.copy_(before[self.forgotten])
+
+
+class Greedy(InMemoryBackend):
+    """Masks one unit more than asked."""
+
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+        """Mask one of the live ones of the middle layer as well."""
+        super().mask_working_copy(group, mask.logical_and(mask.cumsum(0) > (group.layer == 1)))
+
+
+@pytest.mark.parametrize("name", ["c_fc.weight", "c_fc.bias", "c_proj.weight"])
+def test_a_tensor_that_stays_unmasked_stops_the_run_and_names_the_group(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forgetful, "forgotten", f"transformer.h.1.mlp.{name}")
+    backend, pruner = start("random", kind=Forgetful)
+    message = (
+        r"step 3: the masks of group transformer\.h\.1\.mlp did not take hold .* 17 units 0 read back .* \d+ should"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        train(backend, pruner, BLOCKS, STEPS)
+
+
+def test_a_live_unit_that_is_zero_stops_the_run_too() -> None:
+    backend, pruner = start("random", kind=Greedy)
+    with pytest.raises(RuntimeError, match=r"group transformer\.h\.1\.mlp did not take hold"):
+        train(backend, pruner, BLOCKS, STEPS)
+
+
+def test_units_that_are_zero_from_the_start_are_no_failure() -> None:
+    model = steady_model("gpt_neo")
+    group = unit_groups(model)[1]
+    for member in group.members:
+        model.get_parameter(member.name).data.movedim(member.dim, 0)[[2, 5]] = 0.0
+    backend, pruner = start("magnitude", model=model, scope="per_group", remaining=0.9)
+    train(backend, pruner, BLOCKS, STEPS)
+    assert not pruner.masks[1][[2, 5]].any()
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_any_number_of_ranks_keeps_the_same_units(criterion: str, world_size: int) -> None:
+    models = [steady_model("gpt_neo") for _ in range(world_size + 1)]
+
+    def run(exchange: Exchange, rank: int) -> Pruner:
+        backend = InMemoryBackend(models.pop(), exchange=exchange, rank=rank)
+        settings = config(criterion, score_optimizer="sgd", score_learning_rate=1.0)
+        pruner = Pruner(backend, unit_groups(backend.module), settings, total_steps=STEPS, seed=0)
+        train(backend, pruner, BLOCKS, STEPS)
+        return pruner
+
+    (alone,) = run_ranks(run, 1)
+    several = run_ranks(run, world_size)
+    assert 0 < alone.remaining < 1
+    for pruner in several:
+        assert all(torch.equal(mask, other) for mask, other in zip(pruner.masks, alone.masks, strict=True))
+        torch.testing.assert_close(torch.cat(pruner.scores), torch.cat(alone.scores), rtol=1e-3, atol=1e-5)
+    assert sum(pruner.num_owned for pruner in several) == M
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_skipped_step_changes_no_score(criterion: str) -> None:
+    backend, pruner = start(criterion, update_every=2, similarity_every=1)
+    train(backend, pruner, BLOCKS, 4)
+    state, similarity, masks = pruner.state, pruner.similarity.clone(), pruner.masks
+    before = {name: value.clone() for name, value in state.items()}
+    backend.overflow = True
+    train(backend, pruner, BLOCKS, 1)
+    assert pruner.step == 5
+    assert all(torch.equal(pruner.state[name], value) for name, value in before.items())
+    assert torch.equal(pruner.similarity, similarity)
+    assert torch.equal(in_working(backend, pruner.groups), ~torch.cat(masks)), "the masks are put on again"
+    backend.overflow = False
+    train(backend, pruner, BLOCKS, 1)
+    changed = any(not torch.equal(pruner.state[name], value) for name, value in before.items())
+    assert changed == (criterion != "random")
+
+
+class Broken(InMemoryBackend):
+    """Reads one gradient that is not finite; trains without it."""
+
+    def master(self, member: Member, *, grad: bool) -> ShardView:
+        """Put a NaN into the gradient of one neuron."""
+        view = super().master(member, grad=grad)
+        if view.grad is not None and member.name == "transformer.h.2.mlp.c_fc.weight":
+            view.grad[5 * member.shape[1]] = torch.nan
+        return view
+
+
+@pytest.mark.parametrize("criterion", BY_GRADIENT)
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_group(criterion: str) -> None:
+    backend, pruner = start(criterion, kind=Broken)
+    message = r"1 of 17 scores of group transformer\.h\.2\.mlp are not finite"
+    with pytest.raises(ValueError, match=message):
+        train(backend, pruner, BLOCKS, STEPS)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_accumulated_passes_are_one_step(criterion: str, accumulation: int) -> None:
+    scores = []
+    for passes in (1, accumulation):
+        model = steady_model("gpt_neo")
+        backend = InMemoryBackend(model, accumulation_steps=passes)
+        settings = config(criterion, score_optimizer="sgd")
+        pruner = Pruner(backend, unit_groups(model), settings, total_steps=STEPS, seed=0)
+        train(backend, pruner, BLOCKS, 5)
+        assert pruner.step == 5
+        scores.append(torch.cat(pruner.scores))
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_where_everything_remains_nothing_is_done(criterion: str) -> None:
+    backend, pruner = start(criterion, remaining=1.0)
+    train(backend, pruner, BLOCKS, 3)
+    plain = InMemoryBackend(steady_model("gpt_neo"))
+    untouched = Pruner(plain, pruner.groups, config("random", remaining=1.0), total_steps=STEPS, seed=0)
+    train(plain, untouched, BLOCKS, 3)
+    assert all(torch.equal(backend.masters[name], master) for name, master in plain.masters.items())
+    assert (pruner.step, pruner.remaining, pruner.pruning) == (3, 1.0, False)
+    assert not any(module._forward_pre_hooks for module in backend.module.modules())
+
+
+# --- what is refused and reported ------------------------------------------------------------------------------------
+
+
+def test_a_floor_that_the_target_cannot_hold_is_refused() -> None:
+    message = r"--min_kept 7 keeps 21 units in 3 layers, more than the 20 of 51 .* at most --min_kept 6 is possible"
+    with pytest.raises(ValueError, match=message):
+        start("gum", min_kept=7)
+    start("gum", min_kept=6)
+    start("random", min_kept=7)
+
+
+def test_an_unknown_criterion_is_refused() -> None:
+    with pytest.raises(ValueError, match="--criterion l2 is unknown"):
+        start("l2")
+
+
+def test_time_is_counted_by_part() -> None:
+    backend, pruner = start("gum")
+    train(backend, pruner, BLOCKS, STEPS)
+    assert pruner.seconds.keys() == {"scoring", "similarity", "masking"}
+    assert all(seconds > 0 for seconds in pruner.seconds.values())
+
+
+def test_mean_similarity_is_over_live_units() -> None:
+    backend, pruner = start("gum", similarity_every=1, uniqueness=0.0)
+    assert start("movement")[1].mean_similarity() is None
+    train(backend, pruner, BLOCKS, STEPS)
+    found = pruner.mean_similarity()
+    assert found is not None
+    assert found == pytest.approx(float(pruner.similarity[torch.cat(pruner.masks)].mean()))
+    assert 0 < found < 1

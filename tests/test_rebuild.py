@@ -1,0 +1,182 @@
+"""Compaction on the real ZeRO-3 engine: the smaller engine computes, remembers and trains as the masked one."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_optimizer_state
+from distributed import run_ranks
+from engines import (
+    ALL_GATHERED,
+    BLOCKS,
+    STEPS,
+    ds_config,
+    gathered,
+    logits,
+    masters,
+    pruning,
+    saved_model,
+    start,
+)
+from memory_backend import train
+from models import WIDTH
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from scale_prune import attach, compact, save
+from scale_prune.core.compaction import select_units
+from scale_prune.core.groups import UnitGroup
+from scale_prune.families import unit_groups
+from scale_prune.zero3 import Zero3Backend, num_parameters
+from scale_prune.zero3.runtime import training_engine
+
+pytestmark = pytest.mark.distributed
+
+STEPS_AFTER = 3
+FP16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 20, "hysteresis": 1}  # overflows a few times first
+SCHEDULER = {"type": "WarmupDecayLR", "params": {"total_num_steps": 13, "warmup_num_steps": 4, "warmup_max_lr": 1e-2}}
+
+OFFLOADED = {
+    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def snapshot(engine: Any) -> dict[str, Any]:
+    """Return everything that has to survive, whole, and what the model computes."""
+    names = [name for name, _ in engine.module.named_parameters()]
+    moments = {
+        kind: {n: safe_get_full_optimizer_state(engine.module.get_parameter(n), kind).clone() for n in names}
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    return {
+        "tensors": {"master": masters(engine, names), **moments},
+        "logits": logits(engine),
+        "working": gathered(engine, names),
+        "steps": [int(state["step"]) for state in engine.optimizer.optimizer.state.values()],
+        "rate": engine.get_lr(),
+        "scale": float(engine.optimizer.loss_scale),
+        "parameters": num_parameters(engine.module),
+    }
+
+
+def keep_training(engine: Any, first_step: int) -> None:
+    """Train without pruning, on the blocks that come next."""
+    pruner = attach(engine, pruning("random", remaining=1.0), total_steps=STEPS)
+    pruner.step = first_step
+    train(engine, pruner, BLOCKS, STEPS_AFTER)
+
+
+def compaction(path: Path, config: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Compare two runs that differ in one thing: at the end of pruning, one of them is compacted."""
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed thinks that no CPU is
+    settings = pruning("gum", update_every=100)
+    masked, pruner = start(path, config, settings)
+    train(masked, pruner, BLOCKS, STEPS)
+    snapshots = {"masked": snapshot(masked)}
+    train(masked, pruner, BLOCKS, STEPS_AFTER)  # no update is due any more
+    snapshots["masked, later"] = snapshot(masked)
+    masked.destroy()
+
+    make_engine = partial(training_engine, ds_config=config)
+    engine, pruner = start(path, config, settings)
+    train(engine, pruner, BLOCKS, STEPS)
+    engine = compact(pruner, make_engine)
+    groups = unit_groups(engine.module)
+    snapshots["compacted"] = snapshot(engine)
+    exported = dict(Zero3Backend(engine).named_tensors())
+    save(engine, output)
+    keep_training(engine, STEPS)
+    snapshots["compacted, later"] = snapshot(engine)
+
+    again = attach(engine, pruning("magnitude", remaining=0.5, warmup_fraction=0.0), total_steps=2)
+    train(engine, again, BLOCKS, 2)
+    snapshots["masked again"] = snapshot(engine)
+    engine = compact(again, make_engine)
+    snapshots["compacted again"] = snapshot(engine)
+    keep_training(engine, 0)
+    return {
+        "snapshots": snapshots,
+        "groups": (pruner.groups, groups, unit_groups(engine.module)),
+        "masks": (pruner.masks, again.masks),
+        "exported": exported,
+        "finite": bool(logits(engine).isfinite().all()),
+    }
+
+
+def only_kept(tensors: dict[str, Tensor], groups: tuple[UnitGroup, ...], masks: list[Tensor]) -> dict[str, Tensor]:
+    """Take the removed units out of full tensors."""
+    members = {m.name: (m, mask) for group, mask in zip(groups, masks, strict=True) for m in group.members}
+    return {
+        name: select_units(full, members[name][1].nonzero().flatten(), members[name][0].dim)
+        if name in members
+        else full
+        for name, full in tensors.items()
+    }
+
+
+def assert_survived(before: dict[str, Any], after: dict[str, Any], groups: Any, masks: Any, tolerance: float) -> None:
+    """Masters, moments, steps and rates are the same bits; what is computed is the same up to rounding."""
+    for kind, tensors in before["tensors"].items():
+        expected = only_kept(tensors, groups, masks)
+        assert expected.keys() == after["tensors"][kind].keys()
+        assert all(torch.equal(after["tensors"][kind][name], full) for name, full in expected.items())
+    working = only_kept(before["working"], groups, masks)
+    assert all(torch.equal(after["working"][name], full) for name, full in working.items())
+    assert all(after[name] == before[name] for name in ("steps", "rate", "scale"))
+    assert len(set(after["steps"])) == 1
+    assert after["parameters"] == sum(full.numel() for full in working.values())
+    torch.testing.assert_close(after["logits"], before["logits"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "model_type", "persistence", "more", "tolerance"),
+    [
+        (1, "gpt_neo", 0, {}, 1e-6),
+        (2, "gpt2", 0, {"gradient_clipping": 0.5, **OFFLOADED}, 1e-6),
+        (3, "gpt_neo", ALL_GATHERED, {"bf16": {"enabled": True}}, 0.05),
+        (3, "llama", 60, {}, 1e-6),
+        (2, "gpt_neo", 0, {"fp16": FP16}, 0.01),
+    ],
+)
+def test_the_smaller_engine_goes_on_where_the_masked_one_was(
+    world_size: int, model_type: str, persistence: int, more: dict[str, Any], tolerance: float, folder: Path
+) -> None:
+    path, output = saved_model(folder, model_type), folder / f"pruned-{model_type}-{world_size}"
+    config = ds_config(persistence=persistence, scheduler=SCHEDULER, **more)
+    for rank, result in enumerate(run_ranks(compaction, world_size, path, config, output)):
+        snapshots, (groups, smaller, smallest), (masks, again) = result["snapshots"], result["groups"], result["masks"]
+        assert_survived(snapshots["masked"], snapshots["compacted"], groups, masks, tolerance)
+        assert_survived(snapshots["masked again"], snapshots["compacted again"], smaller, again, tolerance)
+        assert [group.num_units for group in smaller] == [int(mask.sum()) for mask in masks]
+        assert [group.num_units for group in smallest] == [group.num_units // 2 for group in smaller]
+        assert all(0 < int(mask.sum()) < WIDTH for mask in masks)
+        assert snapshots["compacted, later"]["steps"] == [
+            step + STEPS_AFTER for step in snapshots["compacted"]["steps"]
+        ]
+        assert (
+            snapshots["compacted, later"]["rate"] == snapshots["masked, later"]["rate"] != snapshots["masked"]["rate"]
+        )
+        assert result["finite"]
+        later = only_kept(snapshots["masked, later"]["tensors"]["master"], groups, masks)
+        for name, full in snapshots["compacted, later"]["tensors"]["master"].items():
+            # Adam makes steps of some size from gradients that are 0 but for rounding, as those of a key's bias are.
+            torch.testing.assert_close(full, later[name], rtol=0, atol=max(tolerance / 10, 1e-4))
+        expected = snapshots["masked, later"]["logits"]
+        torch.testing.assert_close(snapshots["compacted, later"]["logits"], expected, rtol=0, atol=10 * tolerance)
+        if rank == 0:
+            assert result["exported"].keys() == snapshots["compacted"]["working"].keys()
+            for name, full in snapshots["compacted"]["working"].items():
+                assert torch.equal(result["exported"][name], full)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    with torch.no_grad():
+        found = loaded(BLOCKS.block(1)[None], use_cache=False).logits.float()
+    torch.testing.assert_close(found, snapshots["compacted"]["logits"], rtol=0, atol=tolerance)

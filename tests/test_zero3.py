@@ -1,0 +1,263 @@
+"""Pruning on the real ZeRO-3 engine, on ranks that divide no width."""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_local_fp32_param
+from distributed import run_ranks
+from engines import (
+    ALL_GATHERED,
+    BLOCKS,
+    LAYERS,
+    SHARDED,
+    STEPS,
+    call_each,
+    ds_config,
+    gathered,
+    logits,
+    masters,
+    pruning,
+    saved_model,
+    start,
+)
+from memory_backend import InMemoryBackend, train, zeros
+from models import WIDTH
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from scale_prune import attach
+from scale_prune.config import PruningConfig
+from scale_prune.core.selection import budget
+from scale_prune.criteria import CRITERIA
+from scale_prune.families import unit_groups
+from scale_prune.pruner import Pruner
+from scale_prune.zero3.runtime import load_model, training_engine
+
+pytestmark = pytest.mark.distributed
+
+BIASES_GATHERED = 30
+BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def masks_hold(path: Path, settings: PruningConfig, config: dict[str, Any]) -> dict[str, Any]:
+    """Train, read everything back after every step, evaluate now and then."""
+    engine, pruner = start(path, config, settings)
+    members = [member.name for group in pruner.groups for member in group.members]
+    masks: list[Tensor] = []
+    statuses: set[str] = set()
+
+    def silent(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert not args[0][..., ~pruner.masks[index]].any()
+
+    def check() -> None:
+        statuses.update(engine.module.get_parameter(name).ds_status.name for name in members)
+        masks.append(torch.cat(pruner.masks))
+        assert torch.equal(torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~masks[-1])
+        if pruner.step % 2 == 0:
+            logits(engine)
+
+    for index, group in enumerate(pruner.groups):
+        engine.module.get_submodule(group.output).register_forward_pre_hook(partial(silent, index))
+    train(engine, pruner, BLOCKS, STEPS, after=check)
+    assert not torch.cat(zeros(masters(engine, members).get, pruner.groups)).any()
+    engine.destroy()
+    targets = [pruner.schedule.remaining(step) for step in range(1, STEPS + 1)]
+    return {"masks": torch.stack(masks), "targets": targets, "statuses": statuses, "scope": pruner.config.scope}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_masks_are_the_same_on_all_ranks_and_hold_in_what_the_forward_pass_uses(world_size: int, folder: Path) -> None:
+    cases = [
+        ("gpt_neo", pruning("gum"), ds_config(accumulation=6 // world_size, persistence=ALL_GATHERED)),
+        ("gpt_neo", pruning("movement", scope="global"), ds_config(gradient_clipping=1.0)),
+        ("gpt2", pruning("sensitivity", update_every=2), ds_config(persistence=BIASES_GATHERED)),
+        ("gpt2", pruning("magnitude"), ds_config(**BF16)),
+        ("llama", pruning("soft_movement"), ds_config(persistence=ALL_GATHERED, **BF16)),
+    ]
+    started = [(saved_model(folder, model_type), *rest) for model_type, *rest in cases]
+    for (_, settings, config), *ranks in zip(
+        cases, *run_ranks(call_each, world_size, masks_hold, started), strict=True
+    ):
+        masks, scope = ranks[0]["masks"], ranks[0]["scope"]
+        assert all(torch.equal(rank["masks"], masks) for rank in ranks)
+        for step, (mask, target) in enumerate(zip(masks, ranks[0]["targets"], strict=True), 1):
+            if settings.criterion != "soft_movement" and step % settings.update_every == 0:
+                kept = budget(target, LAYERS * WIDTH) if scope == "global" else LAYERS * budget(target, WIDTH)
+                assert mask.sum() == kept
+        assert masks[-1].sum() == (13 if scope == "global" else 12)
+        threshold = config["zero_optimization"]["stage3_param_persistence_threshold"]
+        statuses = {SHARDED: {"NOT_AVAILABLE"}, ALL_GATHERED: {"AVAILABLE"}}
+        assert ranks[0]["statuses"] == statuses.get(threshold, {"AVAILABLE", "NOT_AVAILABLE"})
+
+
+# --- the same neurons ------------------------------------------------------------------------------------------------
+
+
+def chosen(path: Path, settings: PruningConfig, config: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    engine, pruner = start(path, config, settings)
+    train(engine, pruner, BLOCKS, STEPS)
+    engine.destroy()
+    return pruner.masks, pruner.scores
+
+
+def chosen_in_memory(path: Path, settings: PruningConfig) -> tuple[list[Tensor], list[Tensor]]:
+    backend = InMemoryBackend(AutoModelForCausalLM.from_pretrained(path))
+    pruner = Pruner(backend, unit_groups(backend.module), settings, total_steps=STEPS, seed=0)
+    train(backend, pruner, BLOCKS, STEPS)
+    return pruner.masks, pruner.scores
+
+
+def assert_same_units(masks: Tensor, others: Tensor, scores: Tensor) -> None:
+    """Units may be exchanged only where rounding decides: their scores differ by less than 1e-6 of their size."""
+    exchanged = scores[masks != others]
+    if len(exchanged):
+        assert (exchanged.max() - exchanged.min()) < 1e-6 * exchanged.abs().max()
+    assert masks.sum() == others.sum()
+
+
+def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(folder: Path) -> None:
+    path = saved_model(folder, "gpt_neo")
+    settings = [*(pruning(criterion) for criterion in CRITERIA), pruning("gum", similarity="running")]
+    expected = [chosen_in_memory(path, each) for each in settings]
+    for world_size in (1, 2, 3):
+        for accumulation in (1, 2) if world_size == 1 else (1,):
+            cases = [(path, each, ds_config(accumulation=accumulation)) for each in settings]
+            for rank in run_ranks(call_each, world_size, chosen, cases):
+                for (masks, scores), (others, other_scores) in zip(rank, expected, strict=True):
+                    for group in zip(masks, others, scores, strict=True):
+                        assert_same_units(*group)
+                    torch.testing.assert_close(torch.cat(scores), torch.cat(other_scores), rtol=1e-3, atol=1e-5)
+
+
+# --- fp16, on a CPU that DeepSpeed thinks cannot --------------------------------------------------------------------
+
+
+def half(scale_power: int) -> dict[str, Any]:
+    dynamic = {"enabled": True, "loss_scale": 0, "initial_scale_power": scale_power, "hysteresis": 1}
+    return ds_config(learning_rate=1e-3, fp16=dynamic)
+
+
+def allow_fp16() -> None:
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def first_totals(path: Path, config: dict[str, Any], criterion: str) -> tuple[float, Tensor]:
+    allow_fp16()
+    engine, pruner = start(path, config, pruning(criterion))
+    ids = BLOCKS.block(0)[None]
+    engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+    pruner.after_backward()
+    return float(engine.optimizer.loss_scale), pruner._total
+
+
+@pytest.mark.parametrize("criterion", ["movement", "sensitivity"])
+def test_gradients_are_read_unscaled(criterion: str, folder: Path) -> None:
+    path = saved_model(folder, "gpt_neo")
+    cases = [(path, config, criterion) for config in (ds_config(), half(10), half(2))]
+    for (_, exact), *scaled in run_ranks(call_each, 2, first_totals, cases):
+        assert [scale for scale, _ in scaled] == [1024.0, 4.0]
+        for _, rough in scaled:
+            torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.01 * float(exact.abs().max()))
+
+
+def overflow(path: Path, scale_power: int) -> dict[str, Any]:
+    allow_fp16()
+    engine, pruner = start(path, half(scale_power), pruning("gum", similarity_every=1))
+    history = [(False, pruner.state, pruner.similarity.clone())]
+    members = [member.name for group in pruner.groups for member in group.members]
+
+    def check() -> None:
+        history.append((engine.was_step_applied(), pruner.state, pruner.similarity.clone()))
+        assert torch.equal(torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~torch.cat(pruner.masks))
+
+    train(engine, pruner, BLOCKS, STEPS, after=check)
+    return {"history": history, "widths": pruner.widths}
+
+
+def test_a_step_that_overflows_changes_no_score(folder: Path) -> None:
+    for rank in run_ranks(overflow, 2, saved_model(folder, "gpt_neo"), 20):
+        for (_, before, alike_before), (applied, after, alike) in pairwise(rank["history"]):
+            same = all(torch.equal(value, after[name]) for name, value in before.items())
+            assert applied != same
+            assert applied != torch.equal(alike_before, alike)
+        assert {applied for applied, *_ in rank["history"][1:]} == {True, False}
+        assert sum(rank["widths"]) == 13
+
+
+# --- where the weights live ------------------------------------------------------------------------------------------
+
+
+def offloaded() -> dict[str, Any]:
+    config = ds_config()
+    config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return config | {"zero_force_ds_cpu_optimizer": False}
+
+
+@pytest.mark.parametrize("more", [offloaded(), ds_config(torch_autocast={"enabled": True, "dtype": "bfloat16"})])
+def test_masks_hold_where_masters_or_computation_are_elsewhere(more: dict[str, Any], folder: Path) -> None:
+    (rank, other) = run_ranks(masks_hold, 2, saved_model(folder, "gpt_neo"), pruning("gum"), more)
+    assert torch.equal(rank["masks"], other["masks"])
+    assert rank["masks"][-1].sum() == 13
+
+
+@pytest.mark.slow  # compiles the optimizer
+def test_masks_hold_with_the_optimizer_for_cpus(folder: Path) -> None:
+    config = offloaded() | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}}
+    (rank,) = run_ranks(masks_hold, 1, saved_model(folder, "gpt_neo"), pruning("gum"), config, timeout=300)
+    assert rank["masks"][-1].sum() == 13
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refusal(path: Path, config: dict[str, Any], frozen: str = "", shared: str = "") -> str:
+    """Return the message with which an engine is refused.
+
+    Args:
+        path: the model.
+        config: the ds_config.
+        frozen: name of a parameter that is not trained.
+        shared: name of a parameter whose master and working copy become one memory.
+    """
+    model = load_model(str(path), config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name != frozen)
+    engine = training_engine(model, config)
+    if shared:
+        spoilt: Any = model.get_parameter(shared)
+        spoilt.ds_tensor.data = safe_get_local_fp32_param(spoilt)
+    try:
+        attach(engine, PruningConfig(criterion="movement"), total_steps=STEPS)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_cannot_be_pruned_is_refused(folder: Path) -> None:
+    path, mlp = saved_model(folder, "gpt_neo"), "transformer.h.1.mlp"
+    expected = [
+        *(
+            ((path, ds_config() | {"zero_optimization": {"stage": stage}}), f"the engine runs ZeRO stage {stage}; ")
+            for stage in (0, 1, 2)
+        ),
+        ((path, ds_config(), f"{mlp}.c_proj.weight"), f"parameter {mlp}.c_proj.weight is frozen; "),
+        ((path, ds_config(), "", f"{mlp}.c_fc.bias"), f"parameter {mlp}.c_fc.bias has no float32 master of its own "),
+        ((path, ds_config(), "transformer.wte.weight"), ""),
+    ]
+    (messages,) = run_ranks(call_each, 1, refusal, [case for case, _ in expected])
+    for message, (_, beginning) in zip(messages, expected, strict=True):
+        assert message.startswith(beginning)
+        assert bool(message) == bool(beginning)
