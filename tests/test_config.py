@@ -31,7 +31,7 @@ OUT_OF_RANGE = [
     ("similarity_tokens", 1, "at least 2"),
     ("similarity_weight", 0.0, "in (0, 1]"),
     ("similarity_weight", 1.1, "in (0, 1]"),
-    ("min_kept", -1, "at least 0"),
+    ("min_kept", 0, "at least 1"),
     ("width_multiple", 0, "at least 1"),
     ("max_steps", 0, "at least 1"),
     ("recovery_steps", -1, "at least 0"),
@@ -57,7 +57,7 @@ AT_THE_EDGE = [
     ("max_grad_norm", 0.0),
     ("uniqueness", 0.0),
     ("seed", 2**32 - 1),
-    ("min_kept", 0),
+    ("min_kept", 1),
 ]
 
 
@@ -86,7 +86,7 @@ def test_the_ends_of_a_range_belong_to_it_where_help_says_so(name: str, value: f
         ({"precision": "int8"}, "choose one of fp32, bf16, fp16"),
         ({"layout": "ragged"}, "choose one of uniform, pad, per_layer"),
         ({"output_dir": ""}, '--output_dir "" is empty'),
-        ({"max_steps": None}, "--max_steps has no value, leave it out to take its default, 400"),
+        ({"max_steps": None}, "--max_steps has no value, leave it out to take its default, 300"),
         ({"eval_tokens": 1}, "--eval_tokens 1 predicts nothing"),
         ({"dataset_config": "wikitext-2"}, "--dataset_config wikitext-2 belongs to a --dataset"),
         ({"warmup_fraction": 0.6, "cooldown_fraction": 0.5}, "--warmup_fraction 0.6 and --cooldown_fraction 0.5"),

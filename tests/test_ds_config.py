@@ -106,8 +106,8 @@ def test_missing_sections_get_defaults_that_keep_deepspeed_quiet() -> None:
             "type": "WarmupDecayLR",
             "params": {
                 "warmup_type": "linear",
-                "total_num_steps": 400,
-                "warmup_num_steps": 40,
+                "total_num_steps": 300,
+                "warmup_num_steps": 30,
                 "warmup_min_lr": 0.0,
                 "warmup_max_lr": 5e-4,
             },
@@ -162,8 +162,8 @@ def test_offloaded_optimizer_states_get_deepspeeds_own_adam() -> None:
 @pytest.mark.parametrize(
     ("kind", "filled"),
     [
-        ("WarmupLR", {"warmup_num_steps": 40, "warmup_min_lr": 0.0, "warmup_max_lr": 5e-4}),
-        ("WarmupCosineLR", {"warmup_num_steps": 40, "total_num_steps": 400}),
+        ("WarmupLR", {"warmup_num_steps": 30, "warmup_min_lr": 0.0, "warmup_max_lr": 5e-4}),
+        ("WarmupCosineLR", {"warmup_num_steps": 30, "total_num_steps": 300}),
         ("OneCycle", {}),
     ],
 )
@@ -255,7 +255,7 @@ def test_batch_sizes_that_do_not_multiply_show_the_arithmetic(
         (
             {"lr_warmup_fraction": 0.5},
             {"scheduler__params__warmup_num_steps": 7},
-            ["--lr_warmup_fraction 0.5 asks for 200", '"scheduler.params.warmup_num_steps": 7'],
+            ["--lr_warmup_fraction 0.5 asks for 150", '"scheduler.params.warmup_num_steps": 7'],
         ),
     ],
 )
@@ -375,7 +375,7 @@ def test_deepspeed_reads_what_resolve_returns(name: str) -> None:
     read = DeepSpeedConfig(resolve(load(name), Config(), frozenset(), 1, 13))
     assert (read.train_batch_size, read.gradient_accumulation_steps, read.zero_optimization_stage) == (16, 1, 3)
     assert read.optimizer_params["lr"] == 5e-4
-    assert read.scheduler_params["total_num_steps"] == 400
+    assert read.scheduler_params["total_num_steps"] == 300
     assert read.zero_config.param_persistence_threshold == 130
     assert read.bfloat16_config.enabled == (precision(read._param_dict) == "bf16")
 
