@@ -24,8 +24,7 @@ from scale_prune.zero3 import Runtime
 
 CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
 BASE = {
-    "max_steps": 600,
-    "train_batch_size": 8,
+    "max_steps": 250,
     "learning_rate": 3e-3,
     "remaining": 1.0,
     "criterion": "random",

@@ -237,8 +237,9 @@ def test_a_folder_that_holds_a_run_is_left_alone(finished: Path, work: Path) -> 
     (code, stderr), (other_code, other_stderr) = run_ranks(outcome, 2, arguments(work, finished))
     assert (code, other_code) == (2, 2)
     message = f"error: --output_dir {finished} holds a run already; give another folder, or --overwrite to replace it"
-    assert stderr.splitlines() == [message]
-    assert other_stderr == ""
+    assert errors_of(stderr) == [message]
+    assert errors_of(other_stderr) == []
+    assert "Traceback" not in stderr + other_stderr
     assert content(finished) == before
 
 

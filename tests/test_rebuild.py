@@ -89,6 +89,7 @@ def compaction(path: Path, config: dict[str, Any], output: Path) -> dict[str, An
     make_engine = partial(training_engine, ds_config=config)
     engine, pruner = start(path, config, settings)
     train(engine, pruner, BLOCKS, STEPS)
+    assert torch.equal(logits(engine), snapshots["masked"]["logits"])
     engine = compact(pruner, make_engine)
     groups = unit_groups(engine.module)
     snapshots["compacted"] = snapshot(engine)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 from distributed import run_ranks
 from engines import (
@@ -32,10 +33,12 @@ from transformers import AutoModelForCausalLM
 
 from scale_prune import attach
 from scale_prune.config import PruningConfig
+from scale_prune.core.groups import UnitGroup
 from scale_prune.core.selection import budget
 from scale_prune.criteria import CRITERIA
 from scale_prune.families import unit_groups
 from scale_prune.pruner import Pruner
+from scale_prune.zero3 import Zero3Backend
 from scale_prune.zero3.runtime import load_model, training_engine
 
 pytestmark = pytest.mark.distributed
@@ -101,6 +104,37 @@ def test_masks_are_the_same_on_all_ranks_and_hold_in_what_the_forward_pass_uses(
         threshold = config["zero_optimization"]["stage3_param_persistence_threshold"]
         statuses = {SHARDED: {"NOT_AVAILABLE"}, ALL_GATHERED: {"AVAILABLE"}}
         assert ranks[0]["statuses"] == statuses.get(threshold, {"AVAILABLE", "NOT_AVAILABLE"})
+
+
+class Forgetful(Zero3Backend):
+    """Loses the mask of one tensor, in its shards or in the copy that stays gathered."""
+
+    forgotten = "transformer.h.1.mlp.c_proj.weight"
+
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+        """Mask, and put one tensor's values back."""
+        parameter: Any = self.parameters[self.forgotten]
+        stays_gathered = parameter.ds_status == ZeroParamStatus.AVAILABLE
+        copy = parameter.data if stays_gathered else parameter.ds_tensor.data
+        before = copy.clone()
+        super().mask_working_copy(group, mask)
+        copy.copy_(before)
+
+
+def message_of_a_mask_that_is_lost(path: Path, config: dict[str, Any]) -> str:
+    engine, pruner = start(path, config, pruning("random"))
+    pruner.backend = Forgetful(engine)
+    with pytest.raises(RuntimeError) as error:
+        train(engine, pruner, BLOCKS, STEPS)
+    return str(error.value)
+
+
+def test_a_mask_that_does_not_reach_the_forward_pass_stops_the_run_on_all_ranks(folder: Path) -> None:
+    path = saved_model(folder, "gpt_neo")
+    cases = [(path, ds_config(persistence=persistence)) for persistence in (SHARDED, ALL_GATHERED)]
+    for messages in run_ranks(call_each, 3, message_of_a_mask_that_is_lost, cases):
+        for message in messages:
+            assert message.startswith("step 2: the masks of group transformer.h.1.mlp did not take hold")
 
 
 # --- the same neurons ------------------------------------------------------------------------------------------------
