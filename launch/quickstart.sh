@@ -16,7 +16,7 @@ done
 
 free_port=$(python -c "import socket; s = socket.socket(); s.bind(('localhost', 0)); print(s.getsockname()[1])")
 deepspeed --num_accelerators 2 --log_level warning --master_port "$free_port" "$root/launch/prune.py" \
-    --ds_config "$root/ds_configs/zero3_cpu.json" --output_dir "$output" --overwrite --max_steps 200 "$@"
+    --ds_config "$root/ds_configs/zero3_cpu.json" --output_dir "$output" --overwrite --max_steps 150 "$@"
 
 cat << EOF
 

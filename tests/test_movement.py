@@ -133,7 +133,7 @@ def test_movement_equals_autograd_through_an_explicit_mask(
     backend = InMemoryBackend(model, learning_rate=3e-3, accumulation_steps=accumulation)
     pruner = Pruner(backend, unit_groups(model), config, total_steps=steps, seed=0)
     explicit = ExplicitMask(model_type, config, pruner.schedule, learning_rate=3e-3)
-    blocks, churns = token_blocks(VOCABULARY), 0
+    blocks, returned = token_blocks(VOCABULARY), 0
     batches = training_batches(
         blocks,
         batch_size=6,
@@ -144,14 +144,15 @@ def test_movement_equals_autograd_through_an_explicit_mask(
         seed=0,
     )
     for step, micro_batches in zip(range(1, steps + 1), batches, strict=False):
+        before = torch.cat(pruner.masks)
         train(backend, pruner, blocks, 1)
         explicit.step(micro_batches, step)
-        churns += pruner.churn
+        returned += int((torch.cat(pruner.masks) & ~before).sum())
         found = pruner.criterion.score(pruner.state)
         atol = 2e-5 * float(found.abs().max())
         torch.testing.assert_close(found, torch.cat(explicit.scores).detach(), rtol=2e-3, atol=atol)
         assert all(torch.equal(mask, one > 0) for mask, one in zip(pruner.masks, explicit.masks, strict=True))
-    assert churns > 0
+    assert returned > 0 or optimizer == "sgd"  # masks change in both directions
     for name, parameter in explicit.model.named_parameters():
         torch.testing.assert_close(backend.masters[name], parameter.detach(), rtol=1e-3, atol=1e-4)
 
