@@ -59,7 +59,7 @@ class Zero3Backend:
             if safe_get_local_fp32_param(param).data_ptr() == param.ds_tensor.data_ptr():
                 raise ValueError(
                     f"parameter {member.name} has no float32 master of its own in this ds_config, so masks would "
-                    "destroy its weights; turn off torch_autocast and use bf16, fp16 or plain fp32"
+                    "destroy its weights; use bf16, fp16 or plain fp32"
                 )
 
     def at_boundary(self) -> bool:
