@@ -44,8 +44,7 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any]) -> Any:
         make_engine: builds an engine around a module, as the loop built its own, with the same optimizer.
     """
     assert isinstance(pruner.backend, Zero3Backend)
-    masks = {group.name: mask for group, mask in zip(pruner.groups, pruner.masks, strict=True)}
-    engine, _ = compact_engine(pruner.backend, pruner.groups, masks, make_engine)
+    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masks_by_name, make_engine)
     return engine
 
 

@@ -212,7 +212,7 @@ class TrainingConfig(Settings):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     seed: int = setting(0, "seed of data order, dropout and random scores", Range(0, 2**32 - 1, "[]"))
-    trust_remote_code: bool = setting(False, "run code that comes with the model or data set")
+    trust_remote_code: bool = setting(False, "run code that comes with the model")
 
 
 @dataclass(frozen=True, kw_only=True)

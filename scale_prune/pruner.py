@@ -10,10 +10,7 @@ What moves between ranks, with M units in all, G groups and T sampled tokens:
 Parameters never move. A rank holds scores and their optimizer state of M / W units, masks of all (M bytes).
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +22,7 @@ from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import check_finite
 from scale_prune.core.similarity import Similarity
 from scale_prune.criteria import CRITERIA, Moment, ShardView, with_defaults
+from scale_prune.seconds import Seconds
 from scale_prune.shard_backend import ShardBackend
 
 
@@ -86,7 +84,7 @@ class Pruner:
         self._sampling = False
         self.step = 0
         self.churn = 0
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds = Seconds()
         self._arm_sampler()
 
     # --- the two calls -------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ class Pruner:
         """Take the units' shares of the step's gradient; call it between `engine.backward` and `engine.step`."""
         self._at_boundary = self.backend.at_boundary()
         if self._at_boundary and self.pruning and "grad" in self.criterion.needs:
-            with self._timed("scoring"):
+            with self.seconds.measure("scoring"):
                 self._total = self._totals(self._criterion_share)
 
     @torch.no_grad()
@@ -112,18 +110,18 @@ class Pruner:
         self.step += 1
         sampled = self._sampler.take(self.backend.accumulation_steps) if self._sampling else []
         if self.backend.step_applied():
-            with self._timed("similarity"):
+            with self.seconds.measure("similarity"):
                 self._update_similarity(sampled)
-            with self._timed("scoring"):
+            with self.seconds.measure("scoring"):
                 self._update_state()
         if self.schedule.updates(self.step):
-            with self._timed("scoring"):
+            with self.seconds.measure("scoring"):
                 self._choose_masks()
-            with self._timed("masking"):
+            with self.seconds.measure("masking"):
                 self._apply_masks()
                 self._verify_masks()
         else:
-            with self._timed("masking"):
+            with self.seconds.measure("masking"):
                 self._apply_masks()
         self._arm_sampler()
 
@@ -133,6 +131,11 @@ class Pruner:
     def remaining(self) -> float:
         """The fraction of units that remains, by the masks."""
         return sum(self.widths) / self.layout.num_units
+
+    @property
+    def masks_by_name(self) -> dict[str, Tensor]:
+        """The masks by the names of their groups."""
+        return {group.name: mask for group, mask in zip(self.groups, self.masks, strict=True)}
 
     def mean_similarity(self) -> float | None:
         """Return the mean similarity of the live units, None where the criterion does not use it. A collective."""
@@ -201,7 +204,7 @@ class Pruner:
             self.state = self.criterion.update(self.state, self._totals(self._criterion_share), self._moment())
         self.scores = self._by_group(self._gather(self.criterion.score(self.state)))
         for group, scores in zip(self.groups, self.scores, strict=True):
-            check_finite(scores, group.name)
+            check_finite(scores, f"{group.name} at step {self.step}")
         masks = self.criterion.select(self.scores, self.schedule, self.step)
         self.churn = sum(int((new != old).sum()) for new, old in zip(masks, self.masks, strict=True))
         self.masks = masks
@@ -244,12 +247,6 @@ class Pruner:
             return view.unit_sum(view.weight.abs())
 
         return self._gather(self._totals(share))
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - started
 
 
 def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves in words and numbers: report.json, report.md, kept.json, scores, and the model card."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,14 @@ def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write report.md, then report.json, which says that the run is complete."""
+    """Write report.md, then report.json, which says that the run is complete.
+
+    A perplexity that is not finite is null in report.json: JSON knows neither infinity nor NaN.
+    """
     write_atomically(folder / "report.md", as_markdown(report))
-    write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    finite = {name: v if v is None or math.isfinite(v) else None for name, v in report["perplexity"].items()}
+    text = json.dumps({**report, "perplexity": finite}, indent=2, allow_nan=False)
+    write_atomically(folder / "report.json", text + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,9 +3,7 @@
 import gc
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from scale_prune.inputs import Inputs, make_output
 from scale_prune.monitor import Monitor
 from scale_prune.pruner import Pruner
 from scale_prune.report import model_card, versions, write_kept
+from scale_prune.seconds import Seconds
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
 from scale_prune.zero3.runtime import inference_engine, load_model, release, training_engine
 
@@ -32,7 +31,7 @@ class Run:
         self.inputs, self.config, self.runtime = inputs, inputs.config, runtime
         self.folder = Path(self.config.output.output_dir)
         self.validation_blocks = validation_blocks
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds = Seconds()
         self.perplexities: dict[str, float | None] = {}
         training = self.config.training
         set_seed(training.seed)
@@ -98,28 +97,23 @@ class Run:
 
     def _step(self, micro_batches: list[torch.Tensor], step: int) -> float:
         """Make one optimizer step and return the loss of the global batch before it."""
+        pruning = step <= self.config.training.max_steps  # not in recovery, when the masked units are gone
         total = torch.zeros((), dtype=torch.float64)
         for index, micro_batch in enumerate(micro_batches, 1):
             input_ids = micro_batch.to(self.runtime.device)
-            with self._timed("forward_backward"):
+            with self.seconds.measure("forward_backward"):
                 loss = self.engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
                 self.engine.backward(loss)
                 total += loss.detach().double().cpu()
-            self._after_backward()
+            if pruning:
+                self.pruner.after_backward()
             if index == len(micro_batches):
                 mean = self._checked_loss(float(total) / len(micro_batches), step)
-            with self._timed("step"):
+            with self.seconds.measure("step"):
                 self.engine.step()
-            self._after_step()
+            if pruning:
+                self.pruner.after_step()
         return mean
-
-    def _after_backward(self) -> None:
-        if self.pruner.step < self.config.training.max_steps:
-            self.pruner.after_backward()
-
-    def _after_step(self) -> None:
-        if self.pruner.step < self.config.training.max_steps:
-            self.pruner.after_step()
 
     def _checked_loss(self, own: float, step: int) -> float:
         """Return the ranks' mean loss; stop before a loss or gradient that is not finite reaches the weights.
@@ -142,7 +136,7 @@ class Run:
         )
 
     def _log(self, step: int, loss: float, tokens_per_second: float) -> None:
-        pruner, parts = self.pruner, self.seconds | self.pruner.seconds
+        pruner, parts = self.pruner, {**self.seconds, **self.pruner.seconds}
         values = {
             "train/loss": loss,
             "train/learning_rate": self.engine.get_lr()[0],
@@ -164,7 +158,7 @@ class Run:
 
     def _evaluate(self, name: str | None, step: int) -> None:
         """Measure perplexity on the validation text, under the engine as it is."""
-        with self._timed("evaluation"):
+        with self.seconds.measure("evaluation"):
             value = self._perplexity()
         if name is not None:
             self.perplexities[name] = value
@@ -200,16 +194,17 @@ class Run:
         """Rebuild the engine around the units that are left."""
         if self.pruner.remaining == 1.0:
             return
-        masks = {group.name: mask for group, mask in zip(self.groups, self.pruner.masks, strict=True)}
-        with self._timed("compaction"):
-            self.engine, self.groups = compact_engine(self.backend, self.groups, masks, self._make_engine)
+        with self.seconds.measure("compaction"):
+            self.engine, self.groups = compact_engine(
+                self.backend, self.groups, self.pruner.masks_by_name, self._make_engine
+            )
             self.backend = Zero3Backend(self.engine)
 
     def _make_engine(self, module: torch.nn.Module) -> Any:
         return training_engine(module, self.inputs.ds_config)
 
     def _export(self) -> None:
-        with self._timed("export"):
+        with self.seconds.measure("export"):
             if self.runtime.is_main:
                 write_kept(self.folder, self.pruner.groups, self.pruner.masks, self.pruner.scores)
             self._write("pruned", self.groups, layout=str(self.config.output.layout))
@@ -238,7 +233,9 @@ class Run:
         del self.engine, self.backend, self.pruner.backend
         gc.collect()
         folder = self.folder / "pruned"
-        model = load_model(str(folder), self.inputs.ds_config, trust_remote_code=True)
+        # The code of a per_layer folder is ours; a base model's own code runs only where the user trusts it.
+        trusted = self.config.output.layout == "per_layer" or self.config.training.trust_remote_code
+        model = load_model(str(folder), self.inputs.ds_config, trust_remote_code=trusted)
         self.engine = inference_engine(model, self.inputs.ds_config)
         self._evaluate("exported", self.config.training.max_steps + self.config.training.recovery_steps)
         expected = self.perplexities.get("recovered", self.perplexities["compacted"])
@@ -263,7 +260,7 @@ class Run:
             "widths": pruner.widths,
             "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
             "perplexity": {"recovered": None, **self.perplexities},
-            "seconds": dict(self.seconds | pruner.seconds),
+            "seconds": {**self.seconds, **pruner.seconds},
             "tokens": (config.training.max_steps + config.training.recovery_steps)
             * self.inputs.batch_size
             * config.data.block_size,
@@ -272,9 +269,3 @@ class Run:
             "ds_config": self.inputs.ds_config,
             "versions": versions(),
         }
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - started

@@ -13,7 +13,7 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"config", "ds_limits"},
+    {"config", "ds_limits", "seconds"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
     {"criteria", "families", "report", "data", "embedded"},
     {"shard_backend", "activations", "export"},

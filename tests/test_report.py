@@ -1,0 +1,50 @@
+"""The report: strict JSON, and a table that people can read."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from scale_prune.report import as_markdown, write_report
+
+
+def report(exported: float) -> dict[str, Any]:
+    return {
+        "model": "a-model",
+        "criterion": "gum",
+        "layout": "pad",
+        "remaining": {"target": 0.5, "measured": 0.497},
+        "widths": [7, 5],
+        "parameters": {"dense": 2000, "pruned": 1000, "stored": 1100},
+        "perplexity": {"recovered": None, "dense": 20.0, "masked": 25.0, "compacted": 25.0, "exported": exported},
+        "seconds": {"total": 61.0},
+        "steps": 10,
+        "tokens": 1280,
+        "world_size": 2,
+        "peak_memory_bytes": [2**30, 2**31],
+        "settings": {"seed": 0, "dataset": None},
+        "versions": {"python": "3"},
+    }
+
+
+def refuse(constant: str) -> NoReturn:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize(("exported", "written"), [(25.0, 25.0), (math.inf, None), (math.nan, None)])
+def test_the_report_is_strict_json(tmp_path: Path, exported: float, written: float | None) -> None:
+    write_report(tmp_path, report(exported))
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read["perplexity"] == report(exported)["perplexity"] | {"exported": written}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
+
+
+def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
+    text = as_markdown(report(25.0))
+    assert "| parameters | 2,000 | 1,000 | 0.500 |" in text
+    assert "| parameters in the file | 2,000 | 1,100 | 0.550 |" in text
+    assert "| validation perplexity | 20.000 | 25.000 | 1.250 |" in text
+    assert "| seed | 0 |" in text
+    assert "dataset" not in text
