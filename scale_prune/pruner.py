@@ -204,7 +204,7 @@ class Pruner:
             self.state = self.criterion.update(self.state, self._totals(self._criterion_share), self._moment())
         self.scores = self._by_group(self._gather(self.criterion.score(self.state)))
         for group, scores in zip(self.groups, self.scores, strict=True):
-            check_finite(scores, f"{group.name} at step {self.step}")
+            check_finite(scores, group.name)
         masks = self.criterion.select(self.scores, self.schedule, self.step)
         self.churn = sum(int((new != old).sum()) for new, old in zip(masks, self.masks, strict=True))
         self.masks = masks
