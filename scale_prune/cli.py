@@ -168,8 +168,11 @@ def _build_parser(criteria: Sequence[str]) -> _Parser:
 
 def _add_flag(group: Any, spec: Field[Any], choices: Sequence[str] | None) -> None:
     text = describe(spec).replace("%", "%%")
+    bare = spec.metadata["bare"]
     if _kind(spec) is bool:
         group.add_argument(f"--{spec.name}", action=argparse.BooleanOptionalAction, help=text)
+    elif bare is not None:
+        group.add_argument(f"--{spec.name}", nargs="?", const=bare, metavar=METAVARS[_kind(spec)], help=text)
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[_kind(spec)]
         group.add_argument(f"--{spec.name}", metavar=metavar, help=text)

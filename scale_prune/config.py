@@ -1,7 +1,7 @@
 """Every setting of a run: frozen keyword-only dataclasses, one per concern.
 
 A field's declaration is its documentation, in `--help` and here: what it is, its unit, its range, its default. The same
-range is what the field is checked against. `Config` joins the four concerns; `scale_prune.cli` turns flags and recipes
+range is what the field is checked against. `Config` joins the concerns; `scale_prune.cli` turns flags and recipes
 into one.
 """
 
@@ -46,6 +46,7 @@ def setting(
     *,
     choices: tuple[str, ...] | None = None,
     otherwise: str | None = None,
+    bare: str | None = None,
 ) -> Any:
     """Declare a field.
 
@@ -55,8 +56,10 @@ def setting(
         within: valid values of a number.
         choices: valid values of a string, where they are a closed set.
         otherwise: what happens where the value is None.
+        bare: the value of a flag that is given without one; None where a value is needed.
     """
-    return field(default=default, metadata={"help": help, "within": within, "choices": choices, "otherwise": otherwise})
+    metadata = {"help": help, "within": within, "choices": choices, "otherwise": otherwise, "bare": bare}
+    return field(default=default, metadata=metadata)
 
 
 def describe(spec: Field[Any]) -> str:
@@ -236,6 +239,21 @@ class OutputConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """What a killed run can go on from."""
+
+    save_every: int = setting(0, "optimizer steps between two checkpoints, 0 saves only on SIGTERM", Range(0))
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept, older ones are removed", Range(1))
+    resume: str | None = setting(
+        None,
+        "go on from a checkpoint: its folder, or without a value the newest whole one of output_dir; where there is "
+        "none yet the run starts from the beginning",
+        bare="newest",
+        otherwise="start a new run",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run."""
 
@@ -243,6 +261,7 @@ class Config:
     pruning: PruningConfig = PruningConfig()
     training: TrainingConfig = TrainingConfig()
     output: OutputConfig = OutputConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
         if self.pruning.scope == "global" and self.output.layout == "uniform":
@@ -269,11 +288,11 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its flag's name, without the leading dashes."""
-        return {f.name: getattr(part, f.name) for part in self.parts() for f in fields(part)}
+        return {f.name: getattr(part, f.name) for part in self.parts() for f in fields(part)}  # type: ignore[arg-type]  # every subclass is a dataclass
 
-    def parts(self) -> tuple[DataConfig, PruningConfig, TrainingConfig, OutputConfig]:
-        """Return the four concerns."""
-        return self.data, self.pruning, self.training, self.output
+    def parts(self) -> tuple[Settings, ...]:
+        """Return the concerns."""
+        return self.data, self.pruning, self.training, self.output, self.checkpoint
 
 
 def concerns() -> dict[str, Any]:

@@ -48,6 +48,8 @@ OUT_OF_RANGE = [
     ("seed", 2**32, "in [0, 4294967295]"),
     ("eval_every", -1, "at least 0"),
     ("log_every", 0, "at least 1"),
+    ("save_every", -1, "at least 0"),
+    ("keep_checkpoints", 0, "at least 1"),
 ]
 AT_THE_EDGE = [
     ("block_size", 2),
