@@ -6,11 +6,30 @@ rank never sees whole units: it adds up its share of each unit's number, and the
 Shape legend: S elements of the shard, N units along `dim`, inner = product of the axes after `dim`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+
+@dataclass(frozen=True, eq=False)
+class FlatSlice:
+    """Elements [start, start + S) of a tensor's row-major order.
+
+    Attributes:
+        start: flat offset of the first element.
+        values: (S,).
+    """
+
+    start: int
+    values: Tensor
+
+
+ReadSlice = Callable[[str, int, int], Tensor]
+"""(name, start, count) -> the (count,) elements of a stored tensor, on the CPU."""
 
 
 def unit_sum(values: Tensor, start: int, shape: tuple[int, ...], dim: int) -> Tensor:

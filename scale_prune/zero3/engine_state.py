@@ -1,0 +1,162 @@
+"""What an engine remembers between steps, apart from the weights' working copy, and how another engine takes it over.
+
+Tensors are taken out as this rank's flat slices, everything else as plain values that JSON can hold. The other engine
+may have smaller parameters (compaction) or another number of ranks (a resumed run): who calls cuts the slices anew.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+from torch.nn.functional import pad
+
+from scale_prune.core.shards import FlatSlice, shard_bounds
+from scale_prune.zero3.backend import Zero3Backend
+
+MASTER = "master"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def facts_of(backend: Zero3Backend) -> dict[str, Any]:
+    """Return what is the same on all ranks: step counts, rates, scheduler, loss scale, names of the moments.
+
+    Raises:
+        ValueError: the learning rate scheduler keeps something that JSON cannot hold.
+    """
+    engine, optimizer = backend.engine, backend.engine.optimizer.optimizer
+    state: dict[str, Any] = next(iter(optimizer.state.values()), {})
+    moments = [key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0]
+    scheduler = engine.lr_scheduler
+    return {
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "moments": moments,
+        "scalars": {key: _plain(value) for key, value in state.items() if key not in moments},
+        "options": [{key: _plain(group[key]) for key in ("lr", "betas") if key in group} for group in _groups(backend)],
+        "scheduler": None if scheduler is None else {k: _plain(v) for k, v in scheduler.state_dict().items()},
+        "loss_scaler": _numbers(engine.optimizer.loss_scaler),
+    }
+
+
+def kinds_of(facts: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tensors that an engine keeps for every parameter, the master first."""
+    return [MASTER, *facts["moments"]]
+
+
+def local_slice(backend: Zero3Backend, name: str, kind: str) -> Tensor:
+    """Return this rank's slice of a parameter's master or moment, (S,) without padding. No communication."""
+    param: Any = backend.parameters[name]
+    held = safe_get_local_fp32_param(param) if kind == MASTER else safe_get_local_optimizer_state(param, kind)
+    return held.flatten()[: shard_bounds(param.ds_numel, backend.rank, backend.world_size)[1]]
+
+
+def engine_slices(backend: Zero3Backend) -> Iterator[tuple[str, FlatSlice]]:
+    """Yield this rank's slices of all masters and moments as ("master/NAME", slice), copied to the CPU one by one."""
+    kinds = kinds_of(facts_of(backend))
+    for name in trained(backend):
+        start, _ = shard_bounds(_numel(backend, name), backend.rank, backend.world_size)
+        for kind in kinds:
+            yield f"{kind}/{name}", FlatSlice(start, local_slice(backend, name, kind).to("cpu", copy=True))
+
+
+def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str, str, int, int], Tensor]) -> None:
+    """Give an engine that has not made a step what another one remembered; its working copy stays as it is.
+
+    Args:
+        backend: the engine, with the optimizer and scheduler of the other one.
+        facts: of `facts_of`.
+        read: (kind, name, start, count) -> the (count,) values.
+    """
+    engine = backend.engine
+    _make_state(backend, facts)
+    for name in trained(backend):
+        param: Any = backend.parameters[name]
+        start, count = shard_bounds(param.ds_numel, backend.rank, backend.world_size)
+        size = -(-param.ds_numel // backend.world_size)
+        for kind in kinds_of(facts):
+            values = pad(read(kind, name, start, count).float(), (0, size - count))
+            if kind == MASTER:
+                safe_set_local_fp32_param(param, values)
+            else:
+                safe_set_local_optimizer_state(param, values, kind)
+    if facts["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(dict(facts["scheduler"]))
+    # A scheduler writes the rate after a step, for the next one; its state alone does not bring it back.
+    for group, options in zip(_groups(backend), facts["options"], strict=True):
+        group.update(options)
+    for attribute, value in facts["loss_scaler"].items():
+        setattr(engine.optimizer.loss_scaler, attribute, value)
+    for name in COUNTERS:
+        setattr(engine, name, facts["counters"][name])
+
+
+@torch.no_grad()
+def write_working_copy(backend: Zero3Backend) -> None:
+    """Write this rank's working slices anew from the masters, as a step does. No communication."""
+    for name in trained(backend):
+        param: Any = backend.parameters[name]
+        if param.ds_status == ZeroParamStatus.AVAILABLE:
+            param.partition()  # the next forward pass gathers it again, from the new slices
+        master = local_slice(backend, name, MASTER)
+        param.ds_tensor.flatten()[: len(master)].copy_(master)
+
+
+def trained(backend: Zero3Backend) -> list[str]:
+    """Return the names of the parameters that are trained."""
+    return [name for name, param in backend.parameters.items() if param.requires_grad]
+
+
+def _numel(backend: Zero3Backend, name: str) -> int:
+    param: Any = backend.parameters[name]
+    return int(param.ds_numel)
+
+
+def _groups(backend: Zero3Backend) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = backend.engine.optimizer.optimizer.param_groups
+    return groups
+
+
+def _make_state(backend: Zero3Backend, facts: Mapping[str, Any]) -> None:
+    """Make the state that an optimizer would make lazily at its first step, so that it can be written to."""
+    if not facts["moments"]:
+        return
+    sharded = backend.engine.optimizer
+    for flat, group in zip(sharded.fp32_partitioned_groups_flat, _group_of_each(sharded), strict=True):
+        device = flat.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        scalars = {key: _optimizers_own(value, device) for key, value in facts["scalars"].items()}
+        sharded.optimizer.state[flat] = scalars | {kind: torch.zeros_like(flat) for kind in facts["moments"]}
+
+
+def _group_of_each(sharded: Any) -> Iterable[dict[str, Any]]:
+    """Return the parameter group of every flat buffer; ZeRO-3 cuts groups into sub-groups."""
+    return (sharded.optimizer.param_groups[group] for group in sharded.sub_group_to_group_id.values())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in a form that JSON holds; a tensor's number keeps its kind as {"tensor": number}.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if torch.is_tensor(value) and value.dim() == 0:
+        return {"tensor": value.item()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, int | float | str | None):
+        return value
+    raise ValueError(f"the optimizer or scheduler keeps a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _optimizers_own(value: Any, device: torch.device) -> Any:
+    return torch.tensor(value["tensor"], dtype=torch.float32, device=device) if isinstance(value, dict) else value
+
+
+def _numbers(held: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(held).items() if isinstance(value, int | float)}
