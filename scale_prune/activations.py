@@ -46,11 +46,15 @@ class ActivationSampler:
 
     def take(self, passes: int) -> list[Tensor]:
         """Remove the hooks and return one (passes * tokens, N) tensor a group; places without a token are zeros."""
+        self.disarm()
+        caught, self._caught = self._caught, []
+        return [_stack(sampled, passes * self.tokens) for sampled in caught]
+
+    def disarm(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        caught, self._caught = self._caught, []
-        return [_stack(sampled, passes * self.tokens) for sampled in caught]
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._padding = kwargs.get("attention_mask")

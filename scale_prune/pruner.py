@@ -42,6 +42,9 @@ class Pruner:
         widths: units that remain in each group.
         scores: one (N,) float32 tensor a group, as of the last update of the masks.
         step: optimizer steps made.
+        state: the criterion's state of the owned units, (U,) tensors and scalars by name.
+        similarity: (U,) float32, of the owned units.
+        similarities: what computes it, one a span of owned units.
         churn: units whose mask changed in the last update.
         seconds: wall-clock time spent in "scoring", "similarity" and "masking" (host time on a GPU).
 
@@ -72,7 +75,7 @@ class Pruner:
         self.state = self.criterion.initial_state(self.spans, backend.device)
         self.similarity = self._per_owned(lambda group: 0.0)
         self._weights = self._per_owned(lambda group: 1.0 / (len(self.groups) * group.num_units))
-        self._similarities = [
+        self.similarities = [
             Similarity(s.group.num_units, s.first, s.last, kind=config.similarity, weight=config.similarity_weight)
             for s in self.spans
         ]
@@ -85,7 +88,7 @@ class Pruner:
         self.step = 0
         self.churn = 0
         self.seconds = Seconds()
-        self._arm_sampler()
+        self.arm_sampler()
 
     # --- the two calls -------------------------------------------------------------------------------------------
 
@@ -118,12 +121,28 @@ class Pruner:
             with self.seconds.measure("scoring"):
                 self._choose_masks()
             with self.seconds.measure("masking"):
-                self._apply_masks()
-                self._verify_masks()
+                self.put_masks_on()
         else:
             with self.seconds.measure("masking"):
                 self._apply_masks()
-        self._arm_sampler()
+        self.arm_sampler()
+
+    def arm_sampler(self) -> None:
+        """Catch activations in the coming step, if its turn has come."""
+        due = self.step % self.config.similarity_every == 0 and self.step < self.schedule.total_steps
+        self._sampling = due and self.pruning and "activation" in self.criterion.needs
+        self._sampler.disarm()
+        if self._sampling:
+            self._sampler.arm((self.seed * 1_000_003 + self.step) * 1_000_003 + self.backend.rank)
+
+    def put_masks_on(self) -> None:
+        """Zero the removed units in the working copy and see that it holds. A collective.
+
+        Raises:
+            RuntimeError: the masks, read back from the working copy, are not what was asked.
+        """
+        self._apply_masks()
+        self._verify_masks()
 
     # --- what the run reports ------------------------------------------------------------------------------------
 
@@ -182,15 +201,9 @@ class Pruner:
 
     # --- similarity ----------------------------------------------------------------------------------------------
 
-    def _arm_sampler(self) -> None:
-        due = self.step % self.config.similarity_every == 0 and self.step < self.schedule.total_steps
-        self._sampling = due and self.pruning and "activation" in self.criterion.needs
-        if self._sampling:
-            self._sampler.arm((self.seed * 1_000_003 + self.step) * 1_000_003 + self.backend.rank)
-
     def _update_similarity(self, sampled: Sequence[Tensor]) -> None:
         """Gather the sampled activations one group at a time; each rank computes the rows of the units it owns."""
-        owned = {span.index: (span, rows) for span, rows in zip(self.spans, self._similarities, strict=True)}
+        owned = {span.index: (span, rows) for span, rows in zip(self.spans, self.similarities, strict=True)}
         for index, own_tokens in enumerate(sampled):
             activations = self.backend.all_gather(own_tokens)
             if index in owned:

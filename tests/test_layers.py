@@ -15,10 +15,10 @@ ROOT = Path(scale_prune.__file__).parent
 LAYERS = (
     {"config", "ds_limits", "seconds"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
-    {"criteria", "families", "report", "data", "embedded"},
+    {"criteria", "families", "report", "data", "embedded", "slices"},
     {"shard_backend", "activations", "export"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
-    {"inputs", "api"},
+    {"inputs", "api", "pruner_state"},
     {"run"},
     {"train"},
 )

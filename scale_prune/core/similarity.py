@@ -9,6 +9,8 @@ Deviation: the mean runs over live units other than i itself; padding tokens are
 import torch
 from torch import Tensor
 
+from scale_prune.core.shards import FlatSlice, ReadSlice
+
 ROWS_AT_ONCE = 1024  # bounds the (R, N) temporaries: 64 MiB in float32 at N = 16,384
 
 
@@ -47,6 +49,27 @@ class Similarity:
             self.values = newest
         self.values = torch.where(live[self.first : self.last], newest, self.values)
         return self.values
+
+    def remembered(self) -> dict[str, FlatSlice]:
+        """Return what the next update builds on, beside `values`: with "running" the sums of products, else nothing."""
+        if self.kind == "batch" or self.values is None:
+            return {}
+        products = FlatSlice(self.first * self.num_units, self._products.flatten())
+        return {"products": products, "squares": FlatSlice(0, self._squares)}
+
+    def go_on_from(self, values: Tensor, read: ReadSlice) -> None:
+        """Take over what another object remembered.
+
+        Args:
+            values: (R,) the last result for these rows.
+            read: reads "products", N * N elements of which a row's are consecutive, and "squares".
+        """
+        self.values = values
+        if self.kind == "running":
+            count = (self.last - self.first) * self.num_units
+            products = read("products", self.first * self.num_units, count).to(values.device)
+            self._products = products.view(self.last - self.first, self.num_units)
+            self._squares = read("squares", 0, self.num_units).to(values.device)
 
     def _batch(self, h: Tensor, live: Tensor) -> Tensor:
         squares = h.square().sum(0)
