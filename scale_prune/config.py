@@ -215,6 +215,9 @@ class TrainingConfig(Settings):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     seed: int = setting(0, "seed of data order, dropout and random scores", Range(0, 2**32 - 1, "[]"))
+    collective_timeout: float = setting(
+        1800.0, "seconds that a rank waits for the others before it gives them up", POSITIVE
+    )
     trust_remote_code: bool = setting(False, "run code that comes with the model")
 
 

@@ -31,6 +31,7 @@ from scale_prune.batches import TokenBlocks
 from scale_prune.config import DataConfig
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 HELD_OUT = 0.05

@@ -21,6 +21,7 @@ from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import unit_groups
 from scale_prune.pruner import check_min_kept
+from scale_prune.report import write_atomically
 
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
@@ -95,29 +96,40 @@ def check_output(config: Config) -> None:
     """Refuse an output folder that holds something.
 
     Raises:
-        ValueError: the folder holds a run and `overwrite` is off, or it holds something else.
+        ValueError: the folder holds a run, and neither `overwrite` nor `resume` is on, or it holds something else.
     """
     folder = Path(config.output.output_dir)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / RECIPE).is_file():
         raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
-    if not config.output.overwrite:
+    if not config.output.overwrite and config.checkpoint.resume is None:
         raise ValueError(
-            f"--output_dir {folder} holds a run already; give another folder, or --overwrite to replace it"
+            f"--output_dir {folder} holds a run already; give another folder, --resume to go on with it, or "
+            "--overwrite to replace it"
         )
+
+
+def is_complete(config: Config) -> bool:
+    """Tell whether the output folder holds a run that has come to its end."""
+    return (Path(config.output.output_dir) / REPORT).is_file()
 
 
 def make_output(config: Config) -> None:
     """Make the output folder with the run's settings in it; a run that is to be overwritten waits beside as `.old`."""
     folder = Path(config.output.output_dir)
-    if (folder / REPORT).is_file():
+    if is_complete(config):
         shutil.rmtree(_old(folder), ignore_errors=True)
         folder.rename(_old(folder))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    settings = {name: value for name, value in config.flat().items() if value is not None}
-    (folder / RECIPE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    write_recipe(config)
+
+
+def write_recipe(config: Config) -> None:
+    """Write the settings into the output folder, as a recipe that starts the same run anew."""
+    settings = {name: value for name, value in config.flat().items() if value is not None and name != "resume"}
+    write_atomically(Path(config.output.output_dir) / RECIPE, yaml.safe_dump(settings, sort_keys=False))
 
 
 def drop_old_output(config: Config) -> None:

@@ -19,11 +19,15 @@ class Monitor:
         folder: where events go; None writes none.
         total_steps: optimizer steps of the run, for the progress bar.
         active: True on rank 0.
+        steps_made: steps of a run that goes on; events of later steps, which were lost, are hidden.
     """
 
-    def __init__(self, folder: Path | None, *, total_steps: int, active: bool) -> None:
-        self.writer = SummaryWriter(str(folder)) if active and folder is not None else None
-        self.bar = tqdm(total=total_steps, unit="step", disable=not active, dynamic_ncols=True, mininterval=1.0)
+    def __init__(self, folder: Path | None, *, total_steps: int, active: bool, steps_made: int = 0) -> None:
+        purged = steps_made + 1 if steps_made else None
+        self.writer = SummaryWriter(str(folder), purge_step=purged) if active and folder is not None else None
+        self.bar = tqdm(
+            initial=steps_made, total=total_steps, unit="step", disable=not active, dynamic_ncols=True, mininterval=1.0
+        )
         self.history: list[Tensor] = []
 
     def progress(self, step: int, *, loss: float, remaining: float, tokens_per_second: float) -> None:

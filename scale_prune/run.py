@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,25 @@ import torch
 from transformers import GenerationConfig, set_seed
 
 from scale_prune.batches import TokenBlocks, training_batches, validation_batches
+from scale_prune.checkpoint import Checkpoint, check_shared, set_newer_aside
 from scale_prune.core.groups import UnitGroup
 from scale_prune.evaluation import perplexity
 from scale_prune.export import write_model
 from scale_prune.families import unit_groups
-from scale_prune.inputs import Inputs, make_output
+from scale_prune.inputs import Inputs, make_output, write_recipe
 from scale_prune.monitor import Monitor
 from scale_prune.pruner import Pruner
 from scale_prune.report import model_card, versions, write_kept
+from scale_prune.resume import (
+    check_model_and_text,
+    fingerprint,
+    restore_engine,
+    restore_pruner,
+    restore_randomness,
+    save_run,
+)
 from scale_prune.seconds import Seconds
+from scale_prune.stop import STOPPED, StopSignal
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
 from scale_prune.zero3.runtime import inference_engine, load_model, release, training_engine
 
@@ -27,12 +37,24 @@ from scale_prune.zero3.runtime import inference_engine, load_model, release, tra
 class Run:
     """One fine-tuning run and its engine."""
 
-    def __init__(self, inputs: Inputs, runtime: Runtime, validation_blocks: TokenBlocks) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        runtime: Runtime,
+        blocks: Mapping[str, TokenBlocks],
+        checkpoint: Checkpoint | None,
+        stop: StopSignal,
+    ) -> None:
         self.inputs, self.config, self.runtime = inputs, inputs.config, runtime
+        self.blocks, self.checkpoint, self.stop = blocks, checkpoint, stop
         self.folder = Path(self.config.output.output_dir)
-        self.validation_blocks = validation_blocks
+        self.texts = {split: fingerprint(of_split) for split, of_split in blocks.items()}
+        self.step = 0
+        self.started = time.monotonic()
         self.seconds = Seconds()
         self.perplexities: dict[str, float | None] = {}
+        self.stopping = False
+        self.resumed_at: list[int] = []
         training = self.config.training
         set_seed(training.seed)
         model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
@@ -47,53 +69,129 @@ class Run:
             self.backend, self.groups, self.config.pruning, total_steps=training.max_steps, seed=training.seed
         )
         set_seed(training.seed + runtime.rank)
+        self.dense_parameters = num_parameters(self.engine.module)
+        if checkpoint is not None:
+            check_model_and_text(checkpoint, self.pruner, self.texts)
+        self._open_folder()
         events = self.folder / "tensorboard" if self.config.output.tensorboard else None
-        if runtime.is_main:
-            make_output(self.config)
-        self.monitor = Monitor(events, total_steps=training.max_steps + training.recovery_steps, active=runtime.is_main)
+        self.monitor = Monitor(
+            events,
+            total_steps=training.max_steps + training.recovery_steps,
+            active=runtime.is_main,
+            steps_made=checkpoint.step if checkpoint else 0,
+        )
 
-    def go(self, train_blocks: TokenBlocks) -> dict[str, Any]:
-        """Train, prune, compact, export and measure; return the report but for the total time."""
-        dense_parameters = num_parameters(self.engine.module)
+    def go(self) -> dict[str, Any]:
+        """Train, prune, compact, export and measure, from the start or from the checkpoint; return the report.
+
+        Raises:
+            SystemExit: the run was told to stop, and is saved; with the code STOPPED.
+        """
         training = self.config.training
-        self._evaluate("dense", 0)
+        if self.checkpoint is None:
+            self._evaluate("dense")
+        else:
+            self._go_on_from(self.checkpoint)
         batches = training_batches(
-            train_blocks,
+            self.blocks["train"],
             batch_size=self.inputs.batch_size,
             micro_batch_size=self.inputs.micro_batch_size,
             accumulation=self.engine.gradient_accumulation_steps(),
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             seed=training.seed,
+            first_step=self.step,
         )
-        self._train(batches, 1, training.max_steps)
-        self._evaluate("masked", training.max_steps)
-        self._compact()
-        self._evaluate("compacted", training.max_steps)
+        if self.step <= training.max_steps:
+            self._train(batches, training.max_steps)
+            self._evaluate("masked")
+            self._compact()
+            self._evaluate("compacted")
         if training.recovery_steps:
-            last = training.max_steps + training.recovery_steps
-            self._train(batches, training.max_steps + 1, last)
-            self._evaluate("recovered", last)
+            self._train(batches, training.max_steps + training.recovery_steps)
+            self._evaluate("recovered")
         pruned_parameters = num_parameters(self.engine.module)
         self._export()
         stored_parameters = self._reload()
-        return self._report(dense_parameters, pruned_parameters, stored_parameters)
+        return self._report(self.dense_parameters, pruned_parameters, stored_parameters)
+
+    # --- going on --------------------------------------------------------------------------------------------
+
+    def _open_folder(self) -> None:
+        """Make the run's folder, or go on in it."""
+        if self.runtime.is_main:
+            if self.checkpoint is None or self.folder.resolve() not in self.checkpoint.folder.resolve().parents:
+                make_output(self.config)
+            else:
+                set_newer_aside(self.folder, self.checkpoint.step)
+                write_recipe(self.config)
+        self.runtime.barrier()
+        if self.config.checkpoint.save_every:
+            check_shared(self.folder, self.runtime)
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Bring everything to where it was after the checkpoint's step."""
+        measured = checkpoint.state["measured"]
+        self.step = checkpoint.step
+        self.resumed_at = [*measured["resumed_at"], self.step]
+        self.started -= measured["total_seconds"]
+        self.seconds.update(measured["seconds"])
+        self.perplexities.update(measured["perplexities"])
+        restore_pruner(checkpoint, self.pruner)
+        self.pruner.seconds.update(measured["pruner_seconds"])
+        recovering = self.step > self.config.training.max_steps
+        if recovering:
+            self._compact()
+        restore_engine(checkpoint, self.backend)
+        if not recovering:
+            self.pruner.put_masks_on()
+        restore_randomness(checkpoint, self.runtime, self.config.training.seed)
+        self.monitor.say(f"going on after step {self.step}, from {checkpoint.folder}")
+
+    def _save(self) -> None:
+        with self.seconds.measure("checkpoints"):
+            folder = save_run(
+                self.inputs,
+                self.runtime,
+                self.backend,
+                self.pruner,
+                step=self.step,
+                texts=self.texts,
+                measured={
+                    "total_seconds": time.monotonic() - self.started,
+                    "seconds": dict(self.seconds),
+                    "pruner_seconds": dict(self.pruner.seconds),
+                    "perplexities": self.perplexities,
+                    "resumed_at": self.resumed_at,
+                },
+            )
+        self.monitor.say(f"step {self.step}: saved {folder}")
 
     # --- training --------------------------------------------------------------------------------------------
 
-    def _train(self, batches: Iterator[list[torch.Tensor]], first: int, last: int) -> None:
+    def _train(self, batches: Iterator[list[torch.Tensor]], last: int) -> None:
         self.engine.train()
-        every, started, start_step = self.config.output.eval_every, time.monotonic(), first - 1
+        every, started, first = self.config.output.eval_every, time.monotonic(), self.step + 1
         tokens_per_step = self.inputs.batch_size * self.config.data.block_size
         for step in range(first, last + 1):
             loss = self._step(next(batches), step)
-            rate = (step - start_step) * tokens_per_step / (time.monotonic() - started)
+            self.step = step
+            rate = (step + 1 - first) * tokens_per_step / (time.monotonic() - started)
             self.monitor.progress(step, loss=loss, remaining=self.pruner.remaining, tokens_per_second=rate)
             if step % self.config.output.log_every == 0 or step == last:
                 self._log(step, loss, rate)
             if every and step % every == 0 and step < last:
-                self._evaluate(None, step)
+                self._evaluate(None)
                 self.engine.train()
+            self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        every = self.config.checkpoint.save_every
+        if self.stopping or (every and self.step % every == 0):
+            self._save()
+        if self.stopping:
+            self.monitor.say(f"stopped by SIGTERM after step {self.step}; the same command with --resume goes on")
+            raise SystemExit(STOPPED)
 
     def _step(self, micro_batches: list[torch.Tensor], step: int) -> float:
         """Make one optimizer step and return the loss of the global batch before it."""
@@ -123,8 +221,10 @@ class Run:
         Raises:
             ValueError: the loss or a gradient is not finite.
         """
-        sums = torch.tensor([own, float(not self.backend.gradients_finite())], dtype=torch.float64)
-        total, num_broken = self.runtime.add_over_ranks(sums).tolist()
+        own_numbers = [own, float(not self.backend.gradients_finite()), float(self.stop.received)]
+        sums = self.runtime.add_over_ranks(torch.tensor(own_numbers, dtype=torch.float64))
+        total, num_broken, num_stopping = sums.tolist()
+        self.stopping = num_stopping > 0
         loss = total / self.runtime.world_size
         if self.engine.fp16_enabled() or (math.isfinite(loss) and not num_broken):
             return loss
@@ -156,20 +256,20 @@ class Run:
 
     # --- measuring -------------------------------------------------------------------------------------------
 
-    def _evaluate(self, name: str | None, step: int) -> None:
+    def _evaluate(self, name: str | None) -> None:
         """Measure perplexity on the validation text, under the engine as it is."""
         with self.seconds.measure("evaluation"):
             value = self._perplexity()
         if name is not None:
             self.perplexities[name] = value
-        self.monitor.scalars(step, {"validation/perplexity": value})
-        self.monitor.say(f"step {step}: validation perplexity {value:.3f}{f' ({name})' if name else ''}")
+        self.monitor.scalars(self.step, {"validation/perplexity": value})
+        self.monitor.say(f"step {self.step}: validation perplexity {value:.3f}{f' ({name})' if name else ''}")
 
     @torch.no_grad()
     def _perplexity(self) -> float:
         self.engine.eval()
         batches = validation_batches(
-            self.validation_blocks,
+            self.blocks["validation"],
             micro_batch_size=self.inputs.micro_batch_size,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
@@ -237,7 +337,7 @@ class Run:
         trusted = self.config.output.layout == "per_layer" or self.config.training.trust_remote_code
         model = load_model(str(folder), self.inputs.ds_config, trust_remote_code=trusted)
         self.engine = inference_engine(model, self.inputs.ds_config)
-        self._evaluate("exported", self.config.training.max_steps + self.config.training.recovery_steps)
+        self._evaluate("exported")
         expected = self.perplexities.get("recovered", self.perplexities["compacted"])
         exported = self.perplexities["exported"]
         assert expected is not None
@@ -260,7 +360,8 @@ class Run:
             "widths": pruner.widths,
             "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
             "perplexity": {"recovered": None, **self.perplexities},
-            "seconds": {**self.seconds, **pruner.seconds},
+            "seconds": {"total": time.monotonic() - self.started, **self.seconds, **pruner.seconds},
+            "resumed_at": self.resumed_at,
             "tokens": (config.training.max_steps + config.training.recovery_steps)
             * self.inputs.batch_size
             * config.data.block_size,

@@ -74,6 +74,10 @@ class SliceReader:
         """Return the names of all tensors."""
         return frozenset(self._pieces)
 
+    def whole(self, name: str) -> Tensor:
+        """Return all elements that are stored of a tensor."""
+        return self.read(name, 0, max(start + count for start, count, _ in self._pieces[name]))
+
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Return elements [start, start + count) of a tensor, (count,), on the CPU.
 

@@ -5,21 +5,23 @@ inputs -> sharded model -> engine + pruner -> loop -> smaller engine -> recovery
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from scale_prune.batches import TokenBlocks
 from scale_prune.cli import parse, user_errors
 from scale_prune.config import Config
 from scale_prune.criteria import CRITERIA
-from scale_prune.data import prepare
+from scale_prune.data import SPLITS, prepare
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
-from scale_prune.inputs import REPORT, check_output, drop_old_output, fill_in, read_inputs
+from scale_prune.inputs import REPORT, check_output, drop_old_output, fill_in, is_complete, read_inputs
 from scale_prune.report import write_report
+from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run
+from scale_prune.stop import StopSignal
 from scale_prune.zero3 import Runtime
 
 CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
@@ -41,9 +43,16 @@ def main(argv: Sequence[str]) -> None:
         fill_in(config)
         load(config.training.ds_config)
         check_output(config)
+        checkpoint = glance(config)
+        if config.checkpoint.resume and is_complete(config):
+            with redirect_stdout(None if rank else sys.stdout):
+                print(f"the run in {config.output.output_dir} is complete, there is nothing to go on with", flush=True)
+            return
         if config.training.model is not None:
-            read_inputs(config, explicit, world_size)
-        runtime = Runtime.start()
+            inputs = read_inputs(with_batch_of(checkpoint, config), explicit, world_size)
+            if checkpoint is not None:
+                check_same(checkpoint, inputs)
+        runtime = Runtime.start(config.training.collective_timeout)
         try:
             if config.training.model is None:
                 config = embedded_default(config, explicit, runtime)
@@ -79,21 +88,26 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
     """Fine-tune and prune one model; the report, and everything else, is in the output folder.
 
     Raises:
-        ValueError: an input cannot be used, or the loss is not finite.
+        SystemExit: SIGTERM came, and the run is saved; with the code STOPPED.
+        ValueError: an input cannot be used, the loss is not finite, or the disk is full.
         RuntimeError: masks did not take hold, or the exported model is not the one that was trained.
     """
-    started = time.monotonic()
-    inputs = read_inputs(config, explicit, runtime.world_size)
+    stop = StopSignal()
+    checkpoint = choose(config, runtime)
+    inputs = read_inputs(with_batch_of(checkpoint, config), explicit, runtime.world_size)
     config = inputs.config
+    if checkpoint is not None:
+        for line in check_same(checkpoint, inputs):
+            runtime.say(line)
+    elif config.checkpoint.resume is not None:
+        runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
     with runtime.main_first():
-        train_blocks = prepare(config.data, "train", inputs.tokenizer)
-        validation_blocks = prepare(config.data, "validation", inputs.tokenizer)
-    run = Run(inputs, runtime, validation_blocks)
+        blocks: dict[str, TokenBlocks] = {split: prepare(config.data, split, inputs.tokenizer) for split in SPLITS}
+    run = Run(inputs, runtime, blocks, checkpoint, stop)
     try:
-        report = run.go(train_blocks)
+        report = run.go()
     finally:
         run.monitor.close()  # so that a message does not stand behind the progress bar
-    report["seconds"] = {"total": time.monotonic() - started} | report["seconds"]
     if runtime.is_main:
         write_report(run.folder, report)
         drop_old_output(config)

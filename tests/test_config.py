@@ -48,6 +48,7 @@ OUT_OF_RANGE = [
     ("seed", 2**32, "in [0, 4294967295]"),
     ("eval_every", -1, "at least 0"),
     ("log_every", 0, "at least 1"),
+    ("collective_timeout", 0.0, "above 0"),
     ("save_every", -1, "at least 0"),
     ("keep_checkpoints", 0, "at least 1"),
 ]

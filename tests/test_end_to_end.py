@@ -3,24 +3,29 @@
 import json
 import math
 import os
-import random
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from io import StringIO
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from command import (
+    BATCH,
+    BLOCK,
+    STEPS,
+    arguments,
+    errors_of,
+    finish,
+    launch,
+    make_work,
+    outcome,
+    pids_of,
+    report_of,
+    wait_until,
+)
 from distributed import run_ranks, start_ranks
-from memory_backend import steady_model
 from models import LAYERS, WIDTH
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,78 +34,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scale_prune import run
 from scale_prune.core.selection import select
-from scale_prune.embedded import train_tokenizer
-from scale_prune.train import main
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[1]
-BLOCK, STEPS, RECOVERY, BATCH = 16, 7, 2, 4
-SENTENCE = "the a neuron layer model keeps drops learns prunes fast slowly and then again while training on text"
-
-
-def text(lines: int, seed: int) -> str:
-    rng, words = random.Random(seed), SENTENCE.split()
-    return "".join(" ".join(rng.choices(words, k=rng.randint(3, 12))) + ".\n" for _ in range(lines))
+RECOVERY = 2
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tiny model, its tokenizer and a little text."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "train.txt").write_text(text(200, seed=0))
-    (folder / "validation.txt").write_text(text(20, seed=1))
-    tokenizer = train_tokenizer([text(200, seed=0)], 300)
-    tokenizer.save_pretrained(folder / "model")
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    steady_model("gpt_neo", vocab_size=len(tokenizer), **ids).save_pretrained(folder / "model")
-    return folder
-
-
-def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
-    usual = {
-        "model": work / "model",
-        "train_file": work / "train.txt",
-        "validation_file": work / "validation.txt",
-        "block_size": BLOCK,
-        "max_steps": STEPS,
-        "train_batch_size": BATCH,
-        "log_every": 2,
-        "output_dir": output,
-    }
-    words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in (usual | settings).items()]
-    return list(chain.from_iterable(words))
-
-
-def launch(flags: list[str]) -> subprocess.Popen[str]:
-    """Start `deepspeed launch/prune.py` on two ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(port),
-    ]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / "launch" / "prune.py"), *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return output
+    return make_work(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -209,23 +151,8 @@ def test_tensorboard_shows_what_happened(finished: Path) -> None:
 # --- in forked ranks, which start fast -------------------------------------------------------------------------------
 
 
-def outcome(flags: list[str]) -> tuple[int, str]:
-    """Return the exit code and what was written to stderr, of the command on this rank."""
-    errors = StringIO()
-    with redirect_stderr(errors):
-        try:
-            main(flags)
-        except SystemExit as exit:
-            return int(exit.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
-
-
 def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
     return [outcome(flags) for flags in cases]
-
-
-def errors_of(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
 def content(folder: Path) -> dict[Path, int]:
@@ -236,7 +163,10 @@ def test_a_folder_that_holds_a_run_is_left_alone(finished: Path, work: Path) -> 
     before = content(finished)
     (code, stderr), (other_code, other_stderr) = run_ranks(outcome, 2, arguments(work, finished))
     assert (code, other_code) == (2, 2)
-    message = f"error: --output_dir {finished} holds a run already; give another folder, or --overwrite to replace it"
+    message = (
+        f"error: --output_dir {finished} holds a run already; give another folder, --resume to go on with it, or "
+        "--overwrite to replace it"
+    )
     assert errors_of(stderr) == [message]
     assert errors_of(other_stderr) == []
     assert "Traceback" not in stderr + other_stderr
@@ -319,11 +249,6 @@ def test_a_text_shorter_than_a_block_is_found_on_all_ranks(work: Path) -> None:
     assert "at least 16 are needed" in error
     assert errors_of(other_stderr) == []
     assert not (work / "never").exists()
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return found
 
 
 def test_other_settings_reach_a_model_that_loads_without_code_of_its_own(work: Path) -> None:
@@ -434,24 +359,3 @@ def test_when_a_rank_dies_the_launcher_ends_the_others(work: Path) -> None:
     finish(process)
     assert process.returncode != 0
     assert pids_of(str(output)) == []
-
-
-def pids_of(argument: str) -> list[int]:
-    """Return the training processes, by an argument of their own, in order of rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().split("\0")
-        except OSError:
-            continue
-        for word in words:
-            if argument in words and word.startswith("--local_rank="):
-                found[word] = int(path.parent.name)
-    return [found[rank] for rank in sorted(found)]
-
-
-def wait_until(happened: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)

@@ -13,12 +13,13 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"config", "ds_limits", "seconds"},
+    {"config", "ds_limits", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
     {"criteria", "families", "report", "data", "embedded", "slices"},
     {"shard_backend", "activations", "export"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
-    {"inputs", "api", "pruner_state"},
+    {"inputs", "api", "pruner_state", "checkpoint"},
+    {"resume"},
     {"run"},
     {"train"},
 )

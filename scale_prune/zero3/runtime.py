@@ -7,6 +7,7 @@ import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 KIBIBYTE = 1024
+TEXT_BYTES = 500
 
 
 class Runtime:
@@ -28,13 +30,17 @@ class Runtime:
     device: torch.device
 
     @classmethod
-    def start(cls) -> "Runtime":
-        """Join the process group that the launcher describes; a process by itself is a group of one."""
+    def start(cls, timeout: float = 1800.0) -> "Runtime":
+        """Join the process group that the launcher describes; a process by itself is a group of one.
+
+        Args:
+            timeout: seconds that a rank waits for the others in a collective before it fails.
+        """
         _quieten()
         if "RANK" not in os.environ:
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
             os.environ.update(alone)
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
         runtime = cls()
         runtime.rank, runtime.world_size = dist.get_rank(), dist.get_world_size()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -46,6 +52,11 @@ class Runtime:
     def is_main(self) -> bool:
         """True on rank 0, which alone writes files."""
         return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Print a line, on rank 0 only."""
+        if self.is_main:
+            print(message, flush=True)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -62,6 +73,14 @@ class Runtime:
         own = torch.zeros(self.world_size, dtype=torch.float64)
         own[self.rank] = value
         return [float(number) for number in self.add_over_ranks(own)]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return one short text of every rank, in order of rank; cut to TEXT_BYTES."""
+        encoded = text.encode()[:TEXT_BYTES]
+        own = torch.zeros(self.world_size, TEXT_BYTES, dtype=torch.int64)
+        own[self.rank, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
+        rows = self.add_over_ranks(own).tolist()
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -1,0 +1,126 @@
+"""The command as tests use it: what it needs, its flags, and how it is started."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from memory_backend import steady_model
+
+from scale_prune.embedded import train_tokenizer
+from scale_prune.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK, STEPS, BATCH = 16, 7, 4
+SENTENCE = "the a neuron layer model keeps drops learns prunes fast slowly and then again while training on text"
+
+
+def text(lines: int, seed: int) -> str:
+    rng, words = random.Random(seed), SENTENCE.split()
+    return "".join(" ".join(rng.choices(words, k=rng.randint(3, 12))) + ".\n" for _ in range(lines))
+
+
+def make_work(folder: Path) -> Path:
+    """Put a tiny model, its tokenizer and a little text into a folder."""
+    (folder / "train.txt").write_text(text(200, seed=0))
+    (folder / "validation.txt").write_text(text(20, seed=1))
+    tokenizer = train_tokenizer([text(200, seed=0)], 300)
+    tokenizer.save_pretrained(folder / "model")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    steady_model("gpt_neo", vocab_size=len(tokenizer), **ids).save_pretrained(folder / "model")
+    return folder
+
+
+def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
+    usual = {
+        "model": work / "model",
+        "train_file": work / "train.txt",
+        "validation_file": work / "validation.txt",
+        "block_size": BLOCK,
+        "max_steps": STEPS,
+        "train_batch_size": BATCH,
+        "log_every": 2,
+        "output_dir": output,
+    }
+    words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in (usual | settings).items()]
+    return list(chain.from_iterable(words))
+
+
+def launch(flags: list[str]) -> subprocess.Popen[str]:
+    """Start `deepspeed launch/prune.py` on two ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(port),
+    ]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "launch" / "prune.py"), *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return output
+
+
+def outcome(flags: list[str]) -> tuple[int, str]:
+    """Return the exit code and what was written to stderr, of the command on this rank."""
+    errors = StringIO()
+    with redirect_stderr(errors):
+        try:
+            main(flags)
+        except SystemExit as exit:
+            return int(exit.code or 0), errors.getvalue()
+    return 0, errors.getvalue()
+
+
+def errors_of(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error:")]
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def pids_of(argument: str) -> list[int]:
+    """Return the training processes, by an argument of their own, in order of rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:
+            continue
+        for word in words:
+            if argument in words and word.startswith("--local_rank="):
+                found[word] = int(path.parent.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_until(happened: Callable[[], bool], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
