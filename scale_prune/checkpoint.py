@@ -139,7 +139,7 @@ def damage(folder: Path, runtime: Runtime) -> str | None:
 
 
 def check_shared(output: Path, runtime: Runtime) -> None:
-    """See that all ranks have one disk under the run's folder. A collective.
+    """Wait for all ranks, and see that they have one disk under the run's folder. A collective.
 
     Raises:
         ValueError: a rank does not see what rank 0 writes there.
@@ -154,8 +154,8 @@ def check_shared(output: Path, runtime: Runtime) -> None:
         mark.unlink()
     if blind:
         raise ValueError(
-            f"rank {blind[0]} does not see --output_dir {output} as rank 0 does; checkpoints are written by all ranks, "
-            "so give a folder on a disk that all nodes share, or --save_every 0"
+            f"rank {blind[0]} does not see --output_dir {output} as rank 0 does; all ranks write checkpoints "
+            "there and load the result from there, so give a folder on a disk that all nodes share"
         )
 
 

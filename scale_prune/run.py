@@ -125,9 +125,7 @@ class Run:
             else:
                 set_newer_aside(self.folder, self.checkpoint.step)
                 write_recipe(self.config)
-        self.runtime.barrier()
-        if self.config.checkpoint.save_every:
-            check_shared(self.folder, self.runtime)
+        check_shared(self.folder, self.runtime)
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         """Bring everything to where it was after the checkpoint's step."""

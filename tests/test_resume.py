@@ -1,0 +1,323 @@
+"""A run that goes on from a checkpoint ends as the one that was never interrupted, or says why it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import arguments, errors_of, make_work, outcome, report_of
+from distributed import run_ranks
+from memory_backend import steady_model
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
+
+from scale_prune.stop import STOPPED
+from scale_prune.train import main
+
+pytestmark = pytest.mark.distributed
+
+MAX_STEPS, RECOVERY, EVERY = 7, 3, 4
+SETTINGS = {
+    "criterion": "gum",
+    "remaining": 0.4,
+    "similarity": "running",
+    "similarity_every": 2,
+    "max_steps": MAX_STEPS,
+    "recovery_steps": RECOVERY,
+    "train_batch_size": 6,
+    "save_every": EVERY,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return inputs whose model has dropout, so that random generators matter."""
+    work = make_work(tmp_path_factory.mktemp("work"))
+    vocabulary = len(AutoTokenizer.from_pretrained(work / "model"))
+    model = steady_model("gpt_neo", vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model.config.resid_dropout = 0.2
+    model.save_pretrained(work / "model")
+    return work
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> Path:
+    """Return the folder of a run on two ranks that nothing interrupted."""
+    output = work / "whole"
+    assert codes(run_ranks(outcome, 2, arguments(work, output, **SETTINGS))) == [0, 0]
+    assert [path.name for path in checkpoints(output)] == ["step-00000004", "step-00000008"]
+    return output
+
+
+def codes(ranks: list[tuple[int, str]]) -> list[int]:
+    return [code for code, _ in ranks]
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted((output / "checkpoints").iterdir())
+
+
+def losses(output: Path) -> dict[int, float]:
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
+
+
+def go_on(work: Path, output: Path, world_size: int, **settings: Any) -> list[tuple[int, str]]:
+    flags = arguments(work, output, **SETTINGS | settings)
+    return run_ranks(outcome, world_size, flags)
+
+
+def assert_same_run(output: Path, whole: Path) -> None:
+    assert (output / "kept.json").read_bytes() == (whole / "kept.json").read_bytes()
+    for file in ("scores.safetensors", "pruned/model.safetensors"):
+        found, expected = load_file(output / file), load_file(whole / file)
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        assert found.keys() == expected.keys()
+    assert report_of(output)["perplexity"] == report_of(whole)["perplexity"]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_the_same_ranks_go_on_bit_for_bit(step: int, whole: Path, work: Path) -> None:
+    output = work / f"from {step}"
+    checkpoint = whole / "checkpoints" / f"step-{step:08d}"
+    assert codes(go_on(work, output, 2, resume=checkpoint)) == [0, 0]
+    assert_same_run(output, whole)
+    expected = losses(whole)
+    assert losses(output) == {made: loss for made, loss in expected.items() if made > step}
+    assert report_of(output)["resumed_at"] == [step]
+    assert report_of(output)["seconds"]["total"] > report_of(output)["seconds"]["step"]
+
+
+def without_dropout(work: Path, output: Path) -> Path:
+    """Return a run's checkpoint after 4 steps, of a model whose losses do not depend on who draws which number."""
+    flags = {"model": work / "steady", "max_steps": 4, "recovery_steps": 0}
+    if not (work / "steady").exists():
+        shutil.copytree(work / "model", work / "steady")
+        config = json.loads((work / "steady" / "config.json").read_text())
+        (work / "steady" / "config.json").write_text(json.dumps(config | {"resid_dropout": 0.0}))
+    world_size = 3 if "3" in output.name else 2
+    assert codes(run_ranks(outcome, world_size, arguments(work, output, **SETTINGS | flags))) == [0] * world_size
+    return checkpoints(output)[0]
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_masks(work: Path) -> None:
+    ends = {}
+    first = without_dropout(work, work / "on 2")
+    ends["2 -> 3"] = ended(work, first, 3)
+    ends["2 -> 1"] = ended(work, first, 1)
+    ends["2 -> 2"] = ended(work, first, 2)
+    expected = ends.pop("2 -> 2")
+    for change, (kept, found) in ends.items():
+        assert kept == expected[0], change
+        assert found == pytest.approx(expected[1], rel=1e-5), change
+
+
+def ended(work: Path, checkpoint: Path, world_size: int) -> tuple[Any, dict[int, float]]:
+    """Go on for the rest of the steps, and return what is kept, and the losses."""
+    output = work / f"{checkpoint.parents[1].name} to {world_size}"
+    ranks = go_on(work, output, world_size, resume=checkpoint, model=work / "steady", recovery_steps=0)
+    assert codes(ranks) == [0] * world_size, ranks[0][1]
+    return json.loads((output / "kept.json").read_text()), losses(output)
+
+
+# --- stopped ---------------------------------------------------------------------------------------------------------
+
+
+def stopping(flags: list[str], step: int) -> tuple[int, str]:
+    """Run the command, and send rank 0 alone the scheduler's warning in the middle of a step."""
+    from scale_prune import run
+
+    make_step = run.Run._step
+
+    def warned(self: run.Run, micro_batches: Any, number: int) -> float:
+        if number == step and self.runtime.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_step(self, micro_batches, number)
+
+    run.Run._step = warned  # type: ignore[method-assign,assignment]
+    return outcome(flags)
+
+
+def test_a_warned_run_saves_and_goes_on_with_resume_alone(whole: Path, work: Path) -> None:
+    output = work / "stopped"
+    flags = arguments(work, output, **SETTINGS)
+    assert codes(run_ranks(stopping, 2, flags, 6)) == [STOPPED, STOPPED]
+    assert [path.name for path in checkpoints(output)] == ["step-00000004", "step-00000006"]
+    assert not (output / "report.json").exists()
+    assert codes(run_ranks(outcome, 2, [*flags, "--resume"])) == [0, 0]
+    assert_same_run(output, whole)
+    assert losses(output) == losses(whole)
+    assert report_of(output)["resumed_at"] == [6]
+    assert "resume" not in (output / "recipe.yaml").read_text()
+    assert codes(run_ranks(outcome, 1, [*flags, "--resume"])) == [0], "there is nothing left to do"
+    assert report_of(output)["resumed_at"] == [6]
+
+
+# --- what cannot be used ---------------------------------------------------------------------------------------------
+
+
+def copy_of(whole: Path, output: Path) -> Path:
+    """Return a run that was killed after its last checkpoint."""
+    shutil.copytree(whole / "checkpoints", output / "checkpoints")
+    shutil.copy(whole / "recipe.yaml", output)
+    return output
+
+
+def said_by(flags: list[str]) -> str:
+    """Run the command to its end, and return what it wrote to stdout."""
+    with redirect_stdout(StringIO()) as written:
+        main(flags)
+    return written.getvalue()
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole: Path, work: Path) -> None:
+    output = copy_of(whole, work / "damaged")
+    flip_a_bit(output / "checkpoints" / "step-00000008" / "rank-00001-0000.safetensors")
+    said, _ = run_ranks(said_by, 2, arguments(work, output, **SETTINGS, resume=True))
+    assert "step-00000008 is damaged: the contents of rank-00001-0000.safetensors are not what was written" in said
+    assert "going on after step 4" in said
+    assert_same_run(output, whole)
+    assert [path.name for path in checkpoints(output)] == ["step-00000004", "step-00000008", "step-00000008.abandoned"]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"criterion": "movement"}, "--criterion movement is not the run's gum"),
+    ({"remaining": 0.5}, "--remaining 0.5 is not the run's 0.4"),
+    ({"scope": "per_group"}, "--scope per_group is not the run's global"),
+    ({"precision": "bf16"}, "--precision bf16 is not the run's fp32"),
+    ({"seed": 3}, "--seed 3 is not the run's 0"),
+    ({"block_size": 8}, "--block_size 8 is not the run's 16"),
+    ({"train_batch_size": 4}, '"train_batch_size": 4, but the run has 6'),
+    ({"max_steps": 9}, "--max_steps 9 is not the run's 7, and its model is compacted already"),
+    ({"recovery_steps": 0}, "has made 8 steps already, more than --max_steps 7 and --recovery_steps 0"),
+]
+
+
+def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
+    return [outcome(flags) for flags in cases]
+
+
+def test_settings_that_must_not_change_are_refused(whole: Path, work: Path) -> None:
+    output = copy_of(whole, work / "changed")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    cases = [arguments(work, output, **SETTINGS | settings, resume=True) for settings, _ in REFUSED]
+    for (_, expected), (code, stderr) in zip(REFUSED, run_ranks(outcomes, 1, cases)[0], strict=True):
+        assert code == 2, expected
+        (error,) = errors_of(stderr)
+        assert expected in error
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def damaged(whole: Path, work: Path) -> Iterator[tuple[Path, str]]:
+    """Yield checkpoints that are not whole, and what is said of them."""
+    cases = {
+        "truncated": "rank-00000-0000.safetensors has 100 bytes, not",
+        "missing": "rank-00000-0000.safetensors is missing",
+        "no manifest": "manifest.json cannot be read",
+        "broken manifest": "manifest.json is not valid JSON",
+        "empty manifest": "manifest.json has the format None",
+        "other manifest": "manifest.json does not say which files there are",
+        "altered state": "the contents of state.json are not what was written",
+    }
+    for name, expected in cases.items():
+        folder = shutil.copytree(whole / "checkpoints" / "step-00000004", work / "broken" / name)
+        tensors, manifest = folder / "rank-00000-0000.safetensors", folder / "manifest.json"
+        if name == "truncated":
+            os.truncate(tensors, 100)
+        elif name == "altered state":
+            flip_a_bit(folder / "state.json")
+        elif name in ("missing", "no manifest"):
+            (tensors if name == "missing" else manifest).unlink()
+        else:
+            manifest.write_text({"broken": "{", "empty": "{}", "other": '{"format": 1, "files": [3]}'}[name.split()[0]])
+        yield folder, expected
+
+
+def test_a_checkpoint_that_is_asked_for_must_be_whole(whole: Path, work: Path) -> None:
+    cases = [*damaged(whole, work), (work / "nowhere", "manifest.json cannot be read")]
+    flags = [arguments(work, work / "never", **SETTINGS, resume=folder) for folder, _ in cases]
+    for (folder, expected), (code, stderr) in zip(cases, run_ranks(outcomes, 1, flags)[0], strict=True):
+        assert code == 2
+        (error,) = errors_of(stderr)
+        assert f"--resume {folder} is not a whole checkpoint: {expected}" in error
+    assert not (work / "never").exists()
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_overwritten(whole: Path, work: Path) -> None:
+    output = copy_of(whole, work / "all damaged")
+    for folder in checkpoints(output):
+        flip_a_bit(folder / "rank-00000-0000.safetensors")
+    ranks = go_on(work, output, 2, resume="newest")
+    assert codes(ranks) == [2, 2]
+    (error,) = errors_of(ranks[0][1])
+    assert "no checkpoint in" in error
+    assert "step-00000008 is damaged" in error
+    assert len(checkpoints(output)) == 2
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(work: Path) -> None:
+    output = work / "killed early"
+    output.mkdir()
+    (output / "recipe.yaml").write_text("max_steps: 2\n")
+    (said,) = run_ranks(said_by, 1, arguments(work, output, max_steps=2, resume=True))
+    assert "has no checkpoint yet, so the run starts from the beginning" in said
+    assert report_of(output)["steps"] == 2
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoints(work: Path, small_disk: Path) -> None:
+    output = small_disk / "out"
+    ranks = go_on(work, output, 2, save_every=1, keep_checkpoints=50)
+    assert codes(ranks) == [2, 2], ranks[0][1]
+    (error,) = errors_of(ranks[0][1])
+    assert "cannot be written" in error
+    assert "No space left on device" in error
+    left = checkpoints(output)
+    assert left
+    assert f"Earlier checkpoints are as they were: {left[-1].name}" in error
+    assert not [path for path in left if path.suffix == ".partial"]
+
+
+def on_own_disks(flags: list[str], output: str) -> tuple[int, str]:
+    return outcome([*flags, "--output_dir", f"{output} of rank {os.environ['RANK']}"])
+
+
+@pytest.mark.parametrize("save_every", [0, 4])
+def test_ranks_that_do_not_share_a_disk_are_told_at_the_start(save_every: int, work: Path) -> None:
+    flags = arguments(work, work / "unused", **SETTINGS | {"save_every": save_every})
+    ranks = run_ranks(on_own_disks, 2, flags, str(work / f"disk {save_every}"))
+    assert codes(ranks) == [2, 2]
+    (error,) = errors_of(ranks[0][1])
+    assert "rank 1 does not see --output_dir" in error
+    assert not list(work.glob("disk*/tensorboard"))
