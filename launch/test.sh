@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
 # Check the project: style, types, tests. Further arguments go to pytest, e.g. `bash launch/test.sh -m slow`.
+# With --faults: only the tests that kill ranks, fill disks and cut off hosts, which take about 15 minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
+
+if [ "${1:-}" = --faults ]; then
+    shift
+    exec pytest -m faults -rs "$@"
+fi
 
 ruff check
 ruff format --check

@@ -1,4 +1,4 @@
-"""A scheduler's warning before it kills: SIGTERM."""
+"""How a run ends before its end: by a scheduler's warning, SIGTERM, or because the other ranks are gone."""
 
 import signal
 from types import FrameType
@@ -6,9 +6,14 @@ from types import FrameType
 STOPPED = 75
 """Exit code of a run that was told to stop, and has saved what it needs to go on."""
 
+LOST_CONTACT = 76
+"""Exit code of a rank that waited in vain for the others; the run can go on from its newest checkpoint."""
+
 
 class StopSignal:
-    """Remembers a SIGTERM, so that the step can be finished and saved; a second one ends the process as usual.
+    """Remembers SIGTERM, so that the step can be finished and saved.
+
+    Later ones change nothing: launchers send several at once. What hangs is ended by the SIGKILL that follows them.
 
     Attributes:
         received: True once the signal came.
@@ -20,4 +25,3 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,8 +5,8 @@ inputs -> sharded model -> engine + pruner -> loop -> smaller engine -> recovery
 
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from scale_prune.inputs import REPORT, check_output, drop_old_output, fill_in, i
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run
-from scale_prune.stop import StopSignal
+from scale_prune.stop import LOST_CONTACT, StopSignal
 from scale_prune.zero3 import Runtime
+from scale_prune.zero3.runtime import is_lost_contact
 
 CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
 BASE = {
@@ -52,13 +53,36 @@ def main(argv: Sequence[str]) -> None:
             inputs = read_inputs(with_batch_of(checkpoint, config), explicit, world_size)
             if checkpoint is not None:
                 check_same(checkpoint, inputs)
-        runtime = Runtime.start(config.training.collective_timeout)
+        with lost_contact(rank):
+            runtime = Runtime.start(config.training.collective_timeout)
         try:
-            if config.training.model is None:
-                config = embedded_default(config, explicit, runtime)
-            prune(config, explicit, runtime)
+            with lost_contact(rank):
+                if config.training.model is None:
+                    config = embedded_default(config, explicit, runtime)
+                prune(config, explicit, runtime)
         finally:
             runtime.stop()
+
+
+@contextmanager
+def lost_contact(rank: int) -> Iterator[None]:
+    """Turn a failed collective into one message of this rank and the exit code LOST_CONTACT.
+
+    The process ends at once: whatever would close the process group in good order could wait for the others again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"error: rank {rank} has lost contact with the other ranks, one of which has died or cannot be reached; "
+            f"--resume goes on from the newest checkpoint. {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST_CONTACT)
 
 
 def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime) -> Config:

@@ -55,7 +55,7 @@ def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
 
 
 def launch(flags: list[str]) -> subprocess.Popen[str]:
-    """Start `deepspeed launch/prune.py` on two ranks."""
+    """Start `deepspeed launch/prune.py` on two ranks, as the leader of a process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,6 +74,7 @@ def launch(flags: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 

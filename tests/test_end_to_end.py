@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scale_prune import run
 from scale_prune.core.selection import select
+from scale_prune.stop import LOST_CONTACT
 
 pytestmark = pytest.mark.distributed
 
@@ -343,7 +344,7 @@ def test_when_a_rank_dies_the_others_end(work: Path, tmp_path: Path) -> None:
     ranks[1].kill()
     for rank in ranks:
         rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [1, -9, 1]
+    assert [rank.exitcode for rank in ranks] == [LOST_CONTACT, -9, LOST_CONTACT]
     assert not (output / "report.json").exists()
 
 

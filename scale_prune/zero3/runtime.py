@@ -107,6 +107,12 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def is_lost_contact(error: BaseException) -> bool:
+    """Tell whether a collective failed because another rank has died, hangs or cannot be reached."""
+    where = ("gloo/", "nccl", "connection closed", "connection reset", "socket timeout")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in where)
+
+
 def load_model(path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal language model straight into ZeRO-3 shards, in the precision of the ds_config."""
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))
