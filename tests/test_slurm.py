@@ -1,0 +1,68 @@
+"""The batch script for Slurm, with stand-ins for Slurm's own commands, which are not here; the run in it is real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import ROOT, arguments, make_work, report_of, wait_until
+
+from scale_prune.checkpoint import newest_first
+from scale_prune.stop import STOPPED
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=0 exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" != show ] || echo 127.0.0.1
+[ "$1" != requeue ] || echo "$2" >> "$REQUEUED"
+"""
+
+
+def slurm(folder: Path) -> dict[str, str]:
+    """Return the environment of a job of one node with two devices."""
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (commands / name).write_text(content)
+        (commands / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node", "SLURM_GPUS_ON_NODE": "2", "SLURM_NODEID": "0"}
+    paths = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | job | {"SLURM_SUBMIT_DIR": str(ROOT), "PATH": paths, "REQUEUED": str(folder / "requeued")}
+
+
+def submit(environment: dict[str, str], flags: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", "launch/slurm.sbatch", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_job_that_is_warned_queues_itself_again_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    environment, output = slurm(tmp_path), tmp_path / "out"
+    flags = arguments(make_work(tmp_path / "work"), output, max_steps=2000)
+    job = submit(environment, flags)
+    wait_until(lambda: (output / "recipe.yaml").exists())
+    time.sleep(5)
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == STOPPED, said
+    assert (tmp_path / "requeued").read_text() == "77\n"
+    step = int(newest_first(output)[0].name.removeprefix("step-"))
+    again = submit(environment, [*flags, "--max_steps", str(step + 2)])
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert report_of(output)["resumed_at"] == [step]
+    assert (tmp_path / "requeued").read_text() == "77\n"
+    assert not list(ROOT.glob(".hostfile-*"))
