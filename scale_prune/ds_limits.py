@@ -34,6 +34,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _QUANTISED),
     "zero_optimization.zero_quantized_gradients": ((False,), _QUANTISED),
     "zero_optimization.zenflow": ((), "it updates weights between steps, past the masks; remove the section"),
+    "zero_optimization.offload_optimizer.device": (
+        ("none", "cpu"),
+        'shares and scores read the master weights at every step, and that was never tried from NVMe; use "cpu"',
+    ),
     "zero_optimization.offload_param.device": (
         ("none", "cpu"),
         'masking writes the working copy of the weights in memory; use "cpu"',

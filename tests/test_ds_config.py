@@ -291,6 +291,7 @@ def test_a_flag_that_agrees_with_the_file_is_no_contradiction() -> None:
         ({"zero_optimization__sub_group_size": "auto"}, '"zero_optimization.sub_group_size": "auto", which no flag'),
         ({"optimizer__params__momentum": "auto"}, '"optimizer.params.momentum": "auto", which no flag fills'),
         ({"compression_training": {"row_pruning": {}}}, "--criterion and --remaining say what is pruned here"),
+        ({"zero_optimization__offload_optimizer": {"device": "nvme"}}, 'never tried from NVMe; use "cpu"'),
         ({"zero_optimization__offload_param": {"device": "nvme"}}, 'in memory; use "cpu"'),
         ({"zero_optimization__zero_hpz_partition_size": 8}, 'zero_hpz_partition_size": 8, which scale_prune cannot'),
         ({"zero_optimization__zero_quantized_weights": True}, "not quantised; remove the key"),

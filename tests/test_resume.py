@@ -130,6 +130,15 @@ def ended(work: Path, checkpoint: Path, world_size: int) -> tuple[Any, dict[int,
     return json.loads((output / "kept.json").read_text()), losses(output)
 
 
+def test_offloaded_state_in_bf16_goes_on_bit_for_bit(work: Path) -> None:
+    settings = {"ds_config": "zero3_offload", "micro_batch_size": 1, "criterion": "movement", "recovery_steps": 0}
+    whole, output = work / "offloaded", work / "offloaded, from 4"
+    assert codes(go_on(work, whole, 2, **settings)) == [0, 0]
+    assert codes(go_on(work, output, 2, **settings, resume=checkpoints(whole)[0])) == [0, 0]
+    assert report_of(output)["ds_config"]["gradient_accumulation_steps"] == 3
+    assert_same_run(output, whole)
+
+
 # --- stopped ---------------------------------------------------------------------------------------------------------
 
 
