@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 
-from scale_prune.batches import TokenBlocks, training_batches, validation_batches
+from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.checkpoint import Checkpoint, check_shared, set_newer_aside
-from scale_prune.core.groups import UnitGroup
-from scale_prune.evaluation import perplexity
-from scale_prune.export import write_model
 from scale_prune.families import unit_groups
 from scale_prune.inputs import Inputs, make_output, write_recipe
+from scale_prune.model_writer import ModelWriter
 from scale_prune.monitor import Monitor
 from scale_prune.pruner import Pruner
-from scale_prune.report import model_card, versions, write_kept
+from scale_prune.report import versions, write_kept
 from scale_prune.resume import (
     check_model_and_text,
     fingerprint,
@@ -30,6 +28,7 @@ from scale_prune.resume import (
 )
 from scale_prune.seconds import Seconds
 from scale_prune.stop import STOPPED, StopSignal
+from scale_prune.validation import Validation
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
 from scale_prune.zero3.runtime import inference_engine, load_model, release, training_engine
 
@@ -60,7 +59,8 @@ class Run:
         model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.generation_config: GenerationConfig | None = getattr(model, "generation_config", None)
+        self.writer = ModelWriter(inputs, getattr(model, "generation_config", None), runtime)
+        self.validation = Validation(blocks["validation"], inputs.micro_batch_size, runtime)
         self.groups = unit_groups(model)
         self.engine = self._make_engine(model)
         self.backend = Zero3Backend(self.engine)
@@ -226,11 +226,12 @@ class Run:
         loss = total / self.runtime.world_size
         if self.engine.fp16_enabled() or (math.isfinite(loss) and not num_broken):
             return loss
-        self._write("last_good", self.groups, layout="uniform" if self.uniform else "per_layer")
+        layout = "uniform" if self.uniform else "per_layer"
+        last_good = self.writer.write("last_good", self.backend, self.groups, layout)
         what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         raise ValueError(
             f"{what} at step {step}; the model as it was before that step is in "
-            f"{self.folder / 'last_good'}; try a smaller --learning_rate than {self.config.training.learning_rate}"
+            f"{last_good}; try a smaller --learning_rate than {self.config.training.learning_rate}"
         )
 
     def _log(self, step: int, loss: float, tokens_per_second: float) -> None:
@@ -257,29 +258,11 @@ class Run:
     def _evaluate(self, name: str | None) -> None:
         """Measure perplexity on the validation text, under the engine as it is."""
         with self.seconds.measure("evaluation"):
-            value = self._perplexity()
+            value = self.validation.perplexity(self.engine)
         if name is not None:
             self.perplexities[name] = value
         self.monitor.scalars(self.step, {"validation/perplexity": value})
         self.monitor.say(f"step {self.step}: validation perplexity {value:.3f}{f' ({name})' if name else ''}")
-
-    @torch.no_grad()
-    def _perplexity(self) -> float:
-        self.engine.eval()
-        batches = validation_batches(
-            self.blocks["validation"],
-            micro_batch_size=self.inputs.micro_batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-        )
-        device = self.runtime.device
-        value = perplexity(
-            lambda input_ids: self.engine(input_ids=input_ids, use_cache=False).logits,
-            ((input_ids.to(device), labels.to(device)) for input_ids, labels in batches),
-            self.runtime.add_over_ranks,
-        )
-        self.engine.empty_partition_cache()  # finishes prefetches that only a backward pass would use
-        return value
 
     # --- the smaller model -----------------------------------------------------------------------------------
 
@@ -305,21 +288,7 @@ class Run:
         with self.seconds.measure("export"):
             if self.runtime.is_main:
                 write_kept(self.folder, self.pruner.groups, self.pruner.masks, self.pruner.scores)
-            self._write("pruned", self.groups, layout=str(self.config.output.layout))
-
-    def _write(self, name: str, groups: tuple[UnitGroup, ...], *, layout: str) -> None:
-        write_model(
-            self.folder / name,
-            config=self.inputs.model_config,
-            tensors=self.backend.named_tensors(),
-            groups=groups,
-            layout=layout,
-            tokenizer=self.inputs.tokenizer,
-            card=model_card(self.config.flat(), widths=[group.num_units for group in groups], layout=layout),
-            is_writer=self.runtime.is_main,
-            generation_config=self.generation_config,
-        )
-        self.runtime.barrier()
+            self.writer.write("pruned", self.backend, self.groups, str(self.config.output.layout))
 
     def _reload(self) -> int:
         """Load the exported folder as a user would, measure it, and return the number of parameters it stores.

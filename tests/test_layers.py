@@ -19,7 +19,7 @@ LAYERS = (
     {"shard_backend", "activations", "export"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"inputs", "api", "pruner_state", "checkpoint"},
-    {"resume"},
+    {"resume", "validation", "model_writer"},
     {"run"},
     {"train"},
 )

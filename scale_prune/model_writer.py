@@ -1,0 +1,42 @@
+"""A run's model as a Hugging Face folder."""
+
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from scale_prune.core.groups import UnitGroup
+from scale_prune.export import write_model
+from scale_prune.inputs import Inputs
+from scale_prune.report import model_card
+from scale_prune.zero3 import Runtime, Zero3Backend
+
+
+class ModelWriter:
+    """Writes what an engine holds into the run's folder.
+
+    Args:
+        inputs: the run's inputs, of which configuration and tokenizer are written along.
+        generation_config: of the model as it was loaded, if it has one.
+        runtime: the ranks; rank 0 writes.
+    """
+
+    def __init__(self, inputs: Inputs, generation_config: GenerationConfig | None, runtime: Runtime) -> None:
+        self.inputs, self.generation_config, self.runtime = inputs, generation_config, runtime
+
+    def write(self, name: str, backend: Zero3Backend, groups: tuple[UnitGroup, ...], layout: str) -> Path:
+        """Write a folder of a name, and return it when it is there for all ranks. A collective."""
+        config = self.inputs.config
+        folder = Path(config.output.output_dir) / name
+        write_model(
+            folder,
+            config=self.inputs.model_config,
+            tensors=backend.named_tensors(),
+            groups=groups,
+            layout=layout,
+            tokenizer=self.inputs.tokenizer,
+            card=model_card(config.flat(), widths=[group.num_units for group in groups], layout=layout),
+            is_writer=self.runtime.is_main,
+            generation_config=self.generation_config,
+        )
+        self.runtime.barrier()
+        return folder
