@@ -222,6 +222,23 @@ class TrainingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig(Settings):
+    """What the model learns beside the text."""
+
+    teacher: str | None = setting(
+        None,
+        "dense model to learn from: Hugging Face folder or hub name, or self for the model as it was loaded",
+        otherwise="no distillation",
+    )
+    distill_alpha: float = setting(
+        0.5, "weight of the divergence from the teacher, the text has 1 - this", Range(0, 1, "(]")
+    )
+    distill_temperature: float = setting(
+        2.0, "temperature that flattens both distributions in the divergence", POSITIVE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig(Settings):
     """Where results go, in which form."""
 
@@ -263,6 +280,7 @@ class Config:
     data: DataConfig = DataConfig()
     pruning: PruningConfig = PruningConfig()
     training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig = DistillationConfig()
     output: OutputConfig = OutputConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -295,7 +313,7 @@ class Config:
 
     def parts(self) -> tuple[Settings, ...]:
         """Return the concerns."""
-        return self.data, self.pruning, self.training, self.output, self.checkpoint
+        return self.data, self.pruning, self.training, self.distillation, self.output, self.checkpoint
 
 
 def concerns() -> dict[str, Any]:

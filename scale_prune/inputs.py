@@ -4,10 +4,9 @@ All ranks make the same checks on the same files, so all of them stop at the sam
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -23,9 +22,9 @@ from scale_prune.families import unit_groups
 from scale_prune.pruner import check_min_kept
 from scale_prune.report import write_atomically
 
+SELF = "self"
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +75,8 @@ def read_inputs(config: Config, explicit: frozenset[str], world_size: int) -> In
         raise ValueError(
             f"--block_size {config.data.block_size} is more than the {positions} positions of {config.training.model}"
         )
+    if config.distillation.teacher not in (None, SELF):
+        _check_teacher(config, model_config, tokenizer)
     load_text(config.data, "train")
     load_text(config.data, "validation")
     return Inputs(config=config, ds_config=ds_config, model_config=model_config, tokenizer=tokenizer)
@@ -143,14 +144,30 @@ def _old(folder: Path) -> Path:
 
 def _read_model(training: TrainingConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Read the model's configuration and tokenizer."""
-    options = {"trust_remote_code": training.trust_remote_code}
-    model_config = _from_hub_or_folder(
-        "model", training.model, lambda name: AutoConfig.from_pretrained(name, **options)
+    return (
+        _read("model", training.model, AutoConfig, training.trust_remote_code),
+        _read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code),
     )
-    tokenizer = _from_hub_or_folder(
-        "tokenizer", training.model, lambda name: AutoTokenizer.from_pretrained(name, **options)
-    )
-    return model_config, tokenizer
+
+
+def _check_teacher(config: Config, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher that predicts other tokens than the model.
+
+    Raises:
+        ValueError: its vocabulary is another one.
+    """
+    name, trusted = config.distillation.teacher, config.training.trust_remote_code
+    teacher = _read("model", name, AutoConfig, trusted, flag="teacher")
+    if teacher.vocab_size != model_config.vocab_size:
+        raise ValueError(
+            f"--teacher {name} predicts {teacher.vocab_size} tokens, --model {config.training.model} "
+            f"{model_config.vocab_size}; a teacher needs the model's own vocabulary"
+        )
+    if _read("tokenizer", name, AutoTokenizer, trusted, flag="teacher").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--teacher {name} has other tokens than --model {config.training.model}, though as many; a teacher needs "
+            "the model's own vocabulary"
+        )
 
 
 def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tuple[UnitGroup, ...]:
@@ -160,12 +177,12 @@ def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tupl
     return unit_groups(model)
 
 
-def _from_hub_or_folder(what: str, name: str | None, read: Callable[[str], T]) -> T:
+def _read(what: str, name: str | None, kind: Any, trusted: bool, *, flag: str = "model") -> Any:
     assert name is not None
     try:
-        return read(name)
+        return kind.from_pretrained(name, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"--model {name}: its {what} cannot be read, neither as a folder nor as a hub name: {reason}"
+            f"--{flag} {name}: its {what} cannot be read, neither as a folder nor as a hub name: {reason}"
         ) from error

@@ -12,8 +12,9 @@ from transformers import set_seed
 
 from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.checkpoint import Checkpoint, check_shared, set_newer_aside
+from scale_prune.distillation import Teacher
 from scale_prune.families import unit_groups
-from scale_prune.inputs import Inputs, make_output, write_recipe
+from scale_prune.inputs import SELF, Inputs, make_output, write_recipe
 from scale_prune.model_writer import ModelWriter
 from scale_prune.monitor import Monitor
 from scale_prune.pruner import Pruner
@@ -30,7 +31,7 @@ from scale_prune.seconds import Seconds
 from scale_prune.stop import STOPPED, StopSignal
 from scale_prune.validation import Validation
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
-from scale_prune.zero3.runtime import inference_engine, load_model, release, training_engine
+from scale_prune.zero3.runtime import inference_engine, load_model, precision, release, training_engine
 
 
 class Run:
@@ -68,6 +69,7 @@ class Run:
         self.pruner = Pruner(
             self.backend, self.groups, self.config.pruning, total_steps=training.max_steps, seed=training.seed
         )
+        self.teacher = self._load_teacher()
         set_seed(training.seed + runtime.rank)
         self.dense_parameters = num_parameters(self.engine.module)
         if checkpoint is not None:
@@ -115,6 +117,17 @@ class Run:
         stored_parameters = self._reload()
         return self._report(self.dense_parameters, pruned_parameters, stored_parameters)
 
+    def _load_teacher(self) -> Teacher | None:
+        training, wanted = self.config.training, self.config.distillation.teacher
+        if wanted is None:
+            return None
+        return Teacher(
+            str(training.model if wanted == SELF else wanted),
+            self.inputs.ds_config,
+            temperature=self.config.distillation.distill_temperature,
+            trust_remote_code=training.trust_remote_code,
+        )
+
     # --- going on --------------------------------------------------------------------------------------------
 
     def _open_folder(self) -> None:
@@ -161,6 +174,7 @@ class Run:
                     "pruner_seconds": dict(self.pruner.seconds),
                     "perplexities": self.perplexities,
                     "resumed_at": self.resumed_at,
+                    "distillation": self._teachers_cost(),
                 },
             )
         self.monitor.say(f"step {self.step}: saved {folder}")
@@ -197,8 +211,10 @@ class Run:
         total = torch.zeros((), dtype=torch.float64)
         for index, micro_batch in enumerate(micro_batches, 1):
             input_ids = micro_batch.to(self.runtime.device)
+            with self.seconds.measure("teacher"):
+                taught = self.teacher.logits(input_ids) if self.teacher else None
             with self.seconds.measure("forward_backward"):
-                loss = self.engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+                loss = self._loss(input_ids, taught)
                 self.engine.backward(loss)
                 total += loss.detach().double().cpu()
             if pruning:
@@ -210,6 +226,15 @@ class Run:
             if pruning:
                 self.pruner.after_step()
         return mean
+
+    def _loss(self, input_ids: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of a micro batch: of the text, and where there is a teacher, of its logits too."""
+        output = self.engine(input_ids=input_ids, labels=input_ids, use_cache=False)
+        loss: torch.Tensor = output.loss
+        if self.teacher is None or taught is None:
+            return loss
+        alpha = self.config.distillation.distill_alpha
+        return (1 - alpha) * loss + alpha * self.teacher.divergence(output.logits, taught, input_ids)
 
     def _checked_loss(self, own: float, step: int) -> float:
         """Return the ranks' mean loss; stop before a loss or gradient that is not finite reaches the weights.
@@ -297,6 +322,9 @@ class Run:
             RuntimeError: its perplexity is not that of the model it was written from.
         """
         release(self.engine)
+        if self.teacher is not None:
+            release(self.teacher.engine)
+            self.teacher.engine = None
         del self.engine, self.backend, self.pruner.backend
         gc.collect()
         folder = self.folder / "pruned"
@@ -329,6 +357,7 @@ class Run:
             "perplexity": {"recovered": None, **self.perplexities},
             "seconds": {"total": time.monotonic() - self.started, **self.seconds, **pruner.seconds},
             "resumed_at": self.resumed_at,
+            "distillation": self._teachers_cost(),
             "tokens": (config.training.max_steps + config.training.recovery_steps)
             * self.inputs.batch_size
             * config.data.block_size,
@@ -336,4 +365,16 @@ class Run:
             "settings": settings,
             "ds_config": self.inputs.ds_config,
             "versions": versions(),
+        }
+
+    def _teachers_cost(self) -> dict[str, Any] | None:
+        """Return what the teacher cost: seconds of this rank, and bytes of every rank."""
+        if self.teacher is None:
+            return None
+        bytes_each = precision(self.inputs.ds_config).itemsize
+        return {
+            "teacher": self.config.distillation.teacher,
+            "parameters": self.teacher.num_parameters,
+            "bytes_per_rank": -(-self.teacher.num_parameters // self.runtime.world_size) * bytes_each,
+            "seconds": self.seconds["teacher"],
         }

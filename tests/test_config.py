@@ -46,6 +46,8 @@ OUT_OF_RANGE = [
     ("max_grad_norm", -1.0, "at least 0"),
     ("seed", -1, "in [0, 4294967295]"),
     ("seed", 2**32, "in [0, 4294967295]"),
+    ("distill_alpha", 0.0, "in (0, 1]"),
+    ("distill_temperature", 0.0, "above 0"),
     ("eval_every", -1, "at least 0"),
     ("log_every", 0, "at least 1"),
     ("collective_timeout", 0.0, "above 0"),

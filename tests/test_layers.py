@@ -18,7 +18,7 @@ LAYERS = (
     {"criteria", "families", "report", "data", "embedded", "slices"},
     {"shard_backend", "activations", "export"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
-    {"inputs", "api", "pruner_state", "checkpoint"},
+    {"inputs", "api", "pruner_state", "checkpoint", "distillation"},
     {"resume", "validation", "model_writer"},
     {"run"},
     {"train"},

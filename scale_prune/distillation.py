@@ -1,0 +1,70 @@
+"""Distillation: the student learns the dense teacher's distribution beside the text itself.
+
+    loss = (1 - alpha) * CE + alpha * T^2 * KL(teacher || student)
+
+Source: arXiv 2302.03773, section 4; alpha 0.5 and T = 2 are the authors' choice. T^2 keeps the gradient's size where
+the temperature T flattens both distributions (arXiv 1503.02531).
+Deviation: KL is a mean over predicted tokens, the same ones as in CE; the authors' code adds up positions.
+
+Shape legend: B blocks, T tokens in a block, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from scale_prune.batches import IGNORED
+from scale_prune.zero3 import num_parameters
+from scale_prune.zero3.runtime import inference_engine, load_model
+
+
+class Teacher:
+    """A dense model that only predicts, sharded over the ranks like the student.
+
+    Args:
+        path: Hugging Face folder or hub name.
+        ds_config: the run's, without "auto" values.
+        temperature: T, above 0.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(
+        self, path: str, ds_config: dict[str, Any], *, temperature: float, trust_remote_code: bool = False
+    ) -> None:
+        self.temperature = temperature
+        model = load_model(path, ds_config, trust_remote_code=trust_remote_code)
+        self.num_parameters = num_parameters(model)
+        self.engine = inference_engine(model, ds_config)
+        self.engine.eval()
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Return the (B, T, V) logits. A collective."""
+        logits: Tensor = self.engine(input_ids=input_ids, use_cache=False).logits
+        self.engine.empty_partition_cache()  # finishes prefetches that only a backward pass would use
+        return logits
+
+    def divergence(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return T^2 * KL(teacher || student), a mean over the predicted tokens; see `token_divergence`."""
+        return token_divergence(student_logits, teacher_logits, labels, self.temperature)
+
+
+def token_divergence(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return T^2 * KL(teacher || student), a mean over the predicted tokens.
+
+    Args:
+        student_logits: (B, T, V).
+        teacher_logits: (B, T, V).
+        labels: (B, T) the input, not shifted; where a label is IGNORED, its prediction does not count.
+        temperature: T, above 0.
+
+    Returns:
+        a float32 scalar, at least 0; 0 where no token is predicted.
+    """
+    predicted = labels[:, 1:] != IGNORED
+    student = log_softmax(student_logits[:, :-1][predicted].float() / temperature, -1)
+    teacher = log_softmax(teacher_logits[:, :-1][predicted].float() / temperature, -1)
+    total = kl_div(student, teacher, reduction="sum", log_target=True)
+    return temperature**2 * total / predicted.sum().clamp(min=1)
