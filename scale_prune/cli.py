@@ -2,6 +2,7 @@
 
 Flags, their help and their checks come from the fields of `scale_prune.config`; nothing is declared twice. Whatever is
 wrong leaves `parse` as a ValueError of one sentence, and `user_errors` turns that into one message and exit code 2.
+A dry run collects `Mistakes` instead, and goes on after each.
 """
 
 import argparse
@@ -9,16 +10,16 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import Field, fields
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args
 
 import yaml
 
-from scale_prune.config import Config, concerns, describe
+from scale_prune.config import Config, check_field, concerns, describe
 
 DS_CONFIG_HINT = "give the DeepSpeed configuration as --ds_config FILE, scale_prune starts the engine itself"
 HINTS = {"--deepspeed": DS_CONFIG_HINT, "--deepspeed_config": DS_CONFIG_HINT}
@@ -32,9 +33,12 @@ USER_MISTAKES = (
     IsADirectoryError,
     NotADirectoryError,
 )
+DRY_RUN_FLAGS = ("dry_run", "world_size")
+
+Noted = Callable[[], AbstractContextManager[None]]
 
 
-def parse(argv: Sequence[str], *, criteria: Sequence[str]) -> tuple[Config, frozenset[str]]:
+def parse(argv: Sequence[str], *, criteria: Sequence[str], noted: Noted = nullcontext) -> tuple[Config, frozenset[str]]:
     """Read a command line and the recipe it names.
 
     Flags win over the recipe, the recipe wins over the defaults. `--help` prints and exits with code 0.
@@ -42,6 +46,8 @@ def parse(argv: Sequence[str], *, criteria: Sequence[str]) -> tuple[Config, froz
     Args:
         argv: the arguments, without the program's name.
         criteria: names that `--criterion` accepts.
+        noted: a context for each thing that can be wrong; where it holds a mistake back, the setting's default stands
+            in for what cannot be used.
 
     Returns:
         the settings, and the names of those that were given by a flag or by the recipe.
@@ -49,13 +55,56 @@ def parse(argv: Sequence[str], *, criteria: Sequence[str]) -> tuple[Config, froz
     Raises:
         ValueError: a flag, recipe key, value or combination of values that is not valid, or an unreadable recipe.
     """
-    flags = _read_flags(argv, criteria)
-    recipe = read_recipe(flags.pop("config")) if "config" in flags else {}
-    given = recipe | {name: _from_flag(name, value) for name, value in flags.items()}
-    config = Config.from_flat(given)
-    if config.pruning.criterion not in criteria:
-        raise ValueError(f"--criterion {config.pruning.criterion} is unknown, choose one of {', '.join(criteria)}")
-    return config, frozenset(given)
+    flags: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    with noted():
+        flags, unknown = _read_flags(argv, criteria)
+        with noted():
+            _refuse_unknown(unknown, criteria)
+    if "config" in flags:
+        with noted():
+            given = read_recipe(flags.pop("config"))
+    for name, value in flags.items():
+        with noted():
+            given[name] = _from_flag(name, value)
+    usable = {}
+    for name, value in given.items():
+        with noted():
+            _check_value(name, value, criteria)
+            usable[name] = value
+    return _build(usable, noted), frozenset(usable)
+
+
+def dry_run_ranks(argv: Sequence[str], world_size: int) -> int | None:
+    """Return the number of ranks that a dry run is asked for, None where none is asked for.
+
+    Args:
+        argv: the arguments, without the program's name.
+        world_size: the number of ranks where `--world_size` does not say.
+
+    Raises:
+        ValueError: `--world_size` is not a whole number of at least 1, or it stands without `--dry_run`.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    _add_dry_run(parser)
+    asked, _ = parser.parse_known_args(argv)
+    if asked.world_size is not None and not asked.dry_run:
+        raise ValueError("--world_size belongs to --dry_run; the launcher says how many ranks a run has")
+    if asked.world_size is not None and not re.fullmatch("0*[1-9][0-9]*", asked.world_size):
+        raise ValueError(f"--world_size {asked.world_size} is not valid, it must be a whole number, at least 1")
+    return int(asked.world_size or world_size) if asked.dry_run else None
+
+
+class Mistakes(list[str]):
+    """The user's mistakes so far, one sentence each."""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a mistake that is made inside, and go on behind."""
+        try:
+            yield
+        except USER_MISTAKES as error:
+            self.append(str(error))
 
 
 @contextmanager
@@ -136,16 +185,38 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
-def _read_flags(argv: Sequence[str], criteria: Sequence[str]) -> dict[str, Any]:
-    """Return the flags that were given, as texts; switches as booleans; without the launcher's own."""
-    parser = _build_parser(criteria)
-    flags, rest = parser.parse_known_args(argv)
+def _build(given: Mapping[str, Any], noted: Noted) -> Config:
+    """Join settings that are valid one by one."""
+    parts: dict[str, Any] = {}
+    for name, concern in concerns().items():
+        parts[name] = concern()
+        with noted():
+            parts[name] = concern(**{key: given[key] for key in concern.__dataclass_fields__ if key in given})
+    with noted():
+        return Config(**parts)
+    return Config(**parts | {"output": replace(parts["output"], layout=None)})
+
+
+def _check_value(name: str, value: Any, criteria: Sequence[str]) -> None:
+    check_field(_specs()[name], value)
+    if name == "criterion" and value not in criteria:
+        raise ValueError(f"--criterion {value} is unknown, choose one of {', '.join(criteria)}")
+
+
+def _read_flags(argv: Sequence[str], criteria: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that were given, as texts, switches as booleans; and the arguments that are none."""
+    flags, rest = _build_parser(criteria).parse_known_args(argv)
+    own = ("local_rank", *DRY_RUN_FLAGS)
+    return {name: value for name, value in vars(flags).items() if name not in own}, rest
+
+
+def _refuse_unknown(rest: Sequence[str], criteria: Sequence[str]) -> None:
     if not rest:
-        return {name: value for name, value in vars(flags).items() if name != "local_rank"}
+        return
     unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
     if not unknown.startswith("-"):
         raise ValueError(f"unexpected argument {unknown!r}, every setting is a flag of the form --name value")
-    valid = [name for action in parser._actions for name in action.option_strings]
+    valid = [name for action in _build_parser(criteria)._actions for name in action.option_strings]
     raise ValueError(f"unknown flag {unknown}, {HINTS.get(unknown) or nearest(unknown, valid)}")
 
 
@@ -159,11 +230,17 @@ def _build_parser(criteria: Sequence[str]) -> _Parser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, `flag: value` on each line; flags win")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    _add_dry_run(parser.add_argument_group("before the queue", "What a run would need, and all that is wrong with it."))
     for name, concern in concerns().items():
         group = parser.add_argument_group(name, concern.__doc__)
         for spec in fields(concern):
             _add_flag(group, spec, criteria if spec.name == "criterion" else spec.metadata["choices"])
     return parser
+
+
+def _add_dry_run(parser: Any) -> None:
+    parser.add_argument("--dry_run", action="store_true", help="print it and end; no GPU is used, nothing is written")
+    parser.add_argument("--world_size", metavar="INT", help="ranks that --dry_run reckons with, else the launcher's")
 
 
 def _add_flag(group: Any, spec: Field[Any], choices: Sequence[str] | None) -> None:

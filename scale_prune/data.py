@@ -80,11 +80,30 @@ def prepare(spec: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase) 
         limit = min(len(tokens), spec.eval_tokens or len(tokens))
         needed, kept = 2, limit - (limit % spec.block_size == 1)
     if kept < needed:
-        raise ValueError(
-            f"{split} text {text.name} has {len(tokens):,} tokens, at least {needed:,} are needed "
-            f"(block_size {spec.block_size}, eval_tokens {spec.eval_tokens})"
-        )
+        raise ValueError(_too_short(spec, split, text, len(tokens), needed))
     return TokenBlocks(tokens[:kept], spec.block_size)
+
+
+def check_length(spec: DataConfig, split: Split, text: Text, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a text that `prepare` would find too short; no more rows are tokenised than that takes, none are kept.
+
+    Raises:
+        ValueError: too few tokens, as in `prepare`.
+    """
+    needed, between = spec.block_size if split == "train" else 2, 0 if text.lines else 1
+    found = -between
+    for row in text.rows[text.column]:
+        found += len(tokenizer(row or "", add_special_tokens=False, verbose=False)["input_ids"]) + between
+        if found >= needed:
+            return
+    raise ValueError(_too_short(spec, split, text, found, needed))
+
+
+def _too_short(spec: DataConfig, split: Split, text: Text, found: int, needed: int) -> str:
+    return (
+        f"{split} text {text.name} has {found:,} tokens, at least {needed:,} are needed "
+        f"(block_size {spec.block_size}, eval_tokens {spec.eval_tokens})"
+    )
 
 
 def load_text(spec: DataConfig, split: Split) -> Text:

@@ -77,6 +77,11 @@ def build(cache: Path, *, vocab_size: int = 2048, seed: int = 0, max_documents: 
     return folder
 
 
+def model_config(vocab_size: int = 2048) -> GPTNeoConfig:
+    """Return the configuration of the embedded model."""
+    return GPTNeoConfig(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **MODEL)
+
+
 def corpus(max_documents: int | None = None) -> tuple[list[str], list[str]]:
     """Collect the embedded text, the same on every call with one Python installation.
 
@@ -133,7 +138,7 @@ def _write(folder: Path, parts: tuple[list[str], list[str]], vocab_size: int, se
 def _untrained_model(vocab_size: int, seed: int) -> GPTNeoForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **MODEL))
+        return GPTNeoForCausalLM(model_config(vocab_size))
 
 
 def _documents() -> Iterator[list[str]]:

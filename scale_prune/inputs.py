@@ -4,7 +4,8 @@ All ranks make the same checks on the same files, so all of them stop at the sam
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from scale_prune.config import Config, TrainingConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import with_defaults
-from scale_prune.data import load_text
+from scale_prune.data import Split, Text, load_text
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import unit_groups
@@ -65,21 +66,141 @@ def read_inputs(config: Config, explicit: frozenset[str], world_size: int) -> In
     Raises:
         ValueError: one of them cannot be used; the message says which, why and what would be valid.
     """
-    config = fill_in(config)
-    model_config, tokenizer = _read_model(config.training)
-    check_layout(str(config.output.layout), model_config)
-    check_min_kept(_groups_of(model_config, config.training), config.pruning)
-    ds_config = resolve(load(config.training.ds_config), config, explicit, world_size, model_config.hidden_size)
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and config.data.block_size > positions:
-        raise ValueError(
-            f"--block_size {config.data.block_size} is more than the {positions} positions of {config.training.model}"
+    reading = Reading(config=config, explicit=explicit, world_size=world_size)
+    for check in CHECKS:
+        check(reading)
+    return reading.inputs()
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What the checks have read so far; what could not be read stays None or empty, and what needs it is passed over.
+
+    Attributes:
+        config: the settings, with scope and layout once they are filled in.
+        explicit: names of the settings that the user gave.
+        world_size: number of ranks.
+        model_config: the model's own configuration.
+        tokenizer: the model's tokenizer.
+        groups: the model's groups.
+        ds_config: a DeepSpeed configuration without "auto" values.
+        texts: the rows of "train" and "validation".
+    """
+
+    config: Config
+    explicit: frozenset[str]
+    world_size: int
+    model_config: PretrainedConfig | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    groups: tuple[UnitGroup, ...] = ()
+    ds_config: dict[str, Any] = field(default_factory=dict)
+    texts: dict[Split, Text] = field(default_factory=dict)
+
+    def inputs(self) -> Inputs:
+        """Return what was read, where all of it could be."""
+        assert self.model_config is not None
+        assert self.tokenizer is not None
+        return Inputs(
+            config=self.config, ds_config=self.ds_config, model_config=self.model_config, tokenizer=self.tokenizer
         )
-    if config.distillation.teacher not in (None, SELF):
-        _check_teacher(config, model_config, tokenizer)
-    load_text(config.data, "train")
-    load_text(config.data, "validation")
-    return Inputs(config=config, ds_config=ds_config, model_config=model_config, tokenizer=tokenizer)
+
+
+def _fill_in(reading: Reading) -> None:
+    reading.config = fill_in(reading.config)
+
+
+def _read_model_config(reading: Reading) -> None:
+    training = reading.config.training
+    if reading.model_config is None:  # a dry run knows that of the embedded model already
+        reading.model_config = _read("model", training.model, AutoConfig, training.trust_remote_code)
+
+
+def _read_tokenizer(reading: Reading) -> None:
+    training = reading.config.training
+    if training.model is not None:
+        reading.tokenizer = _read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code)
+
+
+def _check_teacher(reading: Reading) -> None:
+    """Refuse a teacher that predicts other tokens than the model."""
+    model, trusted = reading.config.training.model, reading.config.training.trust_remote_code
+    name = reading.config.distillation.teacher
+    if name in (None, SELF) or reading.model_config is None or reading.tokenizer is None:
+        return
+    size, teachers = (
+        reading.model_config.vocab_size,
+        _read("model", name, AutoConfig, trusted, flag="teacher").vocab_size,
+    )
+    if teachers != size:
+        raise ValueError(
+            f"--teacher {name} predicts {teachers} tokens, --model {model} {size}; "
+            "a teacher needs the model's own vocabulary"
+        )
+    tokenizer = _read("tokenizer", name, AutoTokenizer, trusted, flag="teacher")
+    if tokenizer.get_vocab() != reading.tokenizer.get_vocab():
+        raise ValueError(
+            f"--teacher {name} has other tokens than --model {model}, though as many; "
+            "a teacher needs the model's own vocabulary"
+        )
+
+
+def _check_layout(reading: Reading) -> None:
+    if reading.model_config is not None:
+        check_layout(str(reading.config.output.layout), reading.model_config)
+
+
+def _check_groups(reading: Reading) -> None:
+    if reading.model_config is not None:
+        reading.groups = _groups_of(reading.model_config, reading.config.training)
+        check_min_kept(reading.groups, reading.config.pruning)
+
+
+def _read_ds_config(reading: Reading) -> None:
+    raw = load(reading.config.training.ds_config)
+    # Where the model cannot be read, any width serves to find what else is wrong.
+    hidden_size = reading.model_config.hidden_size if reading.model_config is not None else 1
+    reading.ds_config = resolve(raw, reading.config, reading.explicit, reading.world_size, hidden_size)
+
+
+def _check_block(reading: Reading) -> None:
+    positions = getattr(reading.model_config, "max_position_embeddings", None)
+    if positions is not None and reading.config.data.block_size > positions:
+        raise ValueError(
+            f"--block_size {reading.config.data.block_size} is more than the {positions} positions of "
+            f"{reading.config.training.model}"
+        )
+
+
+def _read_train_text(reading: Reading) -> None:
+    _read_text(reading, "train")
+
+
+def _read_validation_text(reading: Reading) -> None:
+    _read_text(reading, "validation")
+
+
+def _read_text(reading: Reading, split: Split) -> None:
+    data = reading.config.data
+    if reading.config.training.model is None and data.dataset is None and data.train_file is None:
+        return  # a dry run of the embedded model, whose text needs no check
+    if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
+        data = replace(data, dataset=None, dataset_config=None, train_file=None)
+    reading.texts[split] = load_text(data, split)
+
+
+CHECKS: tuple[Callable[[Reading], None], ...] = (
+    _fill_in,
+    _read_model_config,
+    _read_tokenizer,
+    _check_teacher,
+    _check_layout,
+    _check_groups,
+    _read_ds_config,
+    _check_block,
+    _read_train_text,
+    _read_validation_text,
+)
+"""What is read and checked, in this order; each raises ValueError. A run stops at the first, a dry run at none."""
 
 
 def fill_in(config: Config) -> Config:
@@ -140,34 +261,6 @@ def drop_old_output(config: Config) -> None:
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.old")
-
-
-def _read_model(training: TrainingConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Read the model's configuration and tokenizer."""
-    return (
-        _read("model", training.model, AutoConfig, training.trust_remote_code),
-        _read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code),
-    )
-
-
-def _check_teacher(config: Config, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher that predicts other tokens than the model.
-
-    Raises:
-        ValueError: its vocabulary is another one.
-    """
-    name, trusted = config.distillation.teacher, config.training.trust_remote_code
-    teacher = _read("model", name, AutoConfig, trusted, flag="teacher")
-    if teacher.vocab_size != model_config.vocab_size:
-        raise ValueError(
-            f"--teacher {name} predicts {teacher.vocab_size} tokens, --model {config.training.model} "
-            f"{model_config.vocab_size}; a teacher needs the model's own vocabulary"
-        )
-    if _read("tokenizer", name, AutoTokenizer, trusted, flag="teacher").get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"--teacher {name} has other tokens than --model {config.training.model}, though as many; a teacher needs "
-            "the model's own vocabulary"
-        )
 
 
 def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tuple[UnitGroup, ...]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from scale_prune.batches import TokenBlocks
-from scale_prune.cli import parse, user_errors
+from scale_prune.cli import dry_run_ranks, parse, user_errors
 from scale_prune.config import Config
 from scale_prune.criteria import CRITERIA
 from scale_prune.data import SPLITS, prepare
+from scale_prune.dry_run import dry_run
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
 from scale_prune.inputs import REPORT, check_output, drop_old_output, fill_in, is_complete, read_inputs
@@ -39,6 +40,9 @@ def main(argv: Sequence[str]) -> None:
     """Run `launch/prune.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with user_errors(rank):
+        ranks = dry_run_ranks(argv, world_size)
+        if ranks is not None:
+            raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))
         with redirect_stdout(None if rank else sys.stdout):  # --help once, not once a rank
             config, explicit = parse(argv, criteria=tuple(CRITERIA))
         fill_in(config)

@@ -13,14 +13,14 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"config", "ds_limits", "seconds", "stop"},
+    {"config", "ds_limits", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
-    {"criteria", "families", "report", "data", "embedded", "slices"},
-    {"shard_backend", "activations", "export"},
+    {"criteria", "families", "report", "data", "embedded", "job", "slices"},
+    {"shard_backend", "activations", "export", "estimate"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"inputs", "api", "pruner_state", "checkpoint", "distillation"},
     {"resume", "validation", "model_writer"},
-    {"run"},
+    {"run", "dry_run"},
     {"train"},
 )
 # Copied into the exported folder, where there is no scale_prune.

@@ -1,0 +1,276 @@
+"""The check before the queue: what a run would do and need, and everything that is wrong with it, in seconds.
+
+One process; no GPU, no weights, no engine, nothing is written. The sections that are printed are those whose inputs
+could be read.
+"""
+
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+from scale_prune import embedded
+from scale_prune.cli import Mistakes, parse
+from scale_prune.config import PruningConfig
+from scale_prune.core.schedule import Schedule
+from scale_prune.core.selection import budget
+from scale_prune.criteria import CRITERIA, with_defaults
+from scale_prune.data import check_length
+from scale_prune.ds_config import DEFAULT, precision
+from scale_prune.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
+from scale_prune.inputs import CHECKS, Reading, check_output
+from scale_prune.job import Job
+from scale_prune.rehearsal import rehearse
+from scale_prune.resume import check_same, glance, with_batch_of
+
+DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
+    """Check a command line, print what its run would need, and list every mistake on stderr.
+
+    Args:
+        argv: the arguments, without the program's name.
+        world_size: number of ranks that the run would have.
+        speaks: False keeps this process silent, where another one prints the same.
+
+    Returns:
+        the exit code: 0, or 2 where there is a mistake.
+    """
+    mistakes = Mistakes()
+    with redirect_stdout(sys.stdout if speaks else None):
+        config, explicit = parse(argv, criteria=tuple(CRITERIA), noted=mistakes.noted)
+    reading = Reading(config=config, explicit=explicit, world_size=world_size)
+    if config.training.model is None:
+        reading.model_config = embedded.model_config()
+    for check in (_check_output, _glance, *CHECKS, _check_same, _check_lengths, _check_updates, _check_ranks):
+        with mistakes.noted():
+            check(reading)
+    sections: tuple[Callable[[Reading], Iterator[str]], ...] = (_model, _batch, _schedule)
+    lines = [line for section in sections for line in section(reading)]
+    if reading.groups and reading.ds_config:
+        try:
+            job = _job(reading)
+        except RuntimeError as error:  # code that looks at numbers, or a block that is too long
+            lines.append(f"memory is not known, the model does not run on fake tensors: {' '.join(str(error).split())}")
+        else:
+            lines += [*_memory(job), *_communication(job), *_disk(reading, job)]
+            with mistakes.noted():
+                _check_disk(reading, job)
+    if speaks:
+        print("\n".join(lines))
+        for mistake in dict.fromkeys(mistakes):  # two checks may meet the same one
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+    return 2 if mistakes else 0
+
+
+# --- checks that a run makes later, or not at all ------------------------------------------------------------------
+
+
+def _check_output(reading: Reading) -> None:
+    check_output(reading.config)
+
+
+def _glance(reading: Reading) -> None:
+    reading.config = with_batch_of(glance(reading.config), reading.config)
+
+
+def _check_same(reading: Reading) -> None:
+    if reading.model_config is not None and reading.tokenizer is not None and reading.ds_config:
+        checkpoint = glance(reading.config)
+        if checkpoint is not None:
+            check_same(checkpoint, reading.inputs())
+
+
+def _check_lengths(reading: Reading) -> None:
+    if reading.tokenizer is not None:
+        for split, text in reading.texts.items():
+            check_length(reading.config.data, split, text, reading.tokenizer)
+
+
+def _check_updates(reading: Reading) -> None:
+    """Refuse a schedule that goes from dense to the target in one update."""
+    schedule = _schedule_of(reading)
+    updates = sum(schedule.updates(step) for step in range(1, schedule.last_descent_step + 1))
+    if schedule.target < 1 and updates < 2:
+        raise ValueError(
+            f"--max_steps {schedule.total_steps} with --update_every {schedule.update_every} chooses masks only once "
+            f"on the way to the target, so all neurons go at one step; give more steps, a smaller --update_every or "
+            f"smaller --warmup_fraction and --cooldown_fraction"
+        )
+
+
+def _check_ranks(reading: Reading) -> None:
+    units = sum(group.num_units for group in reading.groups)
+    if reading.groups and reading.world_size > units:
+        raise ValueError(f"{reading.world_size} ranks are more than the {units} neurons of the model, use fewer")
+
+
+def _check_disk(reading: Reading, job: Job) -> None:
+    """Refuse an output folder on a disk that is too full."""
+    folder = Path(reading.config.output.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, _needed_disk(reading, job)
+    if free < needed:
+        raise ValueError(
+            f"--output_dir {reading.config.output.output_dir} is on a disk with {_size(free)} free, the run needs "
+            f"{_size(needed)} for its checkpoints and the exported model"
+        )
+
+
+def _needed_disk(reading: Reading, job: Job) -> int:
+    """Return the bytes of the export and of the checkpoints: those that are kept, and the one being written."""
+    checkpoint = reading.config.checkpoint
+    checkpoints = checkpoint.keep_checkpoints + 1 if checkpoint.save_every else 0
+    return export_size(job, str(reading.config.output.layout)) + checkpoints * checkpoint_size(job)
+
+
+# --- what is printed -----------------------------------------------------------------------------------------------
+
+
+def _pruning(reading: Reading) -> PruningConfig:
+    return with_defaults(reading.config.pruning)
+
+
+def _schedule_of(reading: Reading) -> Schedule:
+    pruning = reading.config.pruning
+    return Schedule(
+        total_steps=reading.config.training.max_steps,
+        target=pruning.remaining,
+        warmup_fraction=pruning.warmup_fraction,
+        cooldown_fraction=pruning.cooldown_fraction,
+        update_every=pruning.update_every,
+    )
+
+
+def _model(reading: Reading) -> Iterator[str]:
+    if not reading.groups:
+        return
+    assert reading.model_config is not None
+    widths = [group.num_units for group in reading.groups]
+    name = reading.config.training.model or "the embedded GPT-Neo, which the run builds and trains first"
+    yield f"model: {name} ({reading.model_config.model_type})"
+    yield f"groups: {len(widths)}, of {_listed(widths)} neurons; {sum(widths):,} neurons in all"
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return f"{widths[0]:,}" if len(set(widths)) == 1 else ", ".join(f"{width:,}" for width in widths)
+
+
+def _batch(reading: Reading) -> Iterator[str]:
+    if not reading.ds_config:
+        return
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    blocks, micro, accumulation = (int(reading.ds_config[key]) for key in keys)
+    training, tokens = reading.config.training, blocks * reading.config.data.block_size
+    yield (
+        f"batch: {blocks:,} blocks = {micro:,} in a forward pass x {accumulation:,} accumulated x "
+        f"{reading.world_size:,} ranks; {tokens:,} tokens a step"
+    )
+    steps = training.max_steps + training.recovery_steps
+    yield f"steps: {training.max_steps:,} with pruning, {training.recovery_steps:,} after; {steps * tokens:,} tokens"
+
+
+def _schedule(reading: Reading) -> Iterator[str]:
+    if not reading.groups:
+        return
+    schedule, pruning = _schedule_of(reading), _pruning(reading)
+    widths = [group.num_units for group in reading.groups]
+    yield ""
+    yield "| step | remaining | neurons | score learning rate |"
+    yield "|---:|---:|---:|---:|"
+    for step in schedule_steps(schedule):
+        remaining = schedule.remaining(step)
+        kept = (
+            budget(remaining, sum(widths)) if pruning.scope == "global" else sum(budget(remaining, n) for n in widths)
+        )
+        rate = pruning.score_learning_rate * schedule.learning_rate(step)
+        yield f"| {step:,} | {remaining:.4f} | {kept:,} | {rate:.3g} |"
+
+
+def schedule_steps(schedule: Schedule) -> list[int]:
+    """Return the steps worth showing: the ends of warm-up, descent and run, and eighths of the descent."""
+    first, last = schedule.warmup_steps, schedule.last_descent_step
+    descent = [first + math.ceil(eighth * (last - first) / 8) for eighth in range(9)]
+    return sorted({1, *descent, schedule.total_steps} - {0})
+
+
+def _job(reading: Reading) -> Job:
+    """Return what the needs follow from."""
+    assert reading.model_config is not None
+    training, ds_config = reading.config.training, reading.ds_config
+    shown = rehearse(
+        reading.model_config,
+        dtype=DTYPES[precision(ds_config)],
+        batch=int(ds_config["train_micro_batch_size_per_gpu"]),
+        block=reading.config.data.block_size,
+        gradient_checkpointing=training.gradient_checkpointing,
+        trust_remote_code=training.trust_remote_code,
+    )
+    return Job(
+        numels=shown.numels,
+        buffers=shown.buffers,
+        activations=shown.activations,
+        groups=reading.groups,
+        pruning=_pruning(reading),
+        recovery=training.recovery_steps > 0,
+        ds_config=ds_config,
+        world_size=reading.world_size,
+        on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
+    )
+
+
+def _memory(job: Job) -> Iterator[str]:
+    """Lay out each place's parts by phase."""
+    phases = memory(job)
+    yield ""
+    yield (
+        f"parameters: {job.num_parameters:,}, {job.num_pruned:,} when pruned; "
+        f"{job.shards:,} on each of {job.world_size:,} ranks"
+    )
+    for place in ("GPU", "host"):
+        names = dict.fromkeys(part.name for parts in phases.values() for part in parts if part.place == place)
+        if names:
+            yield ""
+            yield f"| memory of a rank, {place} | {' | '.join(phases)} |"
+            yield f"|---{'|---:' * len(phases)}|"
+            for name in names:
+                sizes = [sum(p.size for p in parts if (p.name, p.place) == (name, place)) for parts in phases.values()]
+                yield f"| {name} | {' | '.join(_size(size) if size else '' for size in sizes)} |"
+            yield f"| **sum** | {' | '.join(_size(total(parts, place)) for parts in phases.values())} |"
+    yield ""
+    if job.on_gpu:
+        yield f"peak of a rank: {_size(peak(phases, 'GPU'))} of GPU memory, without the CUDA context and what the"
+        yield f"allocator cannot use again, and {_size(peak(phases, 'host'))} of the host's"
+    else:
+        parts = {name: parts for name, parts in phases.items() if name != KEPT}
+        yield f"peak of a rank: {_size(peak(phases, 'host'))} with the settings of launch/setup.sh, under which glibc"
+        yield f"keeps what is freed, so that phases add up; {_size(peak(parts, 'host'))} without them"
+
+
+def _communication(job: Job) -> Iterator[str]:
+    yield ""
+    yield "| bytes that a rank receives in a step | |"
+    yield "|---|---:|"
+    yield from (f"| {name} | {_size(size)} |" for name, size in communication(job).items() if size)
+
+
+def _disk(reading: Reading, job: Job) -> Iterator[str]:
+    checkpoint = reading.config.checkpoint
+    yield ""
+    yield "| disk | |"
+    yield "|---|---:|"
+    yield f"| exported model | {_size(export_size(job, str(reading.config.output.layout)))} |"
+    yield f"| a checkpoint | {_size(checkpoint_size(job))} |"
+    kept = f"{checkpoint.keep_checkpoints} kept and one being written" if checkpoint.save_every else "none is saved"
+    yield f"| all, with checkpoints: {kept} | {_size(_needed_disk(reading, job))} |"
+
+
+def _size(size: float) -> str:
+    """Return a number of bytes with a unit in which it is easy to read."""
+    power = min(int(math.log2(max(size, 1))) // 10, 3)
+    return f"{size / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

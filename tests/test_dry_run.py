@@ -1,0 +1,168 @@
+"""The check before the queue: everything that is wrong at once, figures without weights, nothing written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import STEPS, arguments, errors_of, outcome, text
+from models import LAYERS, WIDTH, tiny_config
+from test_end_to_end import BAD, content, files
+
+from scale_prune.core.schedule import Schedule
+from scale_prune.embedded import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a text, and a model that has a config and a tokenizer but no weights."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "train.txt").write_text(text(200, seed=0))
+    (folder / "validation.txt").write_text(text(20, seed=1))
+    tokenizer = train_tokenizer([text(200, seed=0)], 300)
+    tokenizer.save_pretrained(folder / "model")
+    tiny_config("gpt_neo", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    return folder
+
+
+def dry(work: Path, **settings: Any) -> tuple[int, list[str]]:
+    """Return the exit code and the errors of a dry run whose output folder does not exist."""
+    code, stderr = outcome(["--dry_run", *arguments(work, work / "never", **settings)])
+    assert "Traceback" not in stderr
+    return code, errors_of(stderr)
+
+
+def rows(printed: str, header: str) -> list[list[str]]:
+    """Return the cells of the table whose first line begins with `header`, below its rule."""
+    lines = printed.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith(header))
+    table = [line.strip("| ").split(" | ") for line in lines[start + 2 :]]
+    return table[: next((place for place, cells in enumerate(table) if cells == [""]), len(table))]
+
+
+def test_a_run_that_can_start_is_described(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(work)
+    code, errors = dry(work, criterion="gum", remaining=0.4, world_size=2)
+    printed = capsys.readouterr().out
+    assert (code, errors) == (0, [])
+    assert f"groups: {LAYERS}, of {WIDTH} neurons; {LAYERS * WIDTH} neurons in all" in printed
+    assert "batch: 4 blocks = 2 in a forward pass x 1 accumulated x 2 ranks; 64 tokens a step" in printed
+    for table in ("| memory of a rank, host |", "| bytes that a rank receives in a step |", "| disk |"):
+        assert rows(printed, table)
+    assert content(work) == before
+    assert not (work / "never").exists()
+
+
+def test_the_table_is_the_schedule(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry(work, criterion="gum", remaining=0.4, max_steps=50) == (0, [])
+    schedule = Schedule(total_steps=50, target=0.4)
+    table = rows(capsys.readouterr().out, "| step |")
+    steps = [int(cells[0]) for cells in table]
+    assert {1, schedule.warmup_steps, schedule.last_descent_step, 50} <= set(steps)
+    assert [cells[1] for cells in table] == [f"{schedule.remaining(step):.4f}" for step in steps]
+    assert [int(cells[2]) for cells in table] == [
+        int(schedule.remaining(step) * LAYERS * WIDTH + 1e-6) for step in steps
+    ]
+
+
+def test_more_ranks_take_less_each(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry(work, ds_config="zero3", world_size=4, precision="bf16") == (0, [])
+    printed = capsys.readouterr().out
+    assert "| memory of a rank, GPU |" in printed
+    assert "on each of 4 ranks" in printed
+
+
+def test_every_bad_input_is_found(work: Path) -> None:
+    paths = files(work) | {"bad": work / "bad"}
+    for settings, expected in BAD:
+        named = {name: paths.get(str(value), value) for name, value in settings.items()}
+        code, errors = dry(work, world_size=2, **named)
+        assert code == 2
+        assert [error for error in errors if expected in error], (expected, errors)
+    assert not (work / "never").exists()
+
+
+def test_all_that_is_wrong_is_listed_at_once(work: Path) -> None:
+    paths = files(work)
+    code, errors = dry(
+        work,
+        remaining=1.5,
+        max_steps="ten",
+        remainin=0.5,
+        criterion="sparsity",
+        model="nowhere",
+        ds_config=paths["stage2.json"],
+        train_file=paths["empty.txt"],
+        validation_file=paths["columns.jsonl"],
+        output_dir=work / "bad",
+    )
+    expected = [
+        "unknown flag --remainin, did you mean --remaining?",
+        "--max_steps ten is not valid",
+        "--remaining 1.5 is out of range",
+        "--criterion sparsity is unknown",
+        "holds something that is not a run",
+        "--model nowhere: its model cannot be read",
+        "--model nowhere: its tokenizer cannot be read",
+        '"zero_optimization.stage": 2',
+        "empty.txt cannot be read: it is empty",
+        "has no column 'text'",
+    ]
+    assert code == 2
+    assert len(errors) == len(expected)
+    for piece in expected:
+        assert [error for error in errors if piece in error], piece
+
+
+def test_mistakes_that_a_run_would_meet_late_are_found(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"train_file": files(work)["short.txt"], "max_steps": 5, "update_every": 10, "world_size": 60}
+    code, errors = dry(work, train_batch_size=60, **short)
+    assert code == 2
+    for piece in ("short.txt has ", "chooses masks only once", "60 ranks are more than the 51 neurons"):
+        assert [error for error in errors if piece in error], piece
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    code, (error,) = dry(work, save_every=2)
+    assert code == 2
+    assert "is on a disk with 1,000 B free, the run needs" in error
+
+
+def test_a_checkpoint_that_is_none_is_found(work: Path) -> None:
+    code, errors = dry(work, resume=work / "nowhere", remaining=2)
+    assert code == 2
+    assert len(errors) == 2
+    assert "nowhere is not a whole checkpoint" in errors[1]
+
+
+def test_without_a_model_the_embedded_one_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert outcome(["--dry_run", "--max_steps", str(STEPS)]) == (0, "")
+    assert "groups: 4, of 768 neurons; 3,072 neurons in all" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_rank_speaks(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert dry(work) == (0, [])
+    assert dry(work, train_batch_size=3) == (2, [])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert dry(work) == (0, [])
+    assert "x 2 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--world_size", "8"], "--world_size belongs to --dry_run"),
+        (["--dry_run", "--world_size", "0"], "--world_size 0 is not valid, it must be a whole number, at least 1"),
+        (["--dry_run", "--world_size", "many"], "--world_size many is not valid"),
+        (["--dry_run", "--world_size"], "--world_size: expected one argument"),
+    ],
+)
+def test_a_wrong_number_of_ranks_is_one_sentence(flags: list[str], expected: str) -> None:
+    code, stderr = outcome(flags)
+    assert code == 2
+    (error,) = errors_of(stderr)
+    assert expected in error
