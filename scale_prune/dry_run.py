@@ -217,10 +217,10 @@ def _job(reading: Reading) -> Job:
         activations=shown.activations,
         groups=reading.groups,
         pruning=_pruning(reading),
-        recovery=training.recovery_steps > 0,
         ds_config=ds_config,
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
+        taught=reading.config.distillation.teacher is not None,
     )
 
 

@@ -42,13 +42,20 @@ def memory(job: Job) -> dict[str, list[Part]]:
     process without a GPU has one more phase, `KEPT`: with the settings of launch/setup.sh glibc keeps what is freed,
     and the phases of a step hardly find room in each other's blocks, so that they add up.
     """
-    held = [*_process(job), *_states(job, job.shards, ""), *_buffers(job), *_scores(job)]
+    always = [*_process(job), *_buffers(job), *_scores(job), *_teacher(job)]
+    held = [*always, *_states(job, job.shards, "")]
     own = _phases(job)
     phases = {"loading": [*_process(job), *_loading(job)]} | {name: [*held, *parts] for name, parts in own.items()}
+    if job.pruning.remaining < 1:
+        phases["compaction"] = [*always, *_compaction(job)]
     if not job.on_gpu:
-        once = (parts for name, parts in own.items() if name != "recovery")  # which comes back to the same blocks
-        phases[KEPT] = [*held, *chain.from_iterable(once)]
+        phases[KEPT] = [*held, *chain.from_iterable(own.values()), *_growth(phases.get("compaction", []), held)]
     return {name: [part for part in parts if part.size] for name, parts in phases.items()}
+
+
+def _growth(compaction: list[Part], held: list[Part]) -> list[Part]:
+    """Return what compaction needs beyond the blocks of what it frees."""
+    return [Part("compaction", "host", max(0, total(compaction, "host") - total(held, "host")))]
 
 
 def _phases(job: Job) -> dict[str, list[Part]]:
@@ -58,7 +65,7 @@ def _phases(job: Job) -> dict[str, list[Part]]:
         Part("gathered parameters", device, _gathered(job)),
         Part("activations", device, job.activations),
     ]
-    phases = {
+    return {
         "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
         "scores, masks": [
             Part("similarity", device, 2 * _sampled(job) + _cosines(job)),
@@ -69,12 +76,6 @@ def _phases(job: Job) -> dict[str, list[Part]]:
             Part("temporaries", device, _stepping(job)),
         ],
     }
-    if job.pruning.remaining < 1:
-        carried, *smaller = _compaction(job)
-        phases["compaction"] = [carried, *smaller]
-        if job.recovery:  # the engine that was replaced stays in memory, because the pruner holds it
-            phases["recovery"] = [*smaller, *passing]
-    return phases
 
 
 def total(parts: Iterable[Part], place: str) -> int:
@@ -105,6 +106,11 @@ def _states(job: Job, shards: int, prefix: str) -> list[Part]:
         Part(f"{prefix}gradients", optimizer, shards * (job.gradient_width + FP32 * offloaded)),
         Part(f"{prefix}optimizer", optimizer, shards * FP32 * job.moments),
     ]
+
+
+def _teacher(job: Job) -> list[Part]:
+    """Return the teacher's shards, which are taken to be as large as the model's; its logits are not counted."""
+    return [Part("teacher", job.place("offload_param"), job.shards * job.width * job.taught)]
 
 
 def _buffers(job: Job) -> list[Part]:
@@ -217,12 +223,14 @@ def _stepping(job: Job) -> int:
 
 
 def _compaction(job: Job) -> list[Part]:
-    """Return what compaction adds: carried slices, and the smaller engine beside the one it replaces, which lives on.
+    """Return what there is of engines: the old working copy, slices that are carried over, the smaller engine.
 
-    The one tensor that is gathered at a time is small against them, unless there are very many ranks.
+    The old masters, moments and gradients are gone by then. The one tensor that is gathered at a time is small against
+    the rest, unless there are very many ranks. Training on afterwards needs less than before.
     """
     pruned = job.shard_of(job.num_pruned)
     return [
+        Part("parameters", job.place("offload_param"), job.shards * job.width),
         Part("carried slices", "host", pruned * FP32 * (1 + job.moments)),
         *_states(job, pruned, "smaller "),
     ]

@@ -33,10 +33,10 @@ class Job:
         activations: most bytes of a micro batch that live at one time besides parameters, see `rehearsal`.
         groups: the model's groups.
         pruning: settings of pruning, without None where the criterion has a default.
-        recovery: whether the smaller model is trained on.
         ds_config: a DeepSpeed configuration without "auto" values.
         world_size: number of ranks, W.
         on_gpu: False where the ranks are processes without a GPU.
+        taught: whether there is a teacher.
     """
 
     numels: tuple[int, ...]
@@ -44,10 +44,10 @@ class Job:
     activations: int
     groups: tuple[UnitGroup, ...]
     pruning: PruningConfig
-    recovery: bool
     ds_config: dict[str, Any]
     world_size: int
     on_gpu: bool
+    taught: bool
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def job_of(model_type: str = "gpt_neo", **changes: Any) -> Job:
         activations=shown(model_type).activations,
         groups=unit_groups(tiny_model(model_type)),
         pruning=with_defaults(PruningConfig(criterion="gum", remaining=0.4)),
-        recovery=False,
+        taught=False,
         ds_config=DS_CONFIG,
         world_size=2,
         on_gpu=True,
@@ -145,11 +145,18 @@ def test_only_criteria_that_need_activations_pay_for_them() -> None:
     assert owned * WIDTH * 4 <= running - batch <= (owned + LAYERS) * WIDTH * 4
 
 
-def test_recovery_runs_beside_the_engine_that_was_replaced() -> None:
-    phases = memory(job_of(recovery=True, pruning=pruning("movement")))
-    assert total(phases["recovery"], "GPU") > total(phases["forward, backward"], "GPU")
-    kept = [peak(memory(job_of(on_gpu=False, recovery=choice)), "host") for choice in (False, True)]
-    assert kept[0] == kept[1]
+def test_compaction_replaces_and_does_not_add() -> None:
+    phases = memory(job_of(pruning=pruning("movement")))
+    names = [part.name for part in phases["compaction"]]
+    assert "smaller master" in names
+    assert not {"master", "gradients", "optimizer"} & set(names)
+    assert total(phases["compaction"], "GPU") < total(phases["forward, backward"], "GPU")
+
+
+def test_a_teacher_has_a_shard_too() -> None:
+    (teacher,) = [part for part in memory(job_of(taught=True))["optimizer step"] if part.name == "teacher"]
+    assert (teacher.place, teacher.size) == ("GPU", 4 * job_of().shards)
+    assert "teacher" not in [part.name for part in memory(job_of())["optimizer step"]]
 
 
 def test_plain_fine_tuning_prunes_nothing() -> None:

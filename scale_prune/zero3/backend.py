@@ -135,6 +135,11 @@ class Zero3Backend:
             if name not in self.parameters and not hasattr(tensor, "ds_id") and tensor.numel():
                 yield name, tensor.detach().to("cpu", copy=True)
 
+    def let_go(self) -> None:
+        """Drop the engine and its parameters, which would stay in memory with this object; collectives still work."""
+        del self.engine
+        self.parameters.clear()
+
     def _local_grad(self, param: Any) -> Tensor:
         """Return this rank's slice of a gradient, still scaled, without the padding, which may hold anything."""
         return safe_get_local_grad(param).flatten()[: self._bounds(param)[1]]

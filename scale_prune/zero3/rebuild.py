@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ def compact_engine(
     facts = facts_of(backend)
     slices = _reduced_slices(backend, kinds_of(facts), reduced)
     smaller = _smaller_parameters(backend, reduced)
+    _free_state(backend.engine.optimizer)
     backend.engine.destroy()
     _forget_engine(backend.module)
     compacted = []
@@ -54,6 +56,7 @@ def compact_engine(
         own = {member.name: smaller.pop(member.name) for member in group.members}
         compacted.append(set_members(backend.module, group, own, len(keep[group.name])))
     engine = make_engine(backend.module)
+    backend.let_go()
     restore(Zero3Backend(engine), facts, lambda kind, name, start, count: slices[kind, name])
     return engine, tuple(compacted)
 
@@ -87,6 +90,16 @@ def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, tuple[Membe
         param.convert_to_zero_parameters(param_list=[small])
         smaller[name] = small
     return smaller
+
+
+def _free_state(sharded_optimizer: Any) -> None:
+    """Give back masters, moments and gradients, which `destroy` leaves in memory while anything holds the engine."""
+    working = {flat.data_ptr() for flat in sharded_optimizer.fp16_partitioned_groups_flat if flat is not None}
+    masters = sharded_optimizer.fp32_partitioned_groups_flat
+    moments = [value for state in sharded_optimizer.optimizer.state.values() for value in state.values()]
+    for held in (*masters, *filter(torch.is_tensor, moments), sharded_optimizer.grad_partitions_flat_buffer):
+        if held is not None and held.data_ptr() not in working:
+            held.untyped_storage().resize_(0)
 
 
 def _forget_engine(module: nn.Module) -> None:
