@@ -70,8 +70,12 @@ def newest_step(output: Path) -> int:
     return next((int(path.name.removeprefix("step-")) for path in newest_first(output)), 0)
 
 
-def is_saving(output: Path) -> bool:
-    return any((output / "checkpoints").glob("*.partial"))
+def is_saving(output: Path, since: float) -> bool:
+    """Tell whether a save has begun since a time; what an earlier kill has left does not count."""
+    try:
+        return any(path.stat().st_mtime > since for path in (output / "checkpoints").glob("*.partial"))
+    except FileNotFoundError:  # it has just got its name
+        return False
 
 
 def moment(rng: random.Random, number: int, output: Path, ranks: list[BaseProcess]) -> str:
@@ -86,8 +90,8 @@ def moment(rng: random.Random, number: int, output: Path, ranks: list[BaseProces
 
 
 def wait_until_saving(output: Path, ranks: list[BaseProcess]) -> None:
-    deadline = time.monotonic() + 120
-    while not is_saving(output):
+    deadline, started = time.monotonic() + 120, time.time()
+    while not is_saving(output, started):
         assert all(rank.is_alive() for rank in ranks)
         assert time.monotonic() < deadline
         time.sleep(0.0005)
