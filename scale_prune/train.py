@@ -24,7 +24,7 @@ from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run
 from scale_prune.stop import LOST_CONTACT, StopSignal
 from scale_prune.zero3 import Runtime
-from scale_prune.zero3.runtime import is_lost_contact
+from scale_prune.zero3.runtime import is_lost_contact, remove_shared_memory
 
 CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
 BASE = {
@@ -86,6 +86,7 @@ def lost_contact(rank: int) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
+        remove_shared_memory(rank)
         os._exit(LOST_CONTACT)
 
 

@@ -53,6 +53,9 @@ def finished(work: Path) -> Path:
     output = finish(process)
     assert process.returncode == 0, output
     assert output.count("(dense)") == 1, "only rank 0 speaks"
+    words: Any = process.args
+    port = words[words.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
     return work / "out"
 
 

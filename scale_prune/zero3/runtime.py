@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -105,6 +106,14 @@ class Runtime:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        remove_shared_memory(self.rank)
+
+
+def remove_shared_memory(rank: int) -> None:
+    """Remove the buffer, 66 MiB a rank, through which DeepSpeed adds up on a CPU, and which it leaves behind."""
+    meeting = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
+    name = "_".join(("deepspeed_allreduce_buffer", str(os.getuid()), *meeting, str(rank)))
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def is_lost_contact(error: BaseException) -> bool:
