@@ -1,0 +1,122 @@
+"""What an analysis says of every neuron, against the definitions on the whole model, on one rank and on two."""
+
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import BLOCK, make_work
+from distributed import run_ranks
+from models import LAYERS, WIDTH
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from scale_prune.analysis import analyse
+from scale_prune.batches import TokenBlocks, training_batches
+from scale_prune.config import Config
+from scale_prune.data import prepare
+from scale_prune.inputs import read_inputs
+from scale_prune.zero3 import Runtime
+
+pytestmark = pytest.mark.distributed
+
+STEPS, BATCH = 3, 4
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+def config_of(work: Path) -> Config:
+    texts = {f"{split}_file": str(work / f"{split}.txt") for split in ("train", "validation")}
+    return Config.from_flat({"model": str(work / "model"), "block_size": BLOCK, "train_batch_size": BATCH, **texts})
+
+
+def analysed(work: Path) -> list[dict[str, Any]]:
+    runtime = Runtime.start()
+    inputs = read_inputs(config_of(work), frozenset(), runtime.world_size)
+    blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
+    return [vars(group) | {"uniqueness": group.uniqueness} for group in analyse(inputs, blocks, STEPS, runtime)]
+
+
+def batches_of(work: Path) -> list[Tensor]:
+    inputs = read_inputs(config_of(work), frozenset(), 1)
+    blocks: TokenBlocks = prepare(inputs.config.data, "train", inputs.tokenizer)
+    steps = training_batches(
+        blocks, batch_size=BATCH, micro_batch_size=BATCH, accumulation=1, rank=0, world_size=1, seed=0
+    )
+    return [micro_batches[0] for micro_batches in islice(steps, STEPS)]
+
+
+@cache
+def expected(work: Path) -> list[dict[str, Tensor]]:
+    """Compute sensitivity and cosines from whole gradients and activations."""
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "model").eval()
+    caught: list[list[Tensor]] = [[] for _ in range(LAYERS)]
+    sensitivity = torch.zeros(LAYERS, WIDTH)
+    for layer, block in enumerate(model.transformer.h):
+        block.mlp.c_proj.register_forward_pre_hook(
+            lambda module, inputs, layer=layer: caught[layer].append(inputs[0].detach().flatten(0, 1))
+        )
+    for input_ids in batches_of(work):
+        model.zero_grad()
+        model(input_ids, labels=input_ids).loss.backward()
+        for layer, block in enumerate(model.transformer.h):
+            first, last = block.mlp.c_fc, block.mlp.c_proj
+            by_unit = (first.weight * first.weight.grad).sum(1) + first.bias * first.bias.grad
+            by_unit = by_unit + (last.weight * last.weight.grad).sum(0)
+            sensitivity[layer] += by_unit.detach().abs() / STEPS
+    found = []
+    for layer, parts in enumerate(caught):
+        h = torch.cat(parts).double()
+        cosines = (h / h.norm(dim=0)).T @ (h / h.norm(dim=0))
+        found.append({"sensitivity": sensitivity[layer], "cosines": cosines, "correlations": torch.corrcoef(h.T)})
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_number_is_that_of_its_definition(world_size: int, work: Path) -> None:
+    ranks = run_ranks(analysed, world_size, work)
+    for found in ranks:
+        assert [group["name"] for group in found] == [f"transformer.h.{layer}.mlp" for layer in range(LAYERS)]
+        for group, whole in zip(found, expected(work), strict=True):
+            others = ~torch.eye(WIDTH, dtype=torch.bool)
+            cosines, correlations = whole["cosines"], whole["correlations"].abs() * others
+            later = (cosines >= 0.8) & torch.ones(WIDTH, WIDTH).triu(1).bool()
+            torch.testing.assert_close(group["sensitivity"], whole["sensitivity"], rtol=1e-4, atol=1e-7)
+            absolute = (cosines.abs() * others).float()
+            torch.testing.assert_close(group["similarity"], absolute.sum(1) / (WIDTH - 1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(group["nearest"], absolute.amax(1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(group["correlated"], correlations.amax(1).float(), rtol=1e-3, atol=1e-4)
+            assert torch.equal(group["similar"], later.any(1))
+            assert group["uniqueness"] == 1 - int(later.any(1).sum()) / WIDTH
+            assert group["live"].all()
+            assert group["explained"].shape == (WIDTH,)
+            assert 0 < float(group["explained"].mean()) < 1
+
+
+def without_units(work: Path, folder: Path) -> Path:
+    """Return inputs whose model has neurons of zeros, as a padded layout has."""
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "model")
+    for block in model.transformer.h:
+        for tensor in (block.mlp.c_fc.weight, block.mlp.c_fc.bias):
+            tensor.data[[2, 11]] = 0.0
+        block.mlp.c_proj.weight.data[:, [2, 11]] = 0.0
+    (folder / "model").mkdir()
+    for file in (*work.glob("*.txt"), *(work / "model").glob("token*"), *(work / "model").glob("*.json")):
+        target = folder / file.relative_to(work)
+        target.write_bytes(file.read_bytes())
+    model.save_pretrained(folder / "model")
+    return folder
+
+
+def test_neurons_of_zeros_do_not_count(work: Path, tmp_path: Path) -> None:
+    (found,) = run_ranks(analysed, 1, without_units(work, tmp_path))
+    for group in found:
+        assert (~group["live"]).nonzero().flatten().tolist() == [2, 11]
+        assert group["sensitivity"][[2, 11]].tolist() == [0.0, 0.0]
+        assert not group["similar"][[2, 11]].any()
+        assert len(group["explained"]) == WIDTH - 2
