@@ -75,6 +75,38 @@ def parse(argv: Sequence[str], *, criteria: Sequence[str], noted: Noted = nullco
     return _build(usable, noted), frozenset(usable)
 
 
+def parse_some(
+    argv: Sequence[str], names: Sequence[str], description: str, add_own: Callable[[argparse.ArgumentParser], None]
+) -> tuple[Config, frozenset[str], argparse.Namespace]:
+    """Read the command line of another command, which has some of the settings and flags of its own.
+
+    Args:
+        argv: the arguments, without the program's name.
+        names: the settings it has.
+        description: what it does, for `--help`.
+        add_own: adds its own flags.
+
+    Returns:
+        the settings, the names of those that were given, and its own flags' values.
+
+    Raises:
+        ValueError: a flag or value that is not valid.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    add_own(parser)
+    own = [action.dest for action in parser._actions]
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    group = parser.add_argument_group("settings, as of launch/prune.py", argument_default=argparse.SUPPRESS)
+    for name in names:
+        _add_flag(group, _specs()[name], _specs()[name].metadata["choices"])
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        valid = [name for action in parser._actions for name in action.option_strings]
+        raise ValueError(f"unknown argument {rest[0]}, {nearest(rest[0].split('=')[0], valid)}")
+    given = {name: _from_flag(name, value) for name, value in vars(flags).items() if name in names}
+    return Config.from_flat(given), frozenset(given), argparse.Namespace(**{n: getattr(flags, n, None) for n in own})
+
+
 def dry_run_ranks(argv: Sequence[str], world_size: int) -> int | None:
     """Return the number of ranks that a dry run is asked for, None where none is asked for.
 

@@ -67,6 +67,10 @@ def _phases(job: Job) -> dict[str, list[Part]]:
     ]
     return {
         "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
+        "reduce-scatter": [
+            Part("similarity", device, _sampled(job)),
+            Part("copy of a bucket", device, _reducing(job)),
+        ],
         "scores, masks": [
             Part("similarity", device, 2 * _sampled(job) + _cosines(job)),
             Part("temporaries", device, _scoring(job)),
@@ -114,17 +118,23 @@ def _teacher(job: Job) -> list[Part]:
 
 
 def _buffers(job: Job) -> list[Part]:
-    """Return the model's buffers and the buckets of the reduce-scatter: the bucket, and its copy cut by ranks.
-
-    A gradient that is larger than the bucket travels alone, so the copy can be of that size.
-    """
-    bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET)
-    own = bucket if get(job.ds_config, "zero_optimization.contiguous_gradients") is not False else 0
-    copied = max(min(bucket, job.num_parameters), max(job.numels)) if job.world_size > 1 else 0
+    """Return the model's buffers and the bucket in which gradients wait for their reduce-scatter."""
+    contiguous = get(job.ds_config, "zero_optimization.contiguous_gradients") is not False
+    bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET) if contiguous else 0
     return [
         Part("buffers of the model", job.place(), job.buffers),
-        Part("reduce buckets", job.place(), (own + copied) * job.width),
+        Part("reduce bucket", job.place(), bucket * job.width),
     ]
+
+
+def _reducing(job: Job) -> int:
+    """Return the bytes of a bucket's copy, cut by ranks.
+
+    A gradient that is larger than the bucket travels alone, so the copy can be of that size. The largest one is the
+    embedding's, which is whole only after the last layer's backward pass, when the activations are gone.
+    """
+    bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET)
+    return max(min(bucket, job.num_parameters), max(job.numels)) * job.width if job.world_size > 1 else 0
 
 
 def _loading(job: Job) -> list[Part]:

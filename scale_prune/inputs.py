@@ -4,7 +4,7 @@ All ranks make the same checks on the same files, so all of them stop at the sam
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from scale_prune.config import Config, TrainingConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import with_defaults
-from scale_prune.data import Split, Text, load_text
+from scale_prune.data import SPLITS, Split, Text, load_text
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import unit_groups
@@ -55,18 +55,19 @@ class Inputs:
         return int(self.ds_config["train_micro_batch_size_per_gpu"])
 
 
-def read_inputs(config: Config, explicit: frozenset[str], world_size: int) -> Inputs:
+def read_inputs(config: Config, explicit: frozenset[str], world_size: int, splits: Sequence[Split] = SPLITS) -> Inputs:
     """Read and check a run's inputs; nothing is written, no weights are loaded, no process talks to another.
 
     Args:
         config: the settings; `training.model` and a data set are given.
         explicit: names of the settings that the user gave.
         world_size: number of ranks.
+        splits: the texts that are needed.
 
     Raises:
         ValueError: one of them cannot be used; the message says which, why and what would be valid.
     """
-    reading = Reading(config=config, explicit=explicit, world_size=world_size)
+    reading = Reading(config=config, explicit=explicit, world_size=world_size, splits=splits)
     for check in CHECKS:
         check(reading)
     return reading.inputs()
@@ -80,6 +81,7 @@ class Reading:
         config: the settings, with scope and layout once they are filled in.
         explicit: names of the settings that the user gave.
         world_size: number of ranks.
+        splits: the texts that are needed.
         model_config: the model's own configuration.
         tokenizer: the model's tokenizer.
         groups: the model's groups.
@@ -90,6 +92,7 @@ class Reading:
     config: Config
     explicit: frozenset[str]
     world_size: int
+    splits: Sequence[Split] = SPLITS
     model_config: PretrainedConfig | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     groups: tuple[UnitGroup, ...] = ()
@@ -181,6 +184,8 @@ def _read_validation_text(reading: Reading) -> None:
 
 def _read_text(reading: Reading, split: Split) -> None:
     data = reading.config.data
+    if split not in reading.splits:
+        return
     if reading.config.training.model is None and data.dataset is None and data.train_file is None:
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
@@ -264,7 +269,16 @@ def _old(folder: Path) -> Path:
 
 
 def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tuple[UnitGroup, ...]:
-    """Return the groups of a model that is not loaded."""
+    """Return the groups of a model that is not loaded.
+
+    Raises:
+        ValueError: it is built by code of its own, which the user does not trust.
+    """
+    if model_config.to_dict().get("per_layer_config") and not training.trust_remote_code:
+        raise ValueError(
+            f"--model {training.model} has layers of different widths, which the modelling file in that folder builds; "
+            "give --trust_remote_code to run that file"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=training.trust_remote_code)
     return unit_groups(model)

@@ -91,8 +91,9 @@ def test_what_is_sharded_falls_with_the_number_of_ranks(world_size: int) -> None
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_total_is_the_sum_of_its_parts(criterion: str, on_gpu: bool) -> None:
     phases = memory(job_of(pruning=pruning(criterion), on_gpu=on_gpu))
-    assert list(phases)[:5] == ["loading", "forward, backward", "scores, masks", "optimizer step", "compaction"]
-    assert list(phases)[5:] == ([] if on_gpu else [KEPT])
+    making_a_step = ["forward, backward", "reduce-scatter", "scores, masks", "optimizer step"]
+    assert list(phases)[:6] == ["loading", *making_a_step, "compaction"]
+    assert list(phases)[6:] == ([] if on_gpu else [KEPT])
     for parts in phases.values():
         assert sum(total(parts, place) for place in ("GPU", "host")) == sum(part.size for part in parts)
         assert all(total(parts, place) <= peak(phases, place) for place in ("GPU", "host"))

@@ -21,7 +21,9 @@ LAYERS = (
     {"inputs", "api", "pruner_state", "checkpoint", "distillation"},
     {"resume", "validation", "model_writer", "analysis"},
     {"run", "dry_run"},
-    {"train"},
+    {"train", "analysis_report"},
+    {"analysis_figures"},
+    {"analyze"},
 )
 # Copied into the exported folder, where there is no scale_prune.
 ALONE = "modeling_per_layer"
@@ -33,6 +35,7 @@ ONLY_IN = {
     "torch.utils.tensorboard": {"monitor"},
     "tqdm": {"monitor"},
     "tokenizers": {"embedded"},
+    "matplotlib": {"analysis_figures"},
 }
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -1,0 +1,8 @@
+"""Look inside models: `deepspeed launch/analyze.py --model FOLDER ... [--baseline FOLDER] --train_file FILE`."""
+
+import sys
+
+from scale_prune.analyze import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,123 @@
+"""The command that looks inside models: `launch/analyze.py --model FOLDER [FOLDER ...] [--baseline FOLDER]`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scale_prune.analysis import GroupAnalysis, analyse
+from scale_prune.analysis_figures import draw_all
+from scale_prune.analysis_report import as_json, as_table
+from scale_prune.cli import parse_some, user_errors
+from scale_prune.config import Config
+from scale_prune.data import prepare
+from scale_prune.files import complete_or_absent
+from scale_prune.inputs import Inputs, read_inputs
+from scale_prune.train import lost_contact
+from scale_prune.zero3 import Runtime
+
+SETTINGS = (
+    *("dataset", "dataset_config", "train_file", "text_column", "block_size"),
+    *("ds_config", "precision", "train_batch_size", "micro_batch_size", "seed", "trust_remote_code"),
+)
+DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
+KEPT = "kept.json"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `launch/analyze.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with user_errors(rank):
+        with redirect_stdout(None if rank else sys.stdout):
+            config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+        folder = Path(own.output_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
+        inputs = {
+            name: read_inputs(_with_model(config, path), explicit, world_size, splits=("train",))
+            for name, path in names_of(own.model, own.baseline).items()
+        }
+        with lost_contact(rank):
+            runtime = Runtime.start()
+        try:
+            with lost_contact(rank):
+                found = {name: _analysed(each, own.batches, runtime) for name, each in inputs.items()}
+                if runtime.is_main:
+                    _write(folder, found, inputs, own)
+        finally:
+            runtime.stop()
+
+
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own flags."""
+    parser.add_argument("--model", nargs="+", required=True, metavar="FOLDER", help="models, folders or hub names")
+    parser.add_argument("--baseline", metavar="FOLDER", help="the dense model that they are compared with")
+    parser.add_argument("--batches", type=_positive, default=32, help="batches of training text; default: 32")
+    parser.add_argument("--output_dir", default="analysis", help="new folder for the results; default: analysis")
+
+
+def names_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:
+    """Return short names of the models, the baseline first: the shortest ends of their paths that tell them apart.
+
+    Raises:
+        ValueError: a model is there twice.
+    """
+    paths = [*([baseline] if baseline else []), *models]
+    if twice := [path for place, path in enumerate(paths) if path in paths[:place]]:
+        raise ValueError(f"{twice[0]} is there twice, among --model and --baseline")
+    parts = [[part for part in Path(path).parts if part not in ("/", "pruned")] or [path] for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    return dict(zip(paths, paths, strict=True))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least 1")
+    return int(text)
+
+
+def _with_model(config: Config, model: str) -> Config:
+    return replace(config, training=replace(config.training, model=model))
+
+
+def _analysed(inputs: Inputs, batches: int, runtime: Runtime) -> list[GroupAnalysis]:
+    with runtime.main_first():
+        blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
+    runtime.say(f"{inputs.config.training.model}: {batches} batches of {inputs.batch_size} blocks")
+    return analyse(inputs, blocks, batches, runtime)
+
+
+def _write(
+    folder: Path, found: dict[str, list[GroupAnalysis]], inputs: dict[str, Inputs], own: argparse.Namespace
+) -> None:
+    """Write analysis.json, table.md and the figures; print the table."""
+    baseline = next(iter(found)) if own.baseline else None
+    table = as_table(found, baseline)
+    kept = _kept({name: str(each.config.training.model) for name, each in inputs.items() if name != baseline})
+    with complete_or_absent(folder) as partial:
+        (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline)), encoding="utf-8")
+        (partial / "table.md").write_text(table, encoding="utf-8")
+        draw_all(partial, found, baseline, _of_same_groups(kept, found, baseline))
+    print(f"\n{table}\n{folder}: analysis.json, table.md and figures")
+
+
+def _kept(models: dict[str, str]) -> dict[str, Any]:
+    """Return which neurons a run kept, for models that lie in the folder of a run."""
+    files = {name: Path(path).resolve().parent / KEPT for name, path in models.items()}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+
+
+def _of_same_groups(
+    kept: dict[str, Any], found: dict[str, list[GroupAnalysis]], baseline: str | None
+) -> dict[str, Any]:
+    """Leave out runs that began with another model than the baseline."""
+    names = {group.name for group in found[baseline]} if baseline is not None else set()
+    return {name: indices for name, indices in kept.items() if indices.keys() == names}
