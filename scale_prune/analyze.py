@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
         inputs = {
-            name: read_inputs(_with_model(config, path), explicit, world_size, splits=("train",))
+            name: read_inputs(with_model(config, path), explicit, world_size, splits=("train",))
             for name, path in names_of(own.model, own.baseline).items()
         }
         with lost_contact(rank):
@@ -57,7 +57,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
     parser.add_argument("--model", nargs="+", required=True, metavar="FOLDER", help="models, folders or hub names")
     parser.add_argument("--baseline", metavar="FOLDER", help="the dense model that they are compared with")
-    parser.add_argument("--batches", type=_positive, default=32, help="batches of training text; default: 32")
+    parser.add_argument("--batches", type=positive, default=32, help="batches of training text; default: 32")
     parser.add_argument("--output_dir", default="analysis", help="new folder for the results; default: analysis")
 
 
@@ -78,13 +78,15 @@ def names_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:
     return dict(zip(paths, paths, strict=True))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return a flag's whole number, at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least 1")
     return int(text)
 
 
-def _with_model(config: Config, model: str) -> Config:
+def with_model(config: Config, model: str) -> Config:
+    """Return the settings with another model."""
     return replace(config, training=replace(config.training, model=model))
 
 

@@ -1,6 +1,7 @@
 """The command as tests use it: what it needs, its flags, and how it is started."""
 
 import json
+import math
 import random
 import socket
 import subprocess
@@ -13,7 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from memory_backend import steady_model
+from transformers import AutoTokenizer
 
 from scale_prune.embedded import train_tokenizer
 from scale_prune.train import main
@@ -99,6 +102,20 @@ def outcome(flags: list[str]) -> tuple[int, str]:
 
 def errors_of(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error:")]
+
+
+def recomputed_perplexity(model: Any, folder: Path, file: Path) -> float:
+    """Measure as the report says: lines keep their newline, blocks are consecutive, the last shorter one counts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [token for line in file.read_text().splitlines(True) for token in tokenizer(line)["input_ids"]]
+    total, count = 0.0, 0
+    for start in range(0, len(ids), BLOCK):
+        block = torch.tensor(ids[start : start + BLOCK])[None]
+        with torch.no_grad():
+            predictions = model(block).logits[0, :-1].log_softmax(-1)
+        total -= float(predictions.gather(1, block[0, 1:, None]).sum())
+        count += block.shape[1] - 1
+    return math.exp(total / count)
 
 
 def report_of(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from command import (
     make_work,
     outcome,
     pids_of,
+    recomputed_perplexity,
     report_of,
     wait_until,
 )
@@ -30,7 +31,7 @@ from models import LAYERS, WIDTH
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from scale_prune import run
 from scale_prune.core.selection import select
@@ -97,20 +98,6 @@ def test_masked_compacted_and_exported_model_agree(report: dict[str, Any]) -> No
     assert perplexity["masked"] == pytest.approx(perplexity["compacted"], rel=1e-5)
     assert perplexity["recovered"] == pytest.approx(perplexity["exported"], rel=1e-5)
     assert perplexity["recovered"] < perplexity["masked"] < perplexity["dense"]
-
-
-def recomputed_perplexity(model: Any, folder: Path, file: Path) -> float:
-    """Measure as the report says: lines keep their newline, blocks are consecutive, the last shorter one counts."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [token for line in file.read_text().splitlines(True) for token in tokenizer(line)["input_ids"]]
-    total, count = 0.0, 0
-    for start in range(0, len(ids), BLOCK):
-        block = torch.tensor(ids[start : start + BLOCK])[None]
-        with torch.no_grad():
-            predictions = model(block).logits[0, :-1].log_softmax(-1)
-        total -= float(predictions.gather(1, block[0, 1:, None]).sum())
-        count += block.shape[1] - 1
-    return math.exp(total / count)
 
 
 def test_anyone_can_recompute_the_perplexities(report: dict[str, Any], finished: Path, work: Path) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"config", "ds_limits", "rehearsal", "seconds", "stop"},
+    {"latency", "config", "ds_limits", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
     {"criteria", "families", "report", "data", "embedded", "job", "slices"},
     {"shard_backend", "activations", "export", "estimate"},
@@ -24,6 +24,7 @@ LAYERS = (
     {"train", "analysis_report"},
     {"analysis_figures"},
     {"analyze"},
+    {"evaluate"},
 )
 # Copied into the exported folder, where there is no scale_prune.
 ALONE = "modeling_per_layer"

@@ -1,0 +1,154 @@
+"""The command that measures finished models: `launch/evaluate.py --model FOLDER [--baseline FOLDER] [--latency]`."""
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from scale_prune.analyze import names_of, positive, with_model
+from scale_prune.cli import parse_some, user_errors
+from scale_prune.data import prepare
+from scale_prune.inputs import Inputs, read_inputs
+from scale_prune.latency import speeds
+from scale_prune.report import versions, write_atomically
+from scale_prune.train import lost_contact
+from scale_prune.validation import Validation
+from scale_prune.zero3 import Runtime
+from scale_prune.zero3.runtime import inference_engine, load_model, precision, release
+
+SETTINGS = (
+    *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "eval_tokens"),
+    *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
+)
+DESCRIPTION = "Measure the perplexity of models on a validation text, and how fast they generate."
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `launch/evaluate.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with user_errors(rank):
+        with redirect_stdout(None if rank else sys.stdout):
+            config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+        inputs = {
+            name: read_inputs(with_model(config, path), explicit, world_size, splits=("validation",))
+            for name, path in names_of(own.model, own.baseline).items()
+        }
+        if own.latency:
+            _check_positions(inputs, own)
+        with lost_contact(rank):
+            runtime = Runtime.start()
+        try:
+            with lost_contact(rank):
+                report = {name: {"perplexity": _perplexity(each, runtime)} for name, each in inputs.items()}
+                if own.latency and runtime.is_main:
+                    _add_speeds(report, inputs, own, runtime.device)
+                if runtime.is_main:
+                    _write(report, next(iter(inputs)) if own.baseline else None, own)
+                runtime.barrier()
+        finally:
+            runtime.stop()
+
+
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own flags."""
+    parser.add_argument("--model", nargs="+", required=True, metavar="FOLDER", help="models, folders or hub names")
+    parser.add_argument("--baseline", metavar="FOLDER", help="the dense model that they are compared with")
+    parser.add_argument("--latency", action="store_true", help="measure speed too, all models by turns, on rank 0")
+    parser.add_argument("--batch", type=positive, default=1, help="prompts at once; default: 1")
+    parser.add_argument("--prompt_tokens", type=positive, default=64, help="tokens of a prompt; default: 64")
+    parser.add_argument("--new_tokens", type=positive, default=32, help="tokens generated after it; default: 32")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each model, the median counts; default: 5")
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the results; default: they are only printed")
+
+
+def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
+    """Refuse to generate past a model's positions."""
+    for name, each in inputs.items():
+        positions = getattr(each.model_config, "max_position_embeddings", None)
+        if positions is not None and own.prompt_tokens + own.new_tokens > positions:
+            raise ValueError(
+                f"--prompt_tokens {own.prompt_tokens} and --new_tokens {own.new_tokens} are more than the {positions} "
+                f"positions of {name}"
+            )
+
+
+def _perplexity(inputs: Inputs, runtime: Runtime) -> float:
+    training = inputs.config.training
+    with runtime.main_first():
+        blocks = prepare(inputs.config.data, "validation", inputs.tokenizer)
+    model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
+    engine = inference_engine(model, inputs.ds_config)
+    value = Validation(blocks, inputs.micro_batch_size, runtime).perplexity(engine)
+    release(engine)
+    return value
+
+
+def _add_speeds(
+    report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace, device: torch.device
+) -> None:
+    """Load every model whole on one device and measure them in turns."""
+    gc.collect()
+    models = {}
+    for name, each in inputs.items():
+        training = each.config.training
+        models[name] = AutoModelForCausalLM.from_pretrained(
+            str(training.model), dtype=precision(each.ds_config), trust_remote_code=training.trust_remote_code
+        )
+        models[name].eval().to(device)
+    vocabulary = min(each.model_config.vocab_size for each in inputs.values())
+    measured = speeds(
+        models,
+        vocabulary=vocabulary,
+        batch=own.batch,
+        prompt=own.prompt_tokens,
+        new_tokens=own.new_tokens,
+        rounds=own.rounds,
+    )
+    for name, speed in measured.items():
+        report[name] |= speed.summary(own.batch)
+
+
+def _write(report: dict[str, dict[str, Any]], baseline: str | None, own: argparse.Namespace) -> None:
+    table = as_table(report, baseline)
+    if own.output:
+        contents = {"baseline": baseline, "models": report, "flags": vars(own), "versions": versions()}
+        Path(own.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
+    print(f"\n{table}")
+
+
+def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:
+    """Lay the models out, one row each; with a baseline its ratios stand in brackets."""
+    columns = {
+        "perplexity": "perplexity",
+        "prefill_ms": "prefill, ms",
+        "ms_per_token": "a token, ms",
+        "tokens_per_second": "tokens a second",
+        "parameters": "parameters",
+        "flops_per_token": "FLOPs a token",
+        "weight_bytes": "bytes of weights",
+        "peak_bytes": "peak bytes",
+    }
+    shown = [key for key in columns if any(each.get(key) is not None for each in report.values())]
+    lines = [f"| model | {' | '.join(columns[key] for key in shown)} |", "|---|" + "---:|" * len(shown)]
+    for name, each in report.items():
+        cells = [_cell(each[key], report[baseline][key] if baseline else None) for key in shown]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if baseline:
+        lines += ["", f"In brackets: ratio to {baseline}."]
+        if "prefill_ms" in shown:
+            lines += ["At best prefill follows the FLOPs, and a token of a small batch the bytes of the weights."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float, dense: float | None) -> str:
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+    return f"{number} ({value / dense:.3f})" if dense else number

@@ -1,0 +1,111 @@
+"""How fast models generate: each by turns with the others, so that what slows the machine down slows all.
+
+Two numbers make the latency: prefill, one pass over the prompt, and the time of each further token, which attends to
+the cached keys and values. Beside them stand the ratios that arithmetic and memory traffic would give at best.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+WARM_UP = 1
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """What was measured of one model.
+
+    Attributes:
+        parameters: elements, tied ones once.
+        weight_bytes: bytes of all of them.
+        flops_per_token: multiplications and additions of the weight matrices, the output's included; attention over the
+            cache, the same in all models, is not.
+        prefill: seconds of a pass over the prompts, one a round.
+        token: seconds of a further token of the batch, one a round.
+        peak_bytes: most memory of the GPU during a round; None without a GPU.
+    """
+
+    parameters: int
+    weight_bytes: int
+    flops_per_token: int
+    prefill: list[float] = field(default_factory=list)
+    token: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def summary(self, batch: int) -> dict[str, Any]:
+        """Return the medians, in milliseconds, and tokens generated in a second by the whole batch."""
+        return {
+            "prefill_ms": 1000 * median(self.prefill),
+            "ms_per_token": 1000 * median(self.token),
+            "tokens_per_second": batch / median(self.token),
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "flops_per_token": self.flops_per_token,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def speeds(
+    models: Mapping[str, Any], *, vocabulary: int, batch: int, prompt: int, new_tokens: int, rounds: int
+) -> dict[str, Speed]:
+    """Measure models in turns.
+
+    Args:
+        models: in evaluation mode, on one device, by name.
+        vocabulary: tokens that prompts are drawn from.
+        batch: prompts at once.
+        prompt: tokens of a prompt.
+        new_tokens: tokens that are generated after it, at least 1.
+        rounds: times that each model has its turn, at least 1; one more is not counted.
+    """
+    measured = {name: describe(model) for name, model in models.items()}
+    generator = torch.Generator().manual_seed(0)
+    for number in range(WARM_UP + rounds):
+        input_ids = torch.randint(vocabulary, (batch, prompt), generator=generator)
+        for name, model in models.items():
+            prefill, token, peak = _turn(model, input_ids.to(model.device), new_tokens)
+            if number >= WARM_UP:
+                measured[name].prefill.append(prefill)
+                measured[name].token.append(token)
+                measured[name].peak_bytes = peak
+    return measured
+
+
+def describe(model: nn.Module) -> Speed:
+    """Return the sizes of a model."""
+    parameters = list(model.parameters())
+    matrices = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return Speed(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        flops_per_token=2 * sum(module.weight.numel() for module in matrices),
+    )
+
+
+@torch.no_grad()
+def _turn(model: Any, input_ids: Tensor, new_tokens: int) -> tuple[float, float, int | None]:
+    """Generate greedily; return seconds of the prefill, seconds of a further token, and the GPU's peak."""
+    on_gpu = input_ids.is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    started = _now(on_gpu)
+    output = model(input_ids, use_cache=True)
+    prefilled = _now(on_gpu)
+    for _ in range(new_tokens):
+        chosen = output.logits[:, -1:].argmax(-1)
+        output = model(chosen, past_key_values=output.past_key_values, use_cache=True)
+    ended = _now(on_gpu)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    return prefilled - started, (ended - prefilled) / new_tokens, peak
+
+
+def _now(on_gpu: bool) -> float:
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,108 @@
+"""Models that are measured after their run: the same perplexity, and speeds that add up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import BLOCK, errors_of, make_work, recomputed_perplexity
+from distributed import run_ranks
+from models import tiny_model, tokens
+from transformers import AutoModelForCausalLM
+
+from scale_prune import evaluate
+from scale_prune.analyze import names_of
+from scale_prune.cli import user_errors
+from scale_prune.latency import describe, speeds
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+def flags(work: Path, *more: str) -> list[str]:
+    text = ["--validation_file", str(work / "validation.txt"), "--block_size", str(BLOCK)]
+    return ["--model", str(work / "model"), *text, "--output", str(work / "evaluation.json"), *more]
+
+
+def test_perplexity_is_that_of_the_plain_model_on_any_number_of_ranks(work: Path) -> None:
+    run_ranks(evaluate.main, 2, flags(work, "--micro_batch_size", "3"))
+    found = json.loads((work / "evaluation.json").read_text())["models"]["model"]
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "model")
+    expected = recomputed_perplexity(model, work / "model", work / "validation.txt")
+    assert found == {"perplexity": pytest.approx(expected, rel=1e-5)}
+
+
+def test_speed_is_measured_by_turns_and_reported(work: Path) -> None:
+    tiny_model("gpt_neo", vocab_size=300, intermediate_size=5).save_pretrained(work / "small" / "pruned")
+    for file in (work / "model").glob("token*"):
+        (work / "small" / "pruned" / file.name).write_bytes(file.read_bytes())
+    both = ["--baseline", str(work / "model"), "--model", str(work / "small" / "pruned")]
+    quick = ["--latency", "--prompt_tokens", "8", "--new_tokens", "3", "--rounds", "2", "--batch", "2"]
+    run_ranks(evaluate.main, 1, [*flags(work)[2:], *both, *quick])
+    found = json.loads((work / "evaluation.json").read_text())
+    assert found["baseline"] == "model"
+    dense, small = found["models"]["model"], found["models"]["small"]
+    assert small["parameters"] < dense["parameters"]
+    assert small["flops_per_token"] < dense["flops_per_token"]
+    for each in (dense, small):
+        assert each["tokens_per_second"] == pytest.approx(2000 / each["ms_per_token"])
+        assert each["ms_per_token"] > 0
+        assert each["peak_bytes"] is None
+
+
+def test_flops_are_those_of_the_matrices_with_the_tied_output_counted() -> None:
+    model = tiny_model("gpt_neo")
+    matrices = sum(w.numel() for name, w in model.named_parameters() if w.dim() == 2 and "wpe" not in name)
+    assert describe(model).flops_per_token == 2 * matrices
+    assert describe(model).weight_bytes == 4 * sum(w.numel() for w in model.parameters())
+
+
+def test_generation_with_the_cache_chooses_what_the_whole_text_would() -> None:
+    model: Any = tiny_model("gpt_neo")
+    calls: list[torch.Tensor] = []
+    forward = model.forward
+
+    def noted(input_ids: torch.Tensor, **options: Any) -> Any:
+        calls.append(input_ids)
+        return forward(input_ids, **options)
+
+    model.forward = noted
+    speeds({"model": model}, vocabulary=20, batch=2, prompt=5, new_tokens=3, rounds=1)
+    text = torch.cat(calls[-4:], 1)
+    for place in range(5, 8):
+        expected = forward(text[:, :place]).logits[:, -1].argmax(-1)
+        assert torch.equal(text[:, place], expected)
+    assert tokens().shape[1] == 7
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert names_of(["out/gum/pruned", "out/random/pruned"], "base") == {
+        "base": "base",
+        "gum": "out/gum/pruned",
+        "random": "out/random/pruned",
+    }
+    assert list(names_of(["a/gum/pruned", "b/gum/pruned"], None)) == ["a/gum", "b/gum"]
+    with pytest.raises(ValueError, match="base is there twice"):
+        names_of(["base"], "base")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--latency", "--prompt_tokens", "30"], "are more than the 31 positions of model"),
+        (["--rounds", "0"], "0 is not valid"),
+        (["--remaining", "0.5"], "unknown argument --remaining"),
+        (["--block_size", "50"], "--block_size 50 is more than the 31 positions"),
+    ],
+)
+def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit, user_errors(0):
+        evaluate.main(flags(work, *more))
+    assert exit.value.code == 2
+    (error,) = errors_of(capsys.readouterr().err)
+    assert message in error
