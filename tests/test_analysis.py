@@ -1,18 +1,22 @@
 """What an analysis says of every neuron, against the definitions on the whole model, on one rank and on two."""
 
+import json
+from contextlib import redirect_stderr
 from functools import cache
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import BLOCK, make_work
+from command import BLOCK, errors_of, make_work
 from distributed import run_ranks
 from models import LAYERS, WIDTH
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from scale_prune import analyze
 from scale_prune.analysis import analyse
 from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.config import Config
@@ -120,3 +124,77 @@ def test_neurons_of_zeros_do_not_count(work: Path, tmp_path: Path) -> None:
         assert group["sensitivity"][[2, 11]].tolist() == [0.0, 0.0]
         assert not group["similar"][[2, 11]].any()
         assert len(group["explained"]) == WIDTH - 2
+
+
+def analyze_flags(work: Path, output: Path, *more: str) -> list[str]:
+    text = ["--train_file", str(work / "train.txt"), "--block_size", str(BLOCK), "--train_batch_size", str(BATCH)]
+    return [*text, "--batches", "2", "--output_dir", str(output), *more]
+
+
+def run_of(work: Path, folder: Path) -> Path:
+    """Return what a run leaves: a smaller model, and which neurons it kept of the dense one."""
+    from scale_prune.core.compaction import compact_model
+    from scale_prune.families import unit_groups
+
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "model")
+    keep = {group.name: torch.arange(5) for group in unit_groups(model)}
+    compact_model(model, unit_groups(model), keep)
+    model.config.intermediate_size = 5
+    model.save_pretrained(folder / "pruned")
+    for file in (work / "model").glob("token*"):
+        (folder / "pruned" / file.name).write_bytes(file.read_bytes())
+    (folder / "kept.json").write_text(json.dumps({name: units.tolist() for name, units in keep.items()}))
+    return folder / "pruned"
+
+
+def test_the_command_writes_numbers_a_table_and_figures(work: Path, tmp_path: Path) -> None:
+    output, small = tmp_path / "analysis", run_of(work, tmp_path / "some run")
+    both = ["--baseline", str(work / "model"), "--model", str(small)]
+    run_ranks(analyze.main, 2, analyze_flags(work, output, *both))
+    found = json.loads((output / "analysis.json").read_text())
+    assert found["baseline"] == "model"
+    dense, pruned = found["models"]["model"], found["models"]["some run"]
+    assert (dense["model"]["neurons"], pruned["model"]["neurons"]) == (LAYERS * WIDTH, LAYERS * 5)
+    assert pruned["ratio"]["neurons"] == pytest.approx(5 / WIDTH)
+    expected_ratio = pruned["model"]["sensitivity_sum"] / dense["model"]["sensitivity_sum"]
+    assert pruned["ratio"]["sensitivity_sum"] == pytest.approx(expected_ratio)
+    by_layer = sum(layer["sensitivity_sum"] for layer in dense["layers"])
+    assert by_layer == pytest.approx(dense["model"]["sensitivity_sum"])
+    assert f"({expected_ratio:.3f})" in (output / "table.md").read_text()
+    names = {"redundancy", "nearest_neighbours", "kept_neurons"}
+    names |= {"sensitivity_by_neuron_model", "sensitivity_by_neuron_some_run"}
+    assert {path.name for path in output.glob("*.*g")} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    }
+    assert all(path.stat().st_size > 5000 for path in output.glob("*.png"))
+
+
+def mistakes(cases: list[list[str]]) -> list[tuple[int, str]]:
+    found = []
+    for case in cases:
+        with redirect_stderr(StringIO()) as errors:
+            try:
+                analyze.main(case)
+            except SystemExit as exit:
+                found.append((int(exit.code or 0), errors.getvalue()))
+    return found
+
+
+def test_what_cannot_be_analysed_is_named(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    AutoConfig.for_model("bert", hidden_size=8).save_pretrained(tmp_path / "bert")
+    for file in (work / "model").glob("token*"):
+        (tmp_path / "bert" / file.name).write_bytes(file.read_bytes())
+    model = ["--model", str(work / "model")]
+    cases = {
+        "its model cannot be read": analyze_flags(work, tmp_path / "a", "--model", str(tmp_path / "empty")),
+        "bert": analyze_flags(work, tmp_path / "a", "--model", str(tmp_path / "bert")),
+        "is there twice": analyze_flags(work, tmp_path / "a", *model, "--baseline", str(work / "model")),
+        "holds something": analyze_flags(work, work, *model),
+        "0 is not valid": analyze_flags(work, tmp_path / "a", *model, "--batches", "0"),
+    }
+    for message, (code, stderr) in zip(cases, run_ranks(mistakes, 1, list(cases.values()))[0], strict=True):
+        (error,) = errors_of(stderr)
+        assert code == 2
+        assert message in error, error
+    assert not (tmp_path / "a").exists()
