@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from scale_prune.checkpoint_state import problem_of
 from scale_prune.core.shards import FlatSlice
 from scale_prune.files import sync
 from scale_prune.report import write_atomically
@@ -93,7 +94,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if path.stat().st_size != size:
             raise DamagedError(f"{name} has {path.stat().st_size} bytes, not {size}")
     _check_contents(folder, own_state)
-    return Checkpoint(folder, _read_json(folder / STATE), files)
+    state = _read_json(folder / STATE)
+    if problem := problem_of(state):
+        raise DamagedError(f"{STATE} {problem}")
+    return Checkpoint(folder, state, files)
 
 
 def newest_whole(output: Path, runtime: Runtime, say: Callable[[str], None]) -> Checkpoint | None:

@@ -155,7 +155,7 @@ def user_errors(rank: int) -> Iterator[None]:
         if os.environ.get("SCALE_PRUNE_TRACEBACK") == "1":
             sys.excepthook(type(error), error, error.__traceback__)
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
@@ -307,7 +307,7 @@ def _from_flag(name: str, value: str | bool) -> Any:
 
 def _from_recipe(path: str, name: str, value: Any) -> Any:
     kind = _kind(_specs()[name])
-    whole_as_float = kind is float and type(value) is int
+    whole_as_float = kind is float and type(value) is int and abs(value) < sys.float_info.max
     if type(value) is not kind and not whole_as_float:
         raise ValueError(f"--config {path}: `{name}: {value!r}` is not valid, it must be {NOUNS[kind]}")
     return kind(value)

@@ -37,6 +37,7 @@ class Range:
 
 
 POSITIVE = Range(0, ends="()")
+BLOCKS = Range(1, 1_000_000, "[]")
 
 
 def setting(
@@ -161,7 +162,7 @@ class PruningConfig(Settings):
         choices=("batch", "running"),
     )
     similarity_every: int = setting(10, "steps between two samples of activations", Range(1))
-    similarity_tokens: int = setting(1024, "tokens in one sample, over all ranks", Range(2))
+    similarity_tokens: int = setting(1024, "tokens in one sample, over all ranks", Range(2, 1_000_000, "[]"))
     similarity_weight: float = setting(0.999, "weight of the newest sample in the similarity", Range(0, 1, "(]"))
     min_kept: int = setting(1, "neurons that every layer keeps under scope global", Range(1))
     width_multiple: int = setting(1, "final widths are rounded to multiples of this many neurons", Range(1))
@@ -192,16 +193,16 @@ class TrainingConfig(Settings):
     train_batch_size: int | None = setting(
         None,
         "blocks in one optimizer step, over all ranks",
-        Range(1),
+        BLOCKS,
         otherwise="what --micro_batch_size makes, else 16, or the next number that the ranks divide",
     )
     micro_batch_size: int | None = setting(
-        None, "blocks in one forward pass of a rank", Range(1), otherwise="what the other two batch sizes leave"
+        None, "blocks in one forward pass of a rank", BLOCKS, otherwise="what the other two batch sizes leave"
     )
     gradient_accumulation_steps: int | None = setting(
         None,
         "forward passes of a rank in one optimizer step",
-        Range(1),
+        BLOCKS,
         otherwise="what the other two batch sizes leave, else 1",
     )
     learning_rate: float = setting(5e-4, "peak learning rate of the weights", POSITIVE)
@@ -216,7 +217,7 @@ class TrainingConfig(Settings):
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     seed: int = setting(0, "seed of data order, dropout and random scores", Range(0, 2**32 - 1, "[]"))
     collective_timeout: float = setting(
-        1800.0, "seconds that a rank waits for the others before it gives them up", POSITIVE
+        1800.0, "seconds that a rank waits for the others before it gives them up", Range(0, 31_536_000, "(]")
     )
     trust_remote_code: bool = setting(False, "run code that comes with the model")
 

@@ -7,12 +7,13 @@ contradicts another value in the file; a flag's default gives way to it.
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_prune.config import Config, TrainingConfig
+from scale_prune.config import BLOCKS, Config, TrainingConfig
 from scale_prune.ds_limits import get, refuse_unsupported
 
 AUTO = "auto"
@@ -68,7 +69,8 @@ def load(path: str | None) -> dict[str, Any]:
     named = BUILTIN / f"{asked}.json"
     file = named if named.is_file() and not Path(asked).exists() else Path(asked)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError as error:
         names = ", ".join(sorted(file.stem for file in BUILTIN.glob("*.json")))
         raise ValueError(f"--ds_config {asked} does not exist, give a JSON file or one of {names}") from error
@@ -77,7 +79,7 @@ def load(path: str | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"--ds_config {asked} is not valid JSON at {place}: {error.msg}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--ds_config {asked} is not valid: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--ds_config {asked} holds {json.dumps(content)[:60]}, it must be an object in {{}}")
@@ -123,6 +125,13 @@ def effective_learning_rate(resolved: dict[str, Any]) -> float:
 def precision(ds_config: dict[str, Any]) -> str | None:
     """Return "bf16" or "fp16" where the ds_config turns it on, else None."""
     return next((name for name in ("bf16", "fp16") if get(ds_config, f"{name}.enabled") is True), None)
+
+
+def _finite(number: str) -> float:
+    """Read a number; Python's JSON would take NaN, Infinity and 1e999 too."""
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is not a finite number")
+    return float(number)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def _rules(
 def _learning_rate(ds_config: dict[str, Any], training: TrainingConfig, explicit: frozenset[str]) -> float:
     """Return the rate that fills "auto": of the flag if it was given, else the one that the ds_config has elsewhere."""
     found = [get(ds_config, path) for path in ("optimizer.params.lr", "scheduler.params.warmup_max_lr")]
-    numbers = [rate for rate in found if isinstance(rate, int | float)]
+    numbers = [rate for rate in found if type(rate) in (int, float)]
     return training.learning_rate if "learning_rate" in explicit or not numbers else numbers[0]
 
 
@@ -208,8 +217,8 @@ def _batch_sizes(ds_config: dict[str, Any], world_size: int) -> dict[str, int]:
     """Solve train_batch_size = micro batch size x accumulation x ranks for what is not given."""
     given = [ds_config[key] for key in BATCH_FLAGS]
     for key, value in zip(BATCH_FLAGS, given, strict=True):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f'the ds_config has "{key}": {json.dumps(value)}, it must be a whole number, at least 1')
+        if value is not None and (type(value) is not int or value not in BLOCKS):
+            raise ValueError(f'the ds_config has "{key}": {json.dumps(value)}, it must be a whole number {BLOCKS}')
     total, micro, accumulation = given
     if micro is None or total is None:
         accumulation = accumulation or 1

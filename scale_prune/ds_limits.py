@@ -3,7 +3,13 @@
 import json
 from typing import Any
 
-OBJECTS = ("zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params", "bf16", "fp16")
+OBJECTS = (
+    *("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param"),
+    *("optimizer", "optimizer.params", "scheduler", "scheduler.params", "bf16", "fp16"),
+    # DeepSpeed looks into these without a look at what they are.
+    *("activation_checkpointing", "aio", "checkpoint", "comms_logger", "data_types", "flops_profiler", "tensorboard"),
+)
+SWITCHES = ("wall_clock_breakdown", "flops_profiler.enabled")
 
 _COPIES = "a second copy of the weights would bypass the masks; remove the key"
 _QUANTISED = "scores and masks need the weights and gradients as they are, not quantised; remove the key"
@@ -50,7 +56,8 @@ def refuse_unsupported(ds_config: dict[str, Any]) -> None:
     """Refuse a ds_config under which masks would not hold or the engine would not start.
 
     Raises:
-        ValueError: a section is not an object, ZeRO's stage is not 3, or a key of `REFUSED` has a harmful value.
+        ValueError: a section is not an object, a switch neither true nor false, ZeRO's stage is not 3, or a key of
+            `REFUSED` has a harmful value.
     """
     for path, (harmless, reason) in REFUSED.items():
         value = get(ds_config, path)
@@ -61,6 +68,15 @@ def refuse_unsupported(ds_config: dict[str, Any]) -> None:
         value = get(ds_config, path)
         if not isinstance(value, dict | None):
             raise ValueError(f'the ds_config has "{path}": {json.dumps(value)}, it must be an object in {{}}')
+    for path in SWITCHES:
+        value = get(ds_config, path)
+        if not isinstance(value, bool | None):
+            raise ValueError(f'the ds_config has "{path}": {json.dumps(value)}, it must be true or false')
+    steps = get(ds_config, "steps_per_print")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(
+            f'the ds_config has "steps_per_print": {json.dumps(steps)}, it must be a whole number, at least 1'
+        )
     if get(ds_config, "zero_optimization") is None:
         raise ValueError('the ds_config has no "zero_optimization", add {"stage": 3}, as in ds_configs/zero3.json')
     stage = get(ds_config, "zero_optimization.stage") or 0

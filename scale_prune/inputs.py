@@ -3,16 +3,19 @@
 All ranks make the same checks on the same files, so all of them stop at the same mistake.
 """
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from scale_prune.batches import TokenBlocks
 from scale_prune.config import Config, TrainingConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import with_defaults
@@ -22,6 +25,7 @@ from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import unit_groups
 from scale_prune.pruner import check_min_kept
 from scale_prune.report import write_atomically
+from scale_prune.zero3 import ds_check
 
 SELF = "self"
 RECIPE = "recipe.yaml"
@@ -163,6 +167,12 @@ def _read_ds_config(reading: Reading) -> None:
     # Where the model cannot be read, any width serves to find what else is wrong.
     hidden_size = reading.model_config.hidden_size if reading.model_config is not None else 1
     reading.ds_config = resolve(raw, reading.config, reading.explicit, reading.world_size, hidden_size)
+    ds_check.check(reading.ds_config)
+
+
+def _check_weights(reading: Reading) -> None:
+    if reading.config.training.model is not None:
+        check_weights(Path(reading.config.training.model))
 
 
 def _check_block(reading: Reading) -> None:
@@ -202,10 +212,26 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _check_groups,
     _read_ds_config,
     _check_block,
+    _check_weights,
     _read_train_text,
     _read_validation_text,
 )
 """What is read and checked, in this order; each raises ValueError. A run stops at the first, a dry run at none."""
+
+
+def check_tokens(blocks: Mapping[str, TokenBlocks], inputs: Inputs) -> None:
+    """Refuse a text with tokens that the model has no embedding for, as under the tokenizer of another model.
+
+    Raises:
+        ValueError: there are such tokens.
+    """
+    vocabulary = getattr(inputs.model_config, "vocab_size", None)
+    for split, text in blocks.items():
+        if vocabulary is not None and int(text.tokens.max()) >= vocabulary:
+            raise ValueError(
+                f"the {split} text has the token {int(text.tokens.max())}, but --model {inputs.config.training.model} "
+                f"knows {vocabulary}; the tokenizer is of another model"
+            )
 
 
 def fill_in(config: Config) -> Config:
@@ -223,11 +249,19 @@ def check_output(config: Config) -> None:
     """Refuse an output folder that holds something.
 
     Raises:
-        ValueError: the folder holds a run, and neither `overwrite` nor `resume` is on, or it holds something else.
+        ValueError: the folder holds a run, and neither `overwrite` nor `resume` is on, or it holds something else, or
+            it cannot be written.
     """
     folder = Path(config.output.output_dir)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written" if above.is_dir() else "is not a folder"
+        raise ValueError(f"--output_dir {folder} cannot be made: {above} {what}")
+    try:
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be read: {error.strerror}") from error
     if not (folder / RECIPE).is_file():
         raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
     if not config.output.overwrite and config.checkpoint.resume is None:
@@ -272,23 +306,43 @@ def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tupl
     """Return the groups of a model that is not loaded.
 
     Raises:
-        ValueError: it is built by code of its own, which the user does not trust.
+        ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
     """
     if model_config.to_dict().get("per_layer_config") and not training.trust_remote_code:
         raise ValueError(
             f"--model {training.model} has layers of different widths, which the modelling file in that folder builds; "
             "give --trust_remote_code to run that file"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=training.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=training.trust_remote_code)
+    except Exception as error:  # whatever an architecture raises at values it cannot be built with
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise ValueError(f"--model {training.model}: no model can be built from its config: {reason}") from error
     return unit_groups(model)
+
+
+def check_weights(folder: Path) -> None:
+    """See that the files with a local model's weights are whole; what a hub has is found out when it is loaded.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"--model {folder}: its weights cannot be read: {path.name} is damaged, {error}"
+            ) from error
 
 
 def _read(what: str, name: str | None, kind: Any, trusted: bool, *, flag: str = "model") -> Any:
     assert name is not None
     try:
         return kind.from_pretrained(name, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file raises whatever its content comes to
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"--{flag} {name}: its {what} cannot be read, neither as a folder nor as a hub name: {reason}"

@@ -1,5 +1,6 @@
 """A run's model as a Hugging Face folder."""
 
+import shutil
 from pathlib import Path
 
 from transformers import GenerationConfig
@@ -27,6 +28,8 @@ class ModelWriter:
         """Write a folder of a name, and return it when it is there for all ranks. A collective."""
         config = self.inputs.config
         folder = Path(config.output.output_dir) / name
+        if self.runtime.is_main:  # one that this run wrote before it was killed, and resumed
+            shutil.rmtree(folder, ignore_errors=True)
         write_model(
             folder,
             config=self.inputs.model_config,

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from scale_prune import pruner_state
@@ -209,7 +211,7 @@ def save_run(
 
 def restore_pruner(checkpoint: Checkpoint, pruner: Pruner) -> None:
     """Give a new pruner what the checkpoint holds for it."""
-    with checkpoint.reader() as reader:
+    with _one_message(checkpoint), checkpoint.reader() as reader:
         pruner_state.restore(
             pruner,
             checkpoint.state["pruner"],
@@ -219,7 +221,7 @@ def restore_pruner(checkpoint: Checkpoint, pruner: Pruner) -> None:
 
 def restore_engine(checkpoint: Checkpoint, backend: Zero3Backend) -> None:
     """Give a new engine what the checkpoint holds for it: masters, optimizer, and the working copy from the masters."""
-    with checkpoint.reader() as reader:
+    with _one_message(checkpoint), checkpoint.reader() as reader:
         engine_state.restore(
             backend,
             checkpoint.state["engine"],
@@ -234,9 +236,21 @@ def restore_randomness(checkpoint: Checkpoint, runtime: Runtime, seed: int) -> N
         set_seed((seed + 1_000_003 * checkpoint.step + runtime.rank) % 2**32)
         return
     prefix = f"random/{runtime.rank}/"
-    with checkpoint.reader() as reader:
+    with _one_message(checkpoint), checkpoint.reader() as reader:
         own = [name for name in reader.names() if name.startswith(prefix)]
         set_random_state({name.removeprefix(prefix): reader.whole(name) for name in own})
+
+
+@contextmanager
+def _one_message(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what a checkpoint of another making comes to into a ValueError; its sums fit, so no disk has spoilt it."""
+    try:
+        yield
+    except (SafetensorError, AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}".partition("\n")[0][:300]
+        raise ValueError(
+            f"the checkpoint {checkpoint.folder} does not hold what this version reads: {reason}"
+        ) from error
 
 
 def _randomness(rank: int) -> Iterator[tuple[str, FlatSlice]]:

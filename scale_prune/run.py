@@ -132,13 +132,22 @@ class Run:
 
     def _open_folder(self) -> None:
         """Make the run's folder, or go on in it."""
-        if self.runtime.is_main:
-            if self.checkpoint is None or self.folder.resolve() not in self.checkpoint.folder.resolve().parents:
-                make_output(self.config)
-            else:
-                set_newer_aside(self.folder, self.checkpoint.step)
-                write_recipe(self.config)
+        problem = ""
+        try:
+            if self.runtime.is_main:
+                self._prepare_folder()
+        except OSError as error:
+            problem = str(error)
+        if problem := self.runtime.gather_texts(problem)[0]:  # the other ranks have not tried
+            raise ValueError(f"--output_dir {self.folder} cannot be written: {problem}")
         check_shared(self.folder, self.runtime)
+
+    def _prepare_folder(self) -> None:
+        if self.checkpoint is None or self.folder.resolve() not in self.checkpoint.folder.resolve().parents:
+            make_output(self.config)
+        else:
+            set_newer_aside(self.folder, self.checkpoint.step)
+            write_recipe(self.config)
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         """Bring everything to where it was after the checkpoint's step."""

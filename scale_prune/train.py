@@ -18,7 +18,7 @@ from scale_prune.data import SPLITS, prepare
 from scale_prune.dry_run import dry_run
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
-from scale_prune.inputs import REPORT, check_output, drop_old_output, fill_in, is_complete, read_inputs
+from scale_prune.inputs import REPORT, check_output, check_tokens, drop_old_output, fill_in, is_complete, read_inputs
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run
@@ -132,6 +132,7 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
         runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
     with runtime.main_first():
         blocks: dict[str, TokenBlocks] = {split: prepare(config.data, split, inputs.tokenizer) for split in SPLITS}
+    check_tokens(blocks, inputs)
     run = Run(inputs, runtime, blocks, checkpoint, stop)
     try:
         report = run.go()

@@ -218,7 +218,7 @@ def test_batch_sizes_are_solved_for_what_is_missing(
             {"train_batch_size": 12, "micro_batch_size": 2, "gradient_accumulation_steps": 3},
             "train_batch_size 12 is not micro_batch_size 2 x gradient_accumulation_steps 3 x 3 ranks = 18, leave one",
         ),
-        ({"train_batch_size": 0}, {}, '"train_batch_size": 0, it must be a whole number, at least 1'),
+        ({"train_batch_size": 0}, {}, '"train_batch_size": 0, it must be a whole number in [1, 1000000]'),
         ({"gradient_accumulation_steps": 1.5}, {}, '"gradient_accumulation_steps": 1.5, it must be a whole number'),
         ({"train_micro_batch_size_per_gpu": "4"}, {}, '"train_micro_batch_size_per_gpu": "4", it must be a number'),
     ],

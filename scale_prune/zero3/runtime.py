@@ -4,9 +4,10 @@ import copy
 import logging
 import os
 import resource
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from scale_prune.zero3.ds_check import refusal
+
 KIBIBYTE = 1024
+LEAVING_SECONDS = 10.0
+UNREADABLE = ("loading state_dict", "PytorchStreamReader", "magic number")
 TEXT_BYTES = 500
 
 
@@ -103,10 +108,30 @@ class Runtime:
         return [int(value) for value in self.gather_numbers(peak)]
 
     def stop(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, when the other ranks do so too or do not for LEAVING_SECONDS.
+
+        A mistake that all ranks come to is the same one for the slowest of them, not a lost contact with the others.
+        """
         if dist.is_initialized():
+            self._wait_for_leaving()
             dist.destroy_process_group()
         remove_shared_memory(self.rank)
+
+    def _wait_for_leaving(self) -> None:
+        """Wait for the others without a collective: they may be in another one, and then it would not be the same."""
+        store, deadline = torch.distributed.distributed_c10d._get_default_store(), time.monotonic() + LEAVING_SECONDS
+
+        def wait_for(place: str, needed: int) -> None:
+            while store.add(place, 0) < needed and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+        with suppress(RuntimeError):  # rank 0, which keeps the store, is gone
+            store.add("leaving", 1)
+            wait_for("leaving", self.world_size)
+            if self.is_main:
+                wait_for("left", self.world_size - 1)
+            else:
+                store.add("left", 1)
 
 
 def remove_shared_memory(rank: int) -> None:
@@ -123,11 +148,35 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def load_model(path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model straight into ZeRO-3 shards, in the precision of the ds_config."""
+    """Load a causal language model straight into ZeRO-3 shards, in the precision of the ds_config. A collective.
+
+    Raises:
+        ValueError: its weights are missing, damaged or of another shape, as some rank sees it.
+    """
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=precision(ds_config), trust_remote_code=trust_remote_code)
+    options = {"dtype": precision(ds_config), "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, problem = None, ""
+    try:
+        model, found = load(path, **options)
+        if missing := sorted(found["missing_keys"]):
+            problem = f"{len(missing)} of them are missing and would be random, {missing[0]} for one"
+    except Exception as error:  # a broken file raises whatever its content comes to
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNREADABLE):
+            raise
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
     del keep_alive
+    _raise_together(f"--model {path}: its weights cannot be loaded: {problem}" if problem else "")
+    assert model is not None
     return model
+
+
+def _raise_together(problem: str) -> None:
+    """Raise on all ranks where one has a problem: only rank 0 sees shapes that do not fit. A collective."""
+    problems: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
 
 
 def precision(ds_config: dict[str, Any]) -> torch.dtype:
@@ -142,7 +191,8 @@ def precision(ds_config: dict[str, Any]) -> torch.dtype:
 def training_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """Build an engine with the optimizer and scheduler of a ds_config without "auto" values."""
     trainable = [param for param in model.parameters() if param.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=copy.deepcopy(ds_config))
+    with refusal("DeepSpeed cannot start an engine under the ds_config"):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=copy.deepcopy(ds_config))
     return engine
 
 

@@ -1,0 +1,57 @@
+"""What the state of a checkpoint must hold, so that one which does not is damaged, and not a surprise later on."""
+
+from typing import Any
+
+from scale_prune.ds_limits import get
+
+NUMBER = (int, float)
+SHAPE: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "world_size": (int,),
+    "settings": (dict,),
+    "settings.max_steps": (int,),
+    "ds_config": (dict,),
+    "ds_config.train_batch_size": (int,),
+    "texts": (dict,),
+    "texts.train": (str,),
+    "texts.validation": (str,),
+    "pruner": (dict,),
+    "pruner.step": (int,),
+    "pruner.churn": NUMBER,
+    "pruner.sampled": (bool,),
+    "pruner.scalars": (dict,),
+    "pruner.groups": (dict,),
+    "engine": (dict,),
+    "engine.counters": (dict,),
+    "engine.counters.global_steps": (int,),
+    "engine.counters.global_samples": (int,),
+    "engine.counters.skipped_steps": (int,),
+    "engine.moments": (list,),
+    "engine.scalars": (dict,),
+    "engine.options": (list,),
+    "engine.scheduler": (dict,),
+    "engine.loss_scaler": (dict,),
+    "measured": (dict,),
+    "measured.total_seconds": NUMBER,
+    "measured.seconds": (dict,),
+    "measured.pruner_seconds": (dict,),
+    "measured.perplexities": (dict,),
+    "measured.resumed_at": (list,),
+}
+
+
+def problem_of(state: dict[str, Any]) -> str | None:
+    """Return what is wrong with a state, None where it has everything."""
+    for path, kinds in SHAPE.items():
+        value = get(state, path)
+        if type(value) not in kinds:
+            return f'has {str(value)[:60]!r} as "{path}", it must be {" or ".join(kind.__name__ for kind in kinds)}'
+    if state["step"] < 1:
+        return f"has made {state['step']} steps"
+    for options in state["engine"]["options"]:
+        if type(get(options, "lr")) not in NUMBER:
+            return f'has {str(options)[:60]!r} in "engine.options", it must have a number as "lr"'
+    for name, scalar in state["engine"]["scalars"].items():
+        if type(get(scalar, "tensor") if isinstance(scalar, dict) else scalar) not in (*NUMBER, bool):
+            return f'has {str(scalar)[:60]!r} as "engine.scalars.{name}", it must be a number'
+    return None
