@@ -15,7 +15,7 @@ ROOT = Path(scale_prune.__file__).parent
 LAYERS = (
     {"latency", "config", "ds_limits", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
-    {"criteria", "families", "report", "data", "embedded", "job", "slices"},
+    {"checkpoint_state", "criteria", "families", "report", "data", "embedded", "job", "slices"},
     {"shard_backend", "activations", "export", "estimate"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"inputs", "api", "pruner_state", "checkpoint", "distillation"},
