@@ -22,8 +22,9 @@ from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.data import check_length
 from scale_prune.ds_config import DEFAULT, precision
 from scale_prune.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
-from scale_prune.inputs import CHECKS, Reading, check_output
+from scale_prune.inputs import CHECKS, Reading
 from scale_prune.job import Job
+from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
 from scale_prune.resume import check_same, glance, with_batch_of
 

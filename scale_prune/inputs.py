@@ -3,15 +3,12 @@
 All ranks make the same checks on the same files, so all of them stop at the same mistake.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -24,12 +21,9 @@ from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import unit_groups
 from scale_prune.pruner import check_min_kept
-from scale_prune.report import write_atomically
 from scale_prune.zero3 import ds_check
 
 SELF = "self"
-RECIPE = "recipe.yaml"
-REPORT = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,63 +237,6 @@ def fill_in(config: Config) -> Config:
     pruning = with_defaults(config.pruning)
     layout = resolve_layout(config.output.layout, str(pruning.scope))
     return replace(config, pruning=pruning, output=replace(config.output, layout=layout))
-
-
-def check_output(config: Config) -> None:
-    """Refuse an output folder that holds something.
-
-    Raises:
-        ValueError: the folder holds a run, and neither `overwrite` nor `resume` is on, or it holds something else, or
-            it cannot be written.
-    """
-    folder = Path(config.output.output_dir)
-    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        what = "cannot be written" if above.is_dir() else "is not a folder"
-        raise ValueError(f"--output_dir {folder} cannot be made: {above} {what}")
-    try:
-        if not folder.exists() or not any(folder.iterdir()):
-            return
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be read: {error.strerror}") from error
-    if not (folder / RECIPE).is_file():
-        raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
-    if not config.output.overwrite and config.checkpoint.resume is None:
-        raise ValueError(
-            f"--output_dir {folder} holds a run already; give another folder, --resume to go on with it, or "
-            "--overwrite to replace it"
-        )
-
-
-def is_complete(config: Config) -> bool:
-    """Tell whether the output folder holds a run that has come to its end."""
-    return (Path(config.output.output_dir) / REPORT).is_file()
-
-
-def make_output(config: Config) -> None:
-    """Make the output folder with the run's settings in it; a run that is to be overwritten waits beside as `.old`."""
-    folder = Path(config.output.output_dir)
-    if is_complete(config):
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        folder.rename(_old(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_recipe(config)
-
-
-def write_recipe(config: Config) -> None:
-    """Write the settings into the output folder, as a recipe that starts the same run anew."""
-    settings = {name: value for name, value in config.flat().items() if value is not None and name != "resume"}
-    write_atomically(Path(config.output.output_dir) / RECIPE, yaml.safe_dump(settings, sort_keys=False))
-
-
-def drop_old_output(config: Config) -> None:
-    """Remove the run that this complete one took the place of."""
-    shutil.rmtree(_old(Path(config.output.output_dir)), ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.old")
 
 
 def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tuple[UnitGroup, ...]:

@@ -11,12 +11,13 @@ import torch
 from transformers import set_seed
 
 from scale_prune.batches import TokenBlocks, training_batches
-from scale_prune.checkpoint import Checkpoint, check_shared, set_newer_aside
+from scale_prune.checkpoint import Checkpoint
 from scale_prune.distillation import Teacher
 from scale_prune.families import unit_groups
-from scale_prune.inputs import SELF, Inputs, make_output, write_recipe
+from scale_prune.inputs import SELF, Inputs
 from scale_prune.model_writer import ModelWriter
 from scale_prune.monitor import Monitor
+from scale_prune.output import open_output
 from scale_prune.pruner import Pruner
 from scale_prune.report import versions, write_kept
 from scale_prune.resume import (
@@ -74,7 +75,7 @@ class Run:
         self.dense_parameters = num_parameters(self.engine.module)
         if checkpoint is not None:
             check_model_and_text(checkpoint, self.pruner, self.texts)
-        self._open_folder()
+        open_output(self.config, checkpoint, runtime)
         events = self.folder / "tensorboard" if self.config.output.tensorboard else None
         self.monitor = Monitor(
             events,
@@ -129,25 +130,6 @@ class Run:
         )
 
     # --- going on --------------------------------------------------------------------------------------------
-
-    def _open_folder(self) -> None:
-        """Make the run's folder, or go on in it."""
-        problem = ""
-        try:
-            if self.runtime.is_main:
-                self._prepare_folder()
-        except OSError as error:
-            problem = str(error)
-        if problem := self.runtime.gather_texts(problem)[0]:  # the other ranks have not tried
-            raise ValueError(f"--output_dir {self.folder} cannot be written: {problem}")
-        check_shared(self.folder, self.runtime)
-
-    def _prepare_folder(self) -> None:
-        if self.checkpoint is None or self.folder.resolve() not in self.checkpoint.folder.resolve().parents:
-            make_output(self.config)
-        else:
-            set_newer_aside(self.folder, self.checkpoint.step)
-            write_recipe(self.config)
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         """Bring everything to where it was after the checkpoint's step."""

@@ -18,7 +18,8 @@ from scale_prune.data import SPLITS, prepare
 from scale_prune.dry_run import dry_run
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
-from scale_prune.inputs import REPORT, check_output, check_tokens, drop_old_output, fill_in, is_complete, read_inputs
+from scale_prune.inputs import check_tokens, fill_in, read_inputs
+from scale_prune.output import REPORT, check_output, drop_old_output, is_complete
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run

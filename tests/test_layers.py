@@ -19,7 +19,7 @@ LAYERS = (
     {"shard_backend", "activations", "export", "estimate"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"inputs", "api", "pruner_state", "checkpoint", "distillation"},
-    {"resume", "validation", "model_writer", "analysis"},
+    {"output", "resume", "validation", "model_writer", "analysis"},
     {"run", "dry_run"},
     {"train", "analysis_report"},
     {"analysis_figures"},
