@@ -877,6 +877,7 @@ def try_case(case: Case, template: Path, place: Path, timeout: float) -> Outcome
         run = try_by_launcher if case.name.startswith("launcher") else try_on_ranks
         outcome = run(case.words, folder, timeout)
         outcome.seconds = time.monotonic() - started
+        outcome.errors = [text.replace(f"{folder}/", "") for text in outcome.errors]
         outcome.touched = [str(path.relative_to(folder)) for path in before if contents_of(path) != before[path]]
         return outcome
     finally:
