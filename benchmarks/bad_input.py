@@ -246,7 +246,7 @@ def flag_cases() -> Iterator[Case]:
     yield Case("the same flag twice", "--remaining 0.4 --remaining 0.5")
     yield Case("unknown choice", "--precision int8")
     yield Case("precision that the ds_config contradicts", "--ds_config zero3 --precision fp32")
-    yield Case("no data at all", usual=f"{MODEL} --max_steps 2 --output_dir out")
+    yield Case("no data at all", usual=f"{MODEL} --block_size 16 --max_steps 2 --output_dir out")
 
 
 def recipe_cases() -> Iterator[Case]:
@@ -501,7 +501,9 @@ def data_cases() -> Iterator[Case]:
     yield Case("data: a folder for a file", "--train_file model")
     yield Case("data: name that cannot be", "--dataset 'a/b/c d' --train_file train.txt")
     yield Case(
-        "data: data set that is missing", "--dataset nowhere-at-all", usual=f"{MODEL} --max_steps 2 --output_dir out"
+        "data: data set that is missing",
+        "--dataset nowhere-at-all",
+        usual=f"{MODEL} --block_size 16 --max_steps 2 --output_dir out",
     )
     yield text("file of no known format", "train.docx", "text")
     yield text("empty", "train.txt", "")
@@ -541,7 +543,7 @@ def data_cases() -> Iterator[Case]:
         "data: broken data set folder",
         "--dataset saved",
         (put("saved/dataset_info.json", "{"), put("saved/state.json", "{}")),
-        usual=f"{MODEL} --max_steps 2 --output_dir out",
+        usual=f"{MODEL} --block_size 16 --max_steps 2 --output_dir out",
     )
     yield Case(
         "data: no validation text",
