@@ -1,7 +1,12 @@
-"""Pruning in a DeepSpeed loop of your own: `attach`, two calls in the loop, then `compact` and `save`."""
+"""Pruning in a DeepSpeed loop of your own: `attach`, two calls in the loop, then `compact` and `save`.
 
+`save_state` and `load_state` go with the loop's own checkpoints.
+"""
+
+import json
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,8 +16,12 @@ from scale_prune.config import PruningConfig
 from scale_prune.export import write_model
 from scale_prune.families import unit_groups
 from scale_prune.pruner import Pruner
-from scale_prune.report import model_card
+from scale_prune.pruner_state import facts_of, pruner_slices, restore
+from scale_prune.report import model_card, write_atomically
+from scale_prune.slices import SliceReader, write_slices
 from scale_prune.zero3 import Zero3Backend, compact_engine
+
+STATE = "pruner.json"
 
 
 def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 0) -> Pruner:
@@ -34,6 +43,40 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     groups = unit_groups(engine.module)
     backend.check(groups)
     return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
+
+
+def save_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
+    """Write what the pruner remembers, between two steps, beside the loop's own checkpoint of the engine.
+
+    Every rank calls it and writes a file of its own.
+
+    Args:
+        pruner: from `attach`.
+        folder: an existing folder that all ranks see.
+    """
+    rank = pruner.backend.rank
+    write_slices(Path(folder) / f"pruner-{rank:05d}.safetensors", dict(pruner_slices(pruner)))
+    if rank == 0:
+        write_atomically(Path(folder) / STATE, json.dumps(facts_of(pruner)))
+
+
+def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
+    """Give a new pruner what `save_state` wrote, on any number of ranks, and put its masks on. A collective.
+
+    Args:
+        pruner: from `attach`, with the same settings, around an engine that has loaded its own checkpoint.
+        folder: as for `save_state`.
+
+    Raises:
+        ValueError: the groups of the model are not those of the folder.
+    """
+    facts = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    groups = {group.name: group.num_units for group in pruner.groups}
+    if facts["groups"] != groups:
+        raise ValueError(f"{folder} is of a model with the groups {facts['groups']}, this one has {groups}")
+    with SliceReader(sorted(Path(folder).glob("pruner-*.safetensors"))) as reader:
+        restore(pruner, facts, reader.read)
+    pruner.put_masks_on()
 
 
 def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any]) -> Any:

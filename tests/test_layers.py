@@ -18,7 +18,8 @@ LAYERS = (
     {"checkpoint_state", "criteria", "families", "report", "data", "embedded", "job", "slices"},
     {"shard_backend", "activations", "export", "estimate"},
     {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
-    {"inputs", "api", "pruner_state", "checkpoint", "distillation"},
+    {"pruner_state"},
+    {"inputs", "api", "checkpoint", "distillation"},
     {"output", "resume", "validation", "model_writer", "analysis"},
     {"run", "dry_run"},
     {"train", "analysis_report"},
