@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from scale_prune.batches import IGNORED
 from scale_prune.zero3 import num_parameters
-from scale_prune.zero3.runtime import inference_engine, load_model
+from scale_prune.zero3.runtime import inference_engine, load_model, release
 
 
 class Teacher:
@@ -41,10 +41,18 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """Return the (B, T, V) logits. A collective."""
+        """Return the (B, T, V) logits. A collective.
+
+        What is gathered in advance for the next pass stays: emptying that every time costs as much as two more passes.
+        """
         logits: Tensor = self.engine(input_ids=input_ids, use_cache=False).logits
-        self.engine.empty_partition_cache()  # finishes prefetches that only a backward pass would use
         return logits
+
+    def let_go(self) -> None:
+        """Free the teacher's memory; it cannot be used any more. A collective."""
+        self.engine.empty_partition_cache()
+        release(self.engine)
+        del self.engine
 
     def divergence(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Return T^2 * KL(teacher || student), a mean over the predicted tokens; see `token_divergence`."""

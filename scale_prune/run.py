@@ -314,8 +314,7 @@ class Run:
         """
         release(self.engine)
         if self.teacher is not None:
-            release(self.teacher.engine)
-            self.teacher.engine = None
+            self.teacher.let_go()
         del self.engine, self.backend, self.pruner.backend
         gc.collect()
         folder = self.folder / "pruned"
