@@ -16,7 +16,7 @@ from scale_prune.analysis_report import as_json, as_table
 from scale_prune.cli import parse_some, user_errors
 from scale_prune.config import Config
 from scale_prune.data import prepare
-from scale_prune.files import complete_or_absent
+from scale_prune.folders import complete_or_absent
 from scale_prune.inputs import Inputs, read_inputs
 from scale_prune.train import lost_contact
 from scale_prune.zero3 import Runtime

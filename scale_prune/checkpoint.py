@@ -23,7 +23,7 @@ import torch
 
 from scale_prune.checkpoint_state import problem_of
 from scale_prune.core.shards import FlatSlice
-from scale_prune.files import sync
+from scale_prune.folders import sync
 from scale_prune.report import write_atomically
 from scale_prune.slices import SliceReader, portions, write_slices
 from scale_prune.zero3 import Runtime

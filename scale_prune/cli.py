@@ -70,7 +70,7 @@ def parse(argv: Sequence[str], *, criteria: Sequence[str], noted: Noted = nullco
     usable = {}
     for name, value in given.items():
         with noted():
-            _check_value(name, value, criteria)
+            check_value(name, value, criteria)
             usable[name] = value
     return _build(usable, noted), frozenset(usable)
 
@@ -168,6 +168,15 @@ def read_recipe(path: str) -> dict[str, Any]:
         ValueError: the file cannot be read or is not a YAML mapping, a key is unknown or twice there, or a value is not
             of the setting's type.
     """
+    return as_settings(path, with_keys(path, read_yaml(path)))
+
+
+def read_yaml(path: str) -> dict[Any, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ValueError: the file cannot be read or is not a YAML mapping, or a key is twice there.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except OSError as error:
@@ -179,12 +188,35 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not a YAML text: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict | None):
         raise ValueError(f"--config {path} holds {content!r}, it must hold lines of the form `flag: value`")
-    lines = [(_key(path, key), value) for key, value in (content or {}).items()]
+    return content or {}
+
+
+def with_keys(path: str, content: Mapping[Any, Any], also: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a recipe's lines under the settings' own names.
+
+    Args:
+        path: the recipe, for messages.
+        content: its lines.
+        also: keys that it may have beside the settings' names.
+
+    Raises:
+        ValueError: a key is unknown, or there twice, once with - and once with _.
+    """
+    lines = [(_key(path, key, also), value) for key, value in content.items()]
     if twice := [name for place, (name, _) in enumerate(lines) if name in dict(lines[:place])]:
         raise ValueError(f"--config {path} has the key {twice[0]} twice, once with - and once with _")
+    return dict(lines)
+
+
+def as_settings(path: str, lines: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe's lines as their settings' types, without those that count as not given.
+
+    Raises:
+        ValueError: a value is not of the setting's type.
+    """
     return {
         name: _from_recipe(path, name, value)
-        for name, value in lines
+        for name, value in lines.items()
         if value is not None or _specs()[name].default is not None
     }
 
@@ -229,7 +261,12 @@ def _build(given: Mapping[str, Any], noted: Noted) -> Config:
     return Config(**parts | {"output": replace(parts["output"], layout=None)})
 
 
-def _check_value(name: str, value: Any, criteria: Sequence[str]) -> None:
+def check_value(name: str, value: Any, criteria: Sequence[str]) -> None:
+    """Refuse a value that is out of range or not one of the choices.
+
+    Raises:
+        ValueError: it is; the message says what would be valid.
+    """
     check_field(_specs()[name], value)
     if name == "criterion" and value not in criteria:
         raise ValueError(f"--criterion {value} is unknown, choose one of {', '.join(criteria)}")
@@ -313,8 +350,8 @@ def _from_recipe(path: str, name: str, value: Any) -> Any:
     return kind(value)
 
 
-def _key(path: str, key: Any) -> str:
-    name = str(key).replace("-", "_")
-    if name not in _specs():
-        raise ValueError(f"--config {path} has the unknown key {key}, {nearest(name, _specs())}")
+def _key(path: str, key: Any, also: Sequence[str] = ()) -> str:
+    name, valid = str(key).replace("-", "_"), [*_specs(), *also]
+    if name not in valid:
+        raise ValueError(f"--config {path} has the unknown key {key}, {nearest(name, valid)}")
     return name

@@ -13,7 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, Pretrain
 from scale_prune.core.compaction import pad_units
 from scale_prune.core.groups import UnitGroup
 from scale_prune.families import family_of
-from scale_prune.files import complete_or_absent, write_tensors
+from scale_prune.files import write_tensors
+from scale_prune.folders import complete_or_absent
 
 LAYOUTS = ("uniform", "pad", "per_layer")
 MODELING_FILE = Path(__file__).with_name("modeling_per_layer.py")

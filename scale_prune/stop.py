@@ -1,6 +1,7 @@
 """How a run ends before its end: by a scheduler's warning, SIGTERM, or because the other ranks are gone."""
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
 
 STOPPED = 75
@@ -15,13 +16,17 @@ class StopSignal:
 
     Later ones change nothing: launchers send several at once. What hangs is ended by the SIGKILL that follows them.
 
+    Args:
+        numbers: the signals that it remembers.
+
     Attributes:
         received: True once the signal came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterable[int] = (signal.SIGTERM,)) -> None:
         self.received = False
-        signal.signal(signal.SIGTERM, self._remember)
+        for number in numbers:
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True

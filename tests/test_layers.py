@@ -13,11 +13,11 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"latency", "config", "ds_limits", "rehearsal", "seconds", "stop"},
-    {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor"},
-    {"checkpoint_state", "criteria", "families", "report", "data", "embedded", "job", "slices"},
-    {"shard_backend", "activations", "export", "estimate"},
-    {"zero3", "pruner"},  # on one line: pruning knows a shard backend, not DeepSpeed
+    {"config", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
+    {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
+    {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "data", "embedded", "job", "slices"},
+    {"shard_backend", "activations", "export", "estimate", "comparison", "sweep_cells"},
+    {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"pruner_state"},
     {"inputs", "api", "checkpoint", "distillation"},
     {"output", "resume", "validation", "model_writer", "analysis"},
@@ -37,7 +37,7 @@ ONLY_IN = {
     "torch.utils.tensorboard": {"monitor"},
     "tqdm": {"monitor"},
     "tokenizers": {"embedded"},
-    "matplotlib": {"analysis_figures"},
+    "matplotlib": {"analysis_figures", "comparison_figures"},
 }
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

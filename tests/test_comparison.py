@@ -1,0 +1,213 @@
+"""The comparison of finished runs: numbers computed by hand, names of methods, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import errors_of
+
+from scale_prune.comparison import main, read
+from scale_prune.comparison_rows import PLAIN, FinishedRun, labels, ratio_of, rows_of, spread
+from scale_prune.config import Config
+
+BASE = {"model": "/models/tiny", "train_file": "/text/train.txt", "validation_file": "/text/validation.txt"}
+
+
+def report(perplexity: float | None, **settings: Any) -> dict[str, Any]:
+    """Return the report of a run, as far as it is compared."""
+    given: dict[str, Any] = {"criterion": "gum", "scope": "global", "remaining": 0.5} | BASE | settings
+    remaining = given["remaining"]
+    return {
+        "settings": {**Config().flat(), **given},
+        "remaining": {"target": remaining, "measured": remaining},
+        "perplexity": {"dense": 20.0, "exported": perplexity},
+        "parameters": {"dense": 1000, "pruned": int(1000 * remaining), "stored": 1000},
+        "seconds": {"total": 60.0},
+    }
+
+
+def write(folder: Path, contents: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(contents if isinstance(contents, str) else json.dumps(contents))
+    return folder
+
+
+def runs(tmp_path: Path, *reports: dict[str, Any]) -> list[FinishedRun]:
+    return [read(write(tmp_path / f"run{i}", each) / "report.json") for i, each in enumerate(reports)]
+
+
+def outcome(*argv: object) -> tuple[int, str]:
+    errors = StringIO()
+    with redirect_stderr(errors):
+        try:
+            main(list(map(str, argv)))
+        except SystemExit as exit:
+            return int(exit.code or 0), errors.getvalue()
+    return 0, errors.getvalue()
+
+
+def test_mean_and_deviation_are_those_of_a_sample() -> None:
+    assert (spread([10.0, 14.0]).mean, spread([10.0, 14.0]).std) == (12.0, pytest.approx(8**0.5))
+    assert (spread([2.0, 4.0, 9.0]).mean, spread([2.0, 4.0, 9.0]).std) == (5.0, pytest.approx(13**0.5))
+    assert spread([7.0]).std is None
+    assert (spread([7.0, float("inf")]).mean, spread([7.0, float("inf")]).std) == (float("inf"), None)
+
+
+def test_rows_are_methods_and_fractions_over_seeds(tmp_path: Path) -> None:
+    found = rows_of(
+        runs(
+            tmp_path,
+            *(report(value, seed=seed) for seed, value in enumerate((30.0, 33.0, 36.0))),
+            *(report(value, seed=seed, criterion="random", remaining=1.0) for seed, value in enumerate((14.0, 16.0))),
+            report(50.0, remaining=0.25),
+        )
+    )
+    assert [(row.method, row.runs[0].target, len(row.runs)) for row in found] == [
+        (PLAIN, 1.0, 2),
+        ("gum", 0.5, 3),
+        ("gum", 0.25, 1),
+    ]
+    perplexity = found[1].spread("perplexity")
+    assert perplexity is not None
+    assert (perplexity.mean, perplexity.std) == (33.0, 3.0)
+    assert [ratio_of(row, found) for row in found] == [1.0, 33.0 / 15.0, 50.0 / 15.0]
+
+
+def test_runs_of_the_same_seed_count_once(tmp_path: Path) -> None:
+    twice = [report(value, remaining=1.0, criterion=name) for name, value in (("gum", 10.0), ("random", 12.0))]
+    (row,) = rows_of(runs(tmp_path, *twice, report(15.0, remaining=1.0, seed=1)))
+    perplexity = row.spread("perplexity")
+    assert perplexity is not None
+    assert (perplexity.mean, perplexity.std) == (13.0, pytest.approx(8**0.5))
+
+
+def test_without_plain_fine_tuning_the_dense_model_is_the_reference(tmp_path: Path) -> None:
+    found = rows_of(runs(tmp_path, report(30.0), report(40.0, criterion="movement")))
+    assert [ratio_of(row, found) for row in found] == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([{}, {"seed": 1}, {"output_dir": "other", "log_every": 3, "remaining": 0.25}], ["gum"] * 3),
+        (
+            [{"criterion": "movement"}, {"criterion": "movement", "scope": "per_group"}, {}],
+            ["movement, global", "movement, per_group", "gum, global"],
+        ),
+        ([{}, {"learning_rate": 1e-4}], ["gum, learning_rate 0.0005", "gum, learning_rate 0.0001"]),
+        ([{"regularization": 1.0}, {"criterion": "random", "layout": "pad"}], ["gum", "random"]),
+        (
+            [{"regularization": 1.0}, {"regularization": 0.1}, {"criterion": "random"}],
+            ["gum, regularization 1", "gum, regularization 0.1", "random"],
+        ),
+        ([{"teacher": "/a/big"}, {"teacher": None}], ["gum, teacher big", "gum, teacher none"]),
+        ([{"teacher": "/a/big"}, {"teacher": "/b/big"}], ["gum, teacher /a/big", "gum, teacher /b/big"]),
+        (
+            [{"remaining": 1.0, "scope": "per_group", "max_steps": 5}, {"remaining": 1.0, "criterion": "random"}],
+            [f"{PLAIN}, max_steps 5", f"{PLAIN}, max_steps 300"],
+        ),
+    ],
+)
+def test_a_label_names_what_differs(settings: list[dict[str, Any]], expected: list[str], tmp_path: Path) -> None:
+    assert labels(runs(tmp_path, *(report(30.0, **each) for each in settings))) == expected
+
+
+def test_the_command_leaves_a_table_numbers_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs(tmp_path / "all", report(30.0), report(34.0, seed=1), report(None, criterion="random"))
+    write(tmp_path / "plain", report(15.0, remaining=1.0))
+    timed = write(tmp_path / "timed", report(31.0, criterion="movement") | {"latency": {"ms_per_token": 7.5}})
+    (tmp_path / "all" / "half").mkdir()
+    (tmp_path / "all" / "half" / "recipe.yaml").touch()
+    output = tmp_path / "output"
+    assert outcome(tmp_path / "all", tmp_path / "plain", timed, tmp_path / "plain", "--output_dir", output)[0] == 0
+    assert {path.name for path in output.iterdir()} == {"table.md", "comparison.json", "quality.png", "quality.svg"}
+    table = (output / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| gum | 50.0% | 2 | 32.00 ± 2.83 | 2.133 | 500 |  | 60 |" in table
+    assert "| movement | 50.0% | 1 | 31.00 | 2.067 | 500 | 7.50 | 60 |" in table
+    assert "| random | 50.0% | 1 | inf |  | 500 |  | 60 |" in table
+    assert f"not finished: {tmp_path / 'all' / 'half'}." in table
+    found = json.loads((output / "comparison.json").read_text())
+    assert found["reference"] == PLAIN
+    assert [row["perplexity"]["mean"] for row in found["rows"]] == [15.0, 31.0, 32.0, None]
+    assert found["rows"][2]["seeds"] == [0, 1]
+    drawing = (output / "quality.svg").read_text()
+    assert all(f"<!-- {text}" in drawing for text in ("gum", "movement", "plain fine-tuning (15.00)", "time of a"))
+
+
+def lacks(folder: Path) -> list[Path]:
+    contents = report(30.0)
+    del contents["perplexity"]["exported"]
+    return [write(folder / "run", contents)]
+
+
+def unfinished(folder: Path) -> list[Path]:
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.yaml").touch()
+    return [folder / "run"]
+
+
+def two(folder: Path, **settings: Any) -> list[Path]:
+    return [write(folder / "one", report(30.0)), write(folder / "two", report(30.0, **settings))]
+
+
+BAD: list[tuple[Callable[[Path], list[Path]], str]] = [
+    (lambda folder: [folder / "nowhere"], "nowhere does not exist; give folders of runs"),
+    (lambda folder: [write(folder / "run", "{}") / "report.json"], "report.json is not a folder; give folders of runs"),
+    (lambda folder: [folder], "has no report.json in it, nor below"),
+    (unfinished, "run is a run that is not finished, it has no report.json"),
+    (lambda folder: [*unfinished(folder), folder][1:], "run is not finished"),
+    (lambda folder: [write(folder / "run", "{")], "report.json is not valid JSON: Expecting property name"),
+    (lambda folder: [write(folder / "run", "[]")], "is not the report of a run: it lacks settings"),
+    (lacks, "is not the report of a run: it lacks perplexity.exported"),
+    (
+        lambda folder: [write(folder / "run", report(30.0) | {"seconds": {"total": "long"}})],
+        'seconds.total is "long"',
+    ),
+    (lambda folder: two(folder, block_size=64), "two differ in block_size, 128 and 64; their"),
+    (lambda folder: two(folder, model="/m"), "two differ in model, /models/tiny and /m; their"),
+    (lambda folder: two(folder, eval_tokens=9), "two differ in eval_tokens, 0 and 9; their"),
+    (lambda folder: two(folder, validation_file="v"), "differ in validation_file, /text/validation.txt and v; their"),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), BAD, ids=[expected for _, expected in BAD])
+def test_what_cannot_be_compared_is_one_message(
+    make: Callable[[Path], list[Path]], expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").mkdir()
+    code, stderr = outcome(*make(tmp_path / "runs"), "--output_dir", tmp_path / "output")
+    assert code == 2
+    (error,) = errors_of(stderr)
+    assert expected in error
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", report(30.0))
+    code, stderr = outcome(run, "--output_dir", run)
+    assert (code, len(errors_of(stderr))) == (2, 1)
+    assert "holds something; give a new or empty folder" in stderr
+    assert [path.name for path in run.iterdir()] == ["report.json"]
+
+
+def test_any_tells_models_apart(tmp_path: Path) -> None:
+    paths = [*two(tmp_path, model="/models/big"), write(tmp_path / "plain", report(10.0, remaining=1.0))]
+    assert outcome(*paths, "--any", "--output_dir", tmp_path / "output")[0] == 0
+    rows = json.loads((tmp_path / "output" / "comparison.json").read_text())["rows"]
+    assert {row["method"]: row["ratio"] for row in rows} == {
+        f"{PLAIN}, model tiny": 1.0,
+        "gum, model tiny": 3.0,
+        "gum, model big": None,
+    }
+
+
+def test_the_command_needs_neither_torch_nor_deepspeed() -> None:
+    code = "import scale_prune.comparison, sys; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
