@@ -6,7 +6,7 @@ settings that belong together. All cells are checked before any of them is used.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -95,8 +95,8 @@ def read_sweep(path: str) -> list[Cell]:
     _refuse(path, common, *over)
     points = [point for lines in over for point in _points(path, common | lines)]
     given = [as_settings(path, point) for point in points]
-    axes = dict.fromkeys(key for lines in (*over, common) for key in lines if isinstance(lines[key], list))
-    names = _names(given, [*differing(given), *axes])
+    axes = {key for lines in (*over, common) for key in lines if isinstance(lines[key], list)}
+    names = _names(given, {*differing(given), *axes})
     cells = [_cell(path, sweep / name, each) for name, each in zip(names, given, strict=True)]
     _refuse_same(path, cells)
     if (sweep / RECIPE).is_file():
@@ -136,11 +136,12 @@ def _points(path: str, lines: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(lines, values, strict=True))
 
 
-def _names(given: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Name the cells after what differs and what is a list: of a list with one value the names stay as it grows."""
+def _names(given: Sequence[Mapping[str, Any]], names: Collection[str]) -> list[str]:
+    """Name the cells after what differs and what is a list: names stay as lists grow."""
     first = [name for name in NAMES_ITSELF if name in names or "scope" in names]
-    middle = [name for name in dict.fromkeys(names) if name not in (*NAMES_ITSELF, "seed")]
-    ordered = [*first, *middle, *(["seed"] if "seed" in names else [])]
+    middle = dict.fromkeys(name for each in given for name in each if name in names)
+    ordered = [*first, *(name for name in middle if name not in (*NAMES_ITSELF, "seed"))]
+    ordered += ["seed"] if "seed" in names else []
     texts = {name: short(each.get(name) for each in given) for name in ordered}
     words = [[_word(name, texts[name][each[name]]) for name in ordered if name in each] for each in given]
     return [re.sub(r"[^\w.+-]+", "_", "-".join(each)) or "run" for each in words]
@@ -162,9 +163,10 @@ def _cell(path: str, folder: Path, given: Mapping[str, Any]) -> Cell:
 
 
 def _refuse_same(path: str, cells: Sequence[Cell]) -> None:
+    results = [_result(cell.config) for cell in cells]
     for place, cell in enumerate(cells):
-        for other in cells[:place]:
-            if _result(cell.config) == _result(other.config):
+        for other, result in zip(cells[:place], results, strict=False):
+            if result == results[place]:
                 names = cell.name if cell.name == other.name else f"{other.name} and {cell.name}"
                 raise ValueError(f"--config {path}: two cells are the same run, {names}")
             if cell.folder == other.folder:

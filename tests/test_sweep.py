@@ -130,6 +130,13 @@ def test_a_cell_is_named_after_what_differs(lines: dict[str, Any], expected: lis
     assert names(tmp_path, **lines) == expected
 
 
+def test_names_stay_as_lists_grow(tmp_path: Path) -> None:
+    before = names(tmp_path, remaining=[0.5], learning_rate=[1e-3, 1e-4], seed=[0])
+    after = names(tmp_path, remaining=[0.5, 0.25], learning_rate=[1e-3, 1e-4], seed=[0, 1])
+    assert before == ["remaining_0.5-learning_rate_0.001-seed_0", "remaining_0.5-learning_rate_0.0001-seed_0"]
+    assert set(before) < set(after)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"criterium": "gum"}, "has the unknown key criterium, did you mean criterion?"),
     ({"cell": []}, "has the unknown key cell, did you mean cells?"),
