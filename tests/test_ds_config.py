@@ -17,7 +17,8 @@ from scale_prune.ds_limits import REFUSED, get
 ROOT = Path(__file__).resolve().parents[1]
 CRITERIA = ("gum", "magnitude", "movement", "random", "sensitivity", "soft_movement")
 NAMES = sorted(file.stem for file in BUILTIN.glob("*.json"))
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+# A sweep's recipe is a grid of runs; tests/test_sweep.py has it.
+RECIPES = sorted(set((ROOT / "launch" / "recipes").glob("*.yaml")) - set((ROOT / "launch" / "recipes").glob("sweep-*")))
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 # What users of Hugging Face's Trainer have: every key that it fills, and no more.
