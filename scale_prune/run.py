@@ -165,7 +165,6 @@ class Run:
                     "pruner_seconds": dict(self.pruner.seconds),
                     "perplexities": self.perplexities,
                     "resumed_at": self.resumed_at,
-                    "distillation": self._teachers_cost(),
                 },
             )
         self.monitor.say(f"step {self.step}: saved {folder}")
@@ -202,8 +201,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float64)
         for index, micro_batch in enumerate(micro_batches, 1):
             input_ids = micro_batch.to(self.runtime.device)
-            with self.seconds.measure("teacher"):
-                taught = self.teacher.logits(input_ids) if self.teacher else None
+            taught = self._taught(input_ids)
             with self.seconds.measure("forward_backward"):
                 loss = self._loss(input_ids, taught)
                 self.engine.backward(loss)
@@ -217,6 +215,13 @@ class Run:
             if pruning:
                 self.pruner.after_step()
         return mean
+
+    def _taught(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Return the teacher's logits, None where there is no teacher."""
+        if self.teacher is None:
+            return None
+        with self.seconds.measure("teacher"):
+            return self.teacher.logits(input_ids)
 
     def _loss(self, input_ids: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
         """Return the loss of a micro batch: of the text, and where there is a teacher, of its logits too."""

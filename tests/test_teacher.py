@@ -43,6 +43,7 @@ def test_the_model_itself_teaches_nothing_at_first_and_holds_it_back_later(work:
     assert cost["bytes_per_rank"] == 4 * -(-dense // 2)
     assert 0 < cost["seconds"] < report_of(taught)["seconds"]["total"]
     assert report_of(plain)["distillation"] is None
+    assert "teacher" not in report_of(plain)["seconds"]
 
 
 def other_teachers(work: Path) -> dict[str, Path]:
