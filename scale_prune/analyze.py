@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ from scale_prune.analysis import GroupAnalysis, analyse
 from scale_prune.analysis_figures import draw_all
 from scale_prune.analysis_report import as_json, as_table
 from scale_prune.cli import parse_some, user_errors
-from scale_prune.config import Config
 from scale_prune.data import prepare
+from scale_prune.finished_models import add_models, positive, read_models
 from scale_prune.folders import complete_or_absent
-from scale_prune.inputs import Inputs, read_inputs
-from scale_prune.train import lost_contact
+from scale_prune.inputs import Inputs
+from scale_prune.ranks import joined, launched_as
 from scale_prune.zero3 import Runtime
 
 SETTINGS = (
@@ -31,63 +29,25 @@ KEPT = "kept.json"
 
 def main(argv: Sequence[str]) -> None:
     """Run `launch/analyze.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = launched_as()
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
         folder = Path(own.output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
-        inputs = {
-            name: read_inputs(with_model(config, path), explicit, world_size, splits=("train",))
-            for name, path in names_of(own.model, own.baseline).items()
-        }
-        with lost_contact(rank):
-            runtime = Runtime.start()
-        try:
-            with lost_contact(rank):
-                found = {name: _analysed(each, own.batches, runtime) for name, each in inputs.items()}
-                if runtime.is_main:
-                    _write(folder, found, inputs, own)
-        finally:
-            runtime.stop()
+        inputs = read_models(own, config, explicit, world_size, "train")
+        with joined(rank) as runtime:
+            found = {name: _analysed(each, own.batches, runtime) for name, each in inputs.items()}
+            if runtime.is_main:
+                _write(folder, found, inputs, own)
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
-    parser.add_argument("--model", nargs="+", required=True, metavar="FOLDER", help="models, folders or hub names")
-    parser.add_argument("--baseline", metavar="FOLDER", help="the dense model that they are compared with")
+    add_models(parser)
     parser.add_argument("--batches", type=positive, default=32, help="batches of training text; default: 32")
     parser.add_argument("--output_dir", default="analysis", help="new folder for the results; default: analysis")
-
-
-def names_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:
-    """Return short names of the models, the baseline first: the shortest ends of their paths that tell them apart.
-
-    Raises:
-        ValueError: a model is there twice.
-    """
-    paths = [*([baseline] if baseline else []), *models]
-    if twice := [path for place, path in enumerate(paths) if path in paths[:place]]:
-        raise ValueError(f"{twice[0]} is there twice, among --model and --baseline")
-    parts = [[part for part in Path(path).parts if part not in ("/", "pruned")] or [path] for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
-            return dict(zip(names, paths, strict=True))
-    return dict(zip(paths, paths, strict=True))
-
-
-def positive(text: str) -> int:
-    """Return a flag's whole number, at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least 1")
-    return int(text)
-
-
-def with_model(config: Config, model: str) -> Config:
-    """Return the settings with another model."""
-    return replace(config, training=replace(config.training, model=model))
 
 
 def _analysed(inputs: Inputs, batches: int, runtime: Runtime) -> list[GroupAnalysis]:

@@ -3,7 +3,6 @@
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from scale_prune.analyze import names_of, positive, with_model
 from scale_prune.cli import parse_some, user_errors
 from scale_prune.data import prepare
-from scale_prune.inputs import Inputs, read_inputs
+from scale_prune.finished_models import add_models, positive, read_models
+from scale_prune.inputs import Inputs
 from scale_prune.latency import speeds
+from scale_prune.ranks import joined, launched_as
 from scale_prune.report import versions, write_atomically
-from scale_prune.train import lost_contact
 from scale_prune.validation import Validation
 from scale_prune.zero3 import Runtime
 from scale_prune.zero3.runtime import inference_engine, load_model, precision, release
@@ -33,34 +32,25 @@ DESCRIPTION = "Measure the perplexity of models on a validation text, and how fa
 
 def main(argv: Sequence[str]) -> None:
     """Run `launch/evaluate.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = launched_as()
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
-        inputs = {
-            name: read_inputs(with_model(config, path), explicit, world_size, splits=("validation",))
-            for name, path in names_of(own.model, own.baseline).items()
-        }
+        inputs = read_models(own, config, explicit, world_size, "validation")
         if own.latency:
             _check_positions(inputs, own)
-        with lost_contact(rank):
-            runtime = Runtime.start()
-        try:
-            with lost_contact(rank):
-                report = {name: {"perplexity": _perplexity(each, runtime)} for name, each in inputs.items()}
-                if own.latency and runtime.is_main:
-                    _add_speeds(report, inputs, own, runtime.device)
-                if runtime.is_main:
-                    _write(report, next(iter(inputs)) if own.baseline else None, own)
-                runtime.barrier()
-        finally:
-            runtime.stop()
+        with joined(rank) as runtime:
+            report = {name: {"perplexity": _perplexity(each, runtime)} for name, each in inputs.items()}
+            if own.latency and runtime.is_main:
+                _add_speeds(report, inputs, own, runtime.device)
+            if runtime.is_main:
+                _write(report, next(iter(inputs)) if own.baseline else None, own)
+            runtime.barrier()
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
-    parser.add_argument("--model", nargs="+", required=True, metavar="FOLDER", help="models, folders or hub names")
-    parser.add_argument("--baseline", metavar="FOLDER", help="the dense model that they are compared with")
+    add_models(parser)
     parser.add_argument("--latency", action="store_true", help="measure speed too, all models by turns, on rank 0")
     parser.add_argument("--batch", type=positive, default=1, help="prompts at once; default: 1")
     parser.add_argument("--prompt_tokens", type=positive, default=64, help="tokens of a prompt; default: 64")

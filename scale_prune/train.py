@@ -5,8 +5,8 @@ inputs -> sharded model -> engine + pruner -> loop -> smaller engine -> recovery
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from scale_prune.ds_config import load
 from scale_prune.embedded import build
 from scale_prune.inputs import check_tokens, fill_in, read_inputs
 from scale_prune.output import REPORT, check_output, drop_old_output, is_complete
+from scale_prune.ranks import joined, launched_as
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run
-from scale_prune.stop import LOST_CONTACT, StopSignal
+from scale_prune.stop import StopSignal
 from scale_prune.zero3 import Runtime
-from scale_prune.zero3.runtime import is_lost_contact, remove_shared_memory
 
 CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
 BASE = {
@@ -39,7 +39,7 @@ BASE = {
 
 def main(argv: Sequence[str]) -> None:
     """Run `launch/prune.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = launched_as()
     with user_errors(rank):
         ranks = dry_run_ranks(argv, world_size)
         if ranks is not None:
@@ -58,37 +58,10 @@ def main(argv: Sequence[str]) -> None:
             inputs = read_inputs(with_batch_of(checkpoint, config), explicit, world_size)
             if checkpoint is not None:
                 check_same(checkpoint, inputs)
-        with lost_contact(rank):
-            runtime = Runtime.start(config.training.collective_timeout)
-        try:
-            with lost_contact(rank):
-                if config.training.model is None:
-                    config = embedded_default(config, explicit, runtime)
-                prune(config, explicit, runtime)
-        finally:
-            runtime.stop()
-
-
-@contextmanager
-def lost_contact(rank: int) -> Iterator[None]:
-    """Turn a failed collective into one message of this rank and the exit code LOST_CONTACT.
-
-    The process ends at once: whatever would close the process group in good order could wait for the others again.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost_contact(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        print(
-            f"error: rank {rank} has lost contact with the other ranks, one of which has died or cannot be reached; "
-            f"--resume goes on from the newest checkpoint. {reason}",
-            file=sys.stderr,
-            flush=True,
-        )
-        remove_shared_memory(rank)
-        os._exit(LOST_CONTACT)
+        with joined(rank, config.training.collective_timeout) as runtime:
+            if config.training.model is None:
+                config = embedded_default(config, explicit, runtime)
+            prune(config, explicit, runtime)
 
 
 def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime) -> Config:

@@ -12,8 +12,8 @@ from models import tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from scale_prune import evaluate
-from scale_prune.analyze import names_of
 from scale_prune.cli import user_errors
+from scale_prune.finished_models import names_of
 from scale_prune.latency import describe, speeds
 
 pytestmark = pytest.mark.distributed

@@ -19,13 +19,12 @@ LAYERS = (
     {"shard_backend", "activations", "export", "estimate", "comparison", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"pruner_state"},
-    {"inputs", "api", "checkpoint", "distillation"},
-    {"output", "resume", "validation", "model_writer", "analysis"},
+    {"inputs", "api", "checkpoint", "distillation", "ranks"},
+    {"finished_models", "output", "resume", "validation", "model_writer", "analysis"},
     {"run", "dry_run"},
     {"train", "analysis_report"},
-    {"analysis_figures"},
+    {"analysis_figures", "evaluate"},
     {"analyze"},
-    {"evaluate"},
 )
 # Copied into the exported folder, where there is no scale_prune.
 ALONE = "modeling_per_layer"
