@@ -7,6 +7,7 @@ A dry run collects `Mistakes` instead, and goes on after each.
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ USER_MISTAKES = (
     IsADirectoryError,
     NotADirectoryError,
 )
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DRY_RUN_FLAGS = ("dry_run", "world_size")
 
 Noted = Callable[[], AbstractContextManager[None]]
@@ -143,19 +145,23 @@ class Mistakes(list[str]):
 def user_errors(rank: int) -> Iterator[None]:
     """Turn a user's mistake into one message on stderr and exit code 2.
 
-    A mistake is a ValueError, or a file that is missing, in the way or not permitted; anything else keeps its
-    traceback. With SCALE_PRUNE_TRACEBACK=1 in the environment every rank shows the traceback of a mistake as well.
+    A mistake is a ValueError, a file that is missing, in the way or not permitted, or a full disk; anything else keeps
+    its traceback. With SCALE_PRUNE_TRACEBACK=1 in the environment every rank shows the traceback of a mistake as well.
 
     Args:
         rank: rank of this process; only rank 0 prints, every rank exits.
     """
     try:
         yield
-    except USER_MISTAKES as error:
+    except (*USER_MISTAKES, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
+        if not full and not isinstance(error, USER_MISTAKES):
+            raise
         if os.environ.get("SCALE_PRUNE_TRACEBACK") == "1":
             sys.excepthook(type(error), error, error.__traceback__)
         if rank == 0:
-            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+            reason = " ".join(str(error).splitlines())
+            print(f"error: {'a disk is full: ' if full else ''}{reason}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

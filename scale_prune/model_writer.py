@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from scale_prune.core.groups import UnitGroup
@@ -25,21 +26,32 @@ class ModelWriter:
         self.inputs, self.generation_config, self.runtime = inputs, generation_config, runtime
 
     def write(self, name: str, backend: Zero3Backend, groups: tuple[UnitGroup, ...], layout: str) -> Path:
-        """Write a folder of a name, and return it when it is there for all ranks. A collective."""
+        """Write a folder of a name, and return it when it is there for all ranks. A collective.
+
+        Raises:
+            ValueError: rank 0 cannot write it, e.g. because the disk is full.
+        """
         config = self.inputs.config
         folder = Path(config.output.output_dir) / name
         if self.runtime.is_main:  # one that this run wrote before it was killed, and resumed
             shutil.rmtree(folder, ignore_errors=True)
-        write_model(
-            folder,
-            config=self.inputs.model_config,
-            tensors=backend.named_tensors(),
-            groups=groups,
-            layout=layout,
-            tokenizer=self.inputs.tokenizer,
-            card=model_card(config.flat(), widths=[group.num_units for group in groups], layout=layout),
-            is_writer=self.runtime.is_main,
-            generation_config=self.generation_config,
-        )
-        self.runtime.barrier()
+        tensors, problem = backend.named_tensors(), ""
+        try:
+            write_model(
+                folder,
+                config=self.inputs.model_config,
+                tensors=tensors,
+                groups=groups,
+                layout=layout,
+                tokenizer=self.inputs.tokenizer,
+                card=model_card(config.flat(), widths=[group.num_units for group in groups], layout=layout),
+                is_writer=self.runtime.is_main,
+                generation_config=self.generation_config,
+            )
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+            for _ in tensors:  # the other ranks gather them to the end
+                pass
+        if problem := self.runtime.gather_texts(problem)[0]:
+            raise ValueError(f"{folder} cannot be written: {problem}")
         return folder

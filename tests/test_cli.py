@@ -1,5 +1,6 @@
 """Flags and recipes become settings; whatever is wrong becomes one sentence."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,15 @@ def test_a_mistake_is_one_message_of_rank_0_and_exit_code_2(
         raise mistake
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", shown)
+
+
+def test_a_full_disk_is_one_message_and_a_broken_one_a_traceback(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop, user_errors(0):
+        raise OSError(errno.ENOSPC, "No space left on device", "report.json")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a disk is full: [Errno 28] No space left on device: 'report.json'\n"
+    with pytest.raises(OSError, match="Input/output error"), user_errors(0):
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def test_what_is_no_mistake_of_the_user_passes_through() -> None:

@@ -316,6 +316,18 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoints(work: Path,
     assert not [path for path in left if path.suffix == ".partial"]
 
 
+def test_a_disk_that_is_too_full_for_the_result_ends_all_ranks_with_one_message(work: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(1_500_000))
+    flags = arguments(work, small_disk / "out", criterion="magnitude", max_steps=2)
+    ranks = run_ranks(outcome, 2, [*flags, "--no-tensorboard"])
+    assert codes(ranks) == [2, 2], ranks[0][1]
+    (error,) = errors_of(ranks[0][1])
+    assert "out/pruned cannot be written: " in error
+    assert "No space left on device" in error
+    assert "Traceback" not in ranks[0][1] + ranks[1][1]
+    assert not (small_disk / "out" / "report.json").exists()
+
+
 def on_own_disks(flags: list[str], output: str) -> tuple[int, str]:
     return outcome([*flags, "--output_dir", f"{output} of rank {os.environ['RANK']}"])
 
