@@ -13,17 +13,14 @@ import hashlib
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scale_prune.checkpoint_state import problem_of
 from scale_prune.core.shards import FlatSlice
-from scale_prune.folders import sync
+from scale_prune.folders import appears, sync
 from scale_prune.report import write_atomically
 from scale_prune.slices import SliceReader, portions, write_slices
 from scale_prune.zero3 import Runtime
@@ -142,37 +139,6 @@ def damage(folder: Path, runtime: Runtime) -> str | None:
     return next(filter(None, _problems(check, runtime)), None)
 
 
-def check_shared(output: Path, runtime: Runtime) -> None:
-    """Wait for all ranks, and see that they have one disk under the run's folder. A collective.
-
-    Raises:
-        ValueError: a rank does not see what rank 0 writes there.
-    """
-    number = int(runtime.add_over_ranks(torch.tensor([time.time_ns() if runtime.is_main else 0])))
-    mark = output / f".shared-{number}"
-    if runtime.is_main:
-        mark.touch()
-    runtime.barrier()
-    blind = [rank for rank, sees in enumerate(runtime.gather_numbers(float(_appears(mark, 10.0)))) if not sees]
-    if runtime.is_main:
-        mark.unlink()
-    if blind:
-        raise ValueError(
-            f"rank {blind[0]} does not see --output_dir {output} as rank 0 does; all ranks write checkpoints "
-            "there and load the result from there, so give a folder on a disk that all nodes share"
-        )
-
-
-def _appears(path: Path, patience: float) -> bool:
-    """Wait for a file that another node has written; a shared disk may take its time to show it."""
-    deadline = time.monotonic() + patience
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def set_newer_aside(output: Path, step: int) -> None:
     """Rename checkpoints of later steps, which the run that goes on from `step` will not come to as they are."""
     for path in newest_first(output):
@@ -272,7 +238,7 @@ def _write_own(partial: Path, rank: int, slices: Iterable[tuple[str, FlatSlice]]
 def _sums_of(partial: Path, rank: int) -> dict[str, Any]:
     """Return what a rank says of its files, and remove the note."""
     note = partial / f"rank-{rank:05d}.json"
-    if not _appears(note, PATIENCE):
+    if not appears(note, PATIENCE):
         raise FileNotFoundError(f"{note} of rank {rank} is not on the disk that rank 0 sees")
     entries: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
     note.unlink()

@@ -2,17 +2,17 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
+import torch
 import yaml
 
-from scale_prune.checkpoint import Checkpoint, check_shared, set_newer_aside
+from scale_prune.checkpoint import Checkpoint, set_newer_aside
 from scale_prune.config import Config
+from scale_prune.folders import RECIPE, REPORT, appears
 from scale_prune.report import write_atomically
 from scale_prune.zero3 import Runtime
-
-RECIPE = "recipe.yaml"
-REPORT = "report.json"
 
 
 def open_output(config: Config, checkpoint: Checkpoint | None, runtime: Runtime) -> None:
@@ -29,7 +29,28 @@ def open_output(config: Config, checkpoint: Checkpoint | None, runtime: Runtime)
         problem = str(error)
     if problem := runtime.gather_texts(problem)[0]:  # the other ranks have not tried
         raise ValueError(f"--output_dir {config.output.output_dir} cannot be written: {problem}")
-    check_shared(Path(config.output.output_dir), runtime)
+    _check_shared(Path(config.output.output_dir), runtime)
+
+
+def _check_shared(output: Path, runtime: Runtime) -> None:
+    """Wait for all ranks, and see that they have one disk under the run's folder. A collective.
+
+    Raises:
+        ValueError: a rank does not see what rank 0 writes there.
+    """
+    number = int(runtime.add_over_ranks(torch.tensor([time.time_ns() if runtime.is_main else 0])))
+    mark = output / f".shared-{number}"
+    if runtime.is_main:
+        mark.touch()
+    runtime.barrier()
+    blind = [rank for rank, sees in enumerate(runtime.gather_numbers(float(appears(mark, 10.0)))) if not sees]
+    if runtime.is_main:
+        mark.unlink()
+    if blind:
+        raise ValueError(
+            f"rank {blind[0]} does not see --output_dir {output} as rank 0 does; all ranks write checkpoints "
+            "there and load the result from there, so give a folder on a disk that all nodes share"
+        )
 
 
 def _prepare(config: Config, checkpoint: Checkpoint | None) -> None:

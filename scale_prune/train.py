@@ -18,8 +18,9 @@ from scale_prune.data import SPLITS, prepare
 from scale_prune.dry_run import dry_run
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
+from scale_prune.folders import REPORT
 from scale_prune.inputs import check_tokens, fill_in, read_inputs
-from scale_prune.output import REPORT, check_output, drop_old_output, is_complete
+from scale_prune.output import check_output, drop_old_output, is_complete
 from scale_prune.ranks import joined, launched_as
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of

@@ -8,18 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
-from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from memory_backend import steady_model
+from outcomes import errors_of, outcome_of
 from transformers import AutoTokenizer
 
 from scale_prune.embedded import train_tokenizer
 from scale_prune.train import main
+
+__all__ = ["errors_of"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK, STEPS, BATCH = 16, 7, 4
@@ -91,17 +92,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
 
 def outcome(flags: list[str]) -> tuple[int, str]:
     """Return the exit code and what was written to stderr, of the command on this rank."""
-    errors = StringIO()
-    with redirect_stderr(errors):
-        try:
-            main(flags)
-        except SystemExit as exit:
-            return int(exit.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
+    return outcome_of(main, *flags)
 
 
-def errors_of(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.startswith("error:")]
+def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
+    """Return the same for several command lines, in one process group."""
+    return [outcome(flags) for flags in cases]
 
 
 def recomputed_perplexity(model: Any, folder: Path, file: Path) -> float:

@@ -1,9 +1,7 @@
 """What an analysis says of every neuron, against the definitions on the whole model, on one rank and on two."""
 
 import json
-from contextlib import redirect_stderr
 from functools import cache
-from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from command import BLOCK, errors_of, make_work
 from distributed import run_ranks
 from models import LAYERS, WIDTH
+from outcomes import outcome_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,14 +169,7 @@ def test_the_command_writes_numbers_a_table_and_figures(work: Path, tmp_path: Pa
 
 
 def mistakes(cases: list[list[str]]) -> list[tuple[int, str]]:
-    found = []
-    for case in cases:
-        with redirect_stderr(StringIO()) as errors:
-            try:
-                analyze.main(case)
-            except SystemExit as exit:
-                found.append((int(exit.code or 0), errors.getvalue()))
-    return found
+    return [outcome_of(analyze.main, *case) for case in cases]
 
 
 def test_what_cannot_be_analysed_is_named(work: Path, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
-from io import StringIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import errors_of
+from outcomes import outcome_of
 
 from scale_prune.comparison import main, read
 from scale_prune.comparison_rows import PLAIN, FinishedRun, labels, ratio_of, rows_of, spread
@@ -42,14 +42,7 @@ def runs(tmp_path: Path, *reports: dict[str, Any]) -> list[FinishedRun]:
     return [read(write(tmp_path / f"run{i}", each) / "report.json") for i, each in enumerate(reports)]
 
 
-def outcome(*argv: object) -> tuple[int, str]:
-    errors = StringIO()
-    with redirect_stderr(errors):
-        try:
-            main(list(map(str, argv)))
-        except SystemExit as exit:
-            return int(exit.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
+outcome = partial(outcome_of, main)
 
 
 def test_mean_and_deviation_are_those_of_a_sample() -> None:

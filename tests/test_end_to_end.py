@@ -21,6 +21,7 @@ from command import (
     launch,
     make_work,
     outcome,
+    outcomes,
     pids_of,
     recomputed_perplexity,
     report_of,
@@ -140,10 +141,6 @@ def test_tensorboard_shows_what_happened(finished: Path) -> None:
 
 
 # --- in forked ranks, which start fast -------------------------------------------------------------------------------
-
-
-def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
-    return [outcome(flags) for flags in cases]
 
 
 def content(folder: Path) -> dict[Path, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import arguments, errors_of, make_work, outcome, report_of
+from command import arguments, errors_of, make_work, outcome, outcomes, report_of
 from distributed import run_ranks
 from memory_backend import steady_model
 from safetensors.torch import load_file
@@ -214,10 +214,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_steps": 9}, "--max_steps 9 is not the run's 7, and its model is compacted already"),
     ({"recovery_steps": 0}, "has made 8 steps already, more than --max_steps 7 and --recovery_steps 0"),
 ]
-
-
-def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
-    return [outcome(flags) for flags in cases]
 
 
 def test_settings_that_must_not_change_are_refused(whole: Path, work: Path) -> None:

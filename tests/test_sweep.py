@@ -8,14 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr
-from io import StringIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from command import BATCH, BLOCK, ROOT, errors_of, make_work, report_of, wait_until
+from outcomes import outcome_of
 
 from scale_prune.stop import STOPPED
 from scale_prune.sweep import main
@@ -65,14 +65,7 @@ def names(folder: Path, **lines: Any) -> list[str]:
     return [cell.name for cell in read_sweep(str(write(folder, **lines)))]
 
 
-def outcome(*argv: object) -> tuple[int, str]:
-    errors = StringIO()
-    with redirect_stderr(errors):
-        try:
-            main(list(map(str, argv)))
-        except SystemExit as exit:
-            return int(exit.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
+outcome = partial(outcome_of, main)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from command import arguments, errors_of, make_work, outcome, report_of
+from command import arguments, errors_of, make_work, outcome, outcomes, report_of
 from distributed import run_ranks
 from memory_backend import steady_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -63,10 +63,6 @@ def report_vocabulary(work: Path) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(work / "model").vocab_size)
-
-
-def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
-    return [outcome(flags) for flags in cases]
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(work: Path) -> None:
