@@ -6,26 +6,21 @@ A dry run collects `Mistakes` instead, and goes on after each.
 """
 
 import argparse
-import difflib
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, fields, replace
-from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
-import yaml
-
-from scale_prune.config import Config, check_field, concerns, describe
+from scale_prune.config import Config, concerns, describe
+from scale_prune.recipes import NOUNS, check_value, kind_of, nearest, read_recipe, specs
 
 DS_CONFIG_HINT = "give the DeepSpeed configuration as --ds_config FILE, scale_prune starts the engine itself"
 HINTS = {"--deepspeed": DS_CONFIG_HINT, "--deepspeed_config": DS_CONFIG_HINT}
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
-NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 USER_MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -100,7 +95,7 @@ def parse_some(
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group("settings, as of launch/prune.py", argument_default=argparse.SUPPRESS)
     for name in names:
-        _add_flag(group, _specs()[name], _specs()[name].metadata["choices"])
+        _add_flag(group, specs()[name], specs()[name].metadata["choices"])
     flags, rest = parser.parse_known_args(argv)
     if rest:
         valid = [name for action in parser._actions for name in action.option_strings]
@@ -165,94 +160,9 @@ def user_errors(rank: int) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """Read settings from a YAML file; keys are flags' names without dashes in front, `-` may stand for `_`.
-
-    A key whose value is null counts as not given, where null is the default.
-
-    Raises:
-        ValueError: the file cannot be read or is not a YAML mapping, a key is unknown or twice there, or a value is not
-            of the setting's type.
-    """
-    return as_settings(path, with_keys(path, read_yaml(path)))
-
-
-def read_yaml(path: str) -> dict[Any, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        ValueError: the file cannot be read or is not a YAML mapping, or a key is twice there.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ValueError(f"--config {path}, line {line} is not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not a YAML text: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict | None):
-        raise ValueError(f"--config {path} holds {content!r}, it must hold lines of the form `flag: value`")
-    return content or {}
-
-
-def with_keys(path: str, content: Mapping[Any, Any], also: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a recipe's lines under the settings' own names.
-
-    Args:
-        path: the recipe, for messages.
-        content: its lines.
-        also: keys that it may have beside the settings' names.
-
-    Raises:
-        ValueError: a key is unknown, or there twice, once with - and once with _.
-    """
-    lines = [(_key(path, key, also), value) for key, value in content.items()]
-    if twice := [name for place, (name, _) in enumerate(lines) if name in dict(lines[:place])]:
-        raise ValueError(f"--config {path} has the key {twice[0]} twice, once with - and once with _")
-    return dict(lines)
-
-
-def as_settings(path: str, lines: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a recipe's lines as their settings' types, without those that count as not given.
-
-    Raises:
-        ValueError: a value is not of the setting's type.
-    """
-    return {
-        name: _from_recipe(path, name, value)
-        for name, value in lines.items()
-        if value is not None or _specs()[name].default is not None
-    }
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint at the valid name nearest to `name`, or the way to all names where none is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f"did you mean {close[0]}?" if close else "--help lists all"
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, a key that is twice there is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
 
 
 def _build(given: Mapping[str, Any], noted: Noted) -> Config:
@@ -265,17 +175,6 @@ def _build(given: Mapping[str, Any], noted: Noted) -> Config:
     with noted():
         return Config(**parts)
     return Config(**parts | {"output": replace(parts["output"], layout=None)})
-
-
-def check_value(name: str, value: Any, criteria: Sequence[str]) -> None:
-    """Refuse a value that is out of range or not one of the choices.
-
-    Raises:
-        ValueError: it is; the message says what would be valid.
-    """
-    check_field(_specs()[name], value)
-    if name == "criterion" and value not in criteria:
-        raise ValueError(f"--criterion {value} is unknown, choose one of {', '.join(criteria)}")
 
 
 def _read_flags(argv: Sequence[str], criteria: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -321,43 +220,18 @@ def _add_dry_run(parser: Any) -> None:
 def _add_flag(group: Any, spec: Field[Any], choices: Sequence[str] | None) -> None:
     text = describe(spec).replace("%", "%%")
     bare = spec.metadata["bare"]
-    if _kind(spec) is bool:
+    if kind_of(spec) is bool:
         group.add_argument(f"--{spec.name}", action=argparse.BooleanOptionalAction, help=text)
     elif bare is not None:
-        group.add_argument(f"--{spec.name}", nargs="?", const=bare, metavar=METAVARS[_kind(spec)], help=text)
+        group.add_argument(f"--{spec.name}", nargs="?", const=bare, metavar=METAVARS[kind_of(spec)], help=text)
     else:
-        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[_kind(spec)]
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind_of(spec)]
         group.add_argument(f"--{spec.name}", metavar=metavar, help=text)
 
 
-def _specs() -> Mapping[str, Field[Any]]:
-    return {spec.name: spec for concern in concerns().values() for spec in fields(concern)}
-
-
-def _kind(spec: Field[Any]) -> type:
-    """Return a field's type without the None."""
-    kinds = [kind for kind in get_args(spec.type) or (spec.type,) if kind is not NoneType]
-    return kinds[0]
-
-
 def _from_flag(name: str, value: str | bool) -> Any:
-    kind = _kind(_specs()[name])
+    kind = kind_of(specs()[name])
     try:
         return kind(value)
     except ValueError as error:
         raise ValueError(f"--{name} {value} is not valid, it must be {NOUNS[kind]}") from error
-
-
-def _from_recipe(path: str, name: str, value: Any) -> Any:
-    kind = _kind(_specs()[name])
-    whole_as_float = kind is float and type(value) is int and abs(value) < sys.float_info.max
-    if type(value) is not kind and not whole_as_float:
-        raise ValueError(f"--config {path}: `{name}: {value!r}` is not valid, it must be {NOUNS[kind]}")
-    return kind(value)
-
-
-def _key(path: str, key: Any, also: Sequence[str] = ()) -> str:
-    name, valid = str(key).replace("-", "_"), [*_specs(), *also]
-    if name not in valid:
-        raise ValueError(f"--config {path} has the unknown key {key}, {nearest(name, valid)}")
-    return name

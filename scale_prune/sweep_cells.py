@@ -12,12 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scale_prune.cli import as_settings, check_value, read_recipe, read_yaml, with_keys
 from scale_prune.comparison_rows import NO_METHOD
 from scale_prune.config import Config
 from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.folders import RECIPE, REPORT
 from scale_prune.labels import differing, short
+from scale_prune.recipes import as_settings, check_value, read_recipe, read_yaml, with_keys
 
 CELLS = "cells"
 NAMES_ITSELF = ("criterion", "scope")

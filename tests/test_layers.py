@@ -13,7 +13,8 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"config", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
+    {"config"},
+    {"recipes", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "data", "embedded", "job", "slices"},
     {"shard_backend", "activations", "export", "estimate", "comparison", "sweep_cells"},
