@@ -1,4 +1,4 @@
-"""Recipes: YAML files of settings, `flag: value` on a line. Whatever is wrong in one is a ValueError of one sentence."""
+"""Recipes: YAML files of settings, `flag: value` on a line. What is wrong in one is a ValueError of one sentence."""
 
 import difflib
 import re
