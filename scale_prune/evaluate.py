@@ -1,4 +1,4 @@
-"""The command that measures finished models: `launch/evaluate.py --model FOLDER [--baseline FOLDER] [--latency]`."""
+"""The command that measures finished models: `launch/evaluate.py --model FOLDER [--baseline FOLDER] ...`."""
 
 import argparse
 import gc
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from scale_prune import harness
 from scale_prune.cli import parse_some, user_errors
 from scale_prune.data import prepare
 from scale_prune.finished_models import add_models, positive, read_models
@@ -39,8 +40,14 @@ def main(argv: Sequence[str]) -> None:
         inputs = read_models(own, config, explicit, world_size, "validation")
         if own.latency:
             _check_positions(inputs, own)
+        tasks = harness.tasks_of(own, world_size)
         with joined(rank) as runtime:
-            report = {name: {"perplexity": _perplexity(each, runtime)} for name, each in inputs.items()}
+            report: dict[str, dict[str, Any]] = {
+                name: {"perplexity": _perplexity(each, runtime)} for name, each in inputs.items()
+            }
+            if tasks is not None:
+                for name, each in inputs.items():
+                    report[name]["lm_eval"] = tasks.measure(each, runtime)
             if own.latency and runtime.is_main:
                 _add_speeds(report, inputs, own, runtime.device)
             if runtime.is_main:
@@ -56,6 +63,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt_tokens", type=positive, default=64, help="tokens of a prompt; default: 64")
     parser.add_argument("--new_tokens", type=positive, default=32, help="tokens generated after it; default: 32")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each model, the median counts; default: 5")
+    harness.add_flags(parser)
     parser.add_argument("--output", metavar="FILE", help="JSON file for the results; default: they are only printed")
 
 
@@ -113,6 +121,8 @@ def _write(report: dict[str, dict[str, Any]], baseline: str | None, own: argpars
         Path(own.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
     print(f"\n{table}")
+    if own.lm_eval:
+        print(harness.as_table({name: each["lm_eval"] for name, each in report.items()}))
 
 
 def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:

@@ -24,8 +24,9 @@ LAYERS = (
     {"finished_models", "output", "resume", "validation", "model_writer", "analysis"},
     {"run", "dry_run"},
     {"train", "analysis_report"},
-    {"analysis_figures", "evaluate"},
-    {"analyze"},
+    {"analysis_figures", "lm_eval_tasks"},
+    {"analyze", "harness"},
+    {"evaluate"},
 )
 # Copied into the exported folder, where there is no scale_prune.
 ALONE = "modeling_per_layer"
@@ -37,6 +38,7 @@ ONLY_IN = {
     "torch.utils.tensorboard": {"monitor"},
     "tqdm": {"monitor"},
     "tokenizers": {"embedded"},
+    "lm_eval": {"lm_eval_tasks"},
     "matplotlib": {"analysis_figures", "comparison_figures"},
 }
 
