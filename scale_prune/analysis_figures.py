@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.analysis import GroupAnalysis
-from scale_prune.analysis_report import ratios, summary
+from scale_prune.analysis_report import ratios, summary, weights_of
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -90,13 +90,13 @@ def _neighbours(found: Found) -> Any:
     }
     for axis, (key, (title, label)) in zip(axes, titles.items(), strict=True):
         for place, (name, groups) in enumerate(found.items()):
-            values = torch.cat([getattr(group, key)[group.live] for group in groups])
-            weights = torch.full_like(values, 100.0 / len(values))
+            values = torch.cat([getattr(group, key)[group.sampled] for group in groups])
+            weights = torch.cat([weights_of(group)[group.sampled] for group in groups])
             axis.hist(
                 values.numpy(),
                 bins=40,
                 range=(0, 1),
-                weights=weights.numpy(),
+                weights=(100 * weights / weights.sum()).numpy(),
                 histtype="step",
                 linewidth=2,
                 linestyle=("-", "--", ":", "-.")[place % 4],

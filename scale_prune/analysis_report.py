@@ -22,22 +22,36 @@ RATIOS = ("sensitivity_sum", "sensitivity_mean", "uniqueness")
 
 
 def summary(groups: Sequence[GroupAnalysis]) -> dict[str, float]:
-    """Return the numbers of some groups together, by the keys of COLUMNS."""
+    """Return the numbers of some groups together, by the keys of COLUMNS; each group counts by its live neurons."""
     live = torch.cat([group.live for group in groups])
+    sampled = torch.cat([group.sampled for group in groups])
+    weights = torch.cat([weights_of(group) for group in groups])[sampled]
 
     def values(name: str) -> Tensor:
-        return torch.cat([getattr(group, name) for group in groups])[live].double()
+        return torch.cat([getattr(group, name) for group in groups]).double()
 
     return {
         "neurons": int(live.sum()),
-        "sensitivity_sum": float(values("sensitivity").sum()),
-        "sensitivity_mean": float(values("sensitivity").mean()),
-        "uniqueness": 1.0 - float(values("similar").mean()),
-        "similarity_mean": float(values("similarity").mean()),
-        "nearest_median": float(values("nearest").median()),
-        "correlated_median": float(values("correlated").median()),
+        "sensitivity_sum": float(values("sensitivity")[live].sum()),
+        "sensitivity_mean": float(values("sensitivity")[live].mean()),
+        "uniqueness": 1.0 - float(values("similar")[sampled] @ weights / weights.sum()),
+        "similarity_mean": float(values("similarity")[live].mean()),
+        "nearest_median": _median(values("nearest")[sampled], weights),
+        "correlated_median": _median(values("correlated")[sampled], weights),
         "explained_mean": float(torch.cat([group.explained for group in groups]).mean()),
     }
+
+
+def weights_of(group: GroupAnalysis) -> Tensor:
+    """Return (N,) for how many live neurons each sampled one stands; 0 for those that are not sampled."""
+    return group.sampled.double() * (int(group.live.sum()) / max(1, int(group.sampled.sum())))
+
+
+def _median(values: Tensor, weights: Tensor) -> float:
+    """Return the smallest value below or at which half of the weight is."""
+    order = values.argsort()
+    reached = weights[order].cumsum(0) >= weights.sum() / 2 * (1 - 1e-12)
+    return float(values[order][reached][0]) if len(values) else float("nan")
 
 
 def as_json(found: Mapping[str, Sequence[GroupAnalysis]], baseline: str | None) -> dict[str, Any]:
@@ -73,9 +87,14 @@ def as_table(found: Mapping[str, Sequence[GroupAnalysis]], baseline: str | None)
     return "\n".join(lines) + "\n"
 
 
-def _neurons(group: GroupAnalysis) -> dict[str, list[float]]:
-    names = ("live", "sensitivity", "similarity", "nearest", "correlated", "similar", "explained")
-    return {name: getattr(group, name).tolist() for name in names}
+def _neurons(group: GroupAnalysis) -> dict[str, list[Any]]:
+    names = ("live", "sampled", "sensitivity", "similarity", "explained")
+    found = {name: getattr(group, name).tolist() for name in names}
+    looked_at = (group.sampled | ~group.live).tolist()
+    for name in ("nearest", "correlated", "similar"):
+        values = getattr(group, name).tolist()
+        found[name] = [value if known else None for value, known in zip(values, looked_at, strict=True)]
+    return found
 
 
 def _number(value: float) -> str:

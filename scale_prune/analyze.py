@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from scale_prune.analysis import GroupAnalysis, analyse
+from scale_prune.analysis import GroupAnalysis, Sampling, analyse
 from scale_prune.analysis_figures import draw_all
 from scale_prune.analysis_report import as_json, as_table
 from scale_prune.cli import parse_some, user_errors
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
         inputs = read_models(own, config, explicit, world_size, "train")
         with joined(rank) as runtime:
-            found = {name: _analysed(each, own.batches, runtime) for name, each in inputs.items()}
+            found = {name: _analysed(each, own, runtime) for name, each in inputs.items()}
             if runtime.is_main:
                 _write(folder, found, inputs, own)
 
@@ -47,14 +47,33 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
     add_models(parser)
     parser.add_argument("--batches", type=positive, default=32, help="batches of training text; default: 32")
+    parser.add_argument(
+        "--sample_units",
+        type=at_least_two,
+        metavar="INT",
+        help="neurons of each layer that are compared with all others, which bounds memory; default: all",
+    )
+    parser.add_argument(
+        "--sample_tokens",
+        type=positive,
+        metavar="INT",
+        help="tokens of each batch, over all ranks, whose activations are compared; default: all",
+    )
     parser.add_argument("--output_dir", default="analysis", help="new folder for the results; default: analysis")
 
 
-def _analysed(inputs: Inputs, batches: int, runtime: Runtime) -> list[GroupAnalysis]:
+def at_least_two(text: str) -> int:
+    """Return a flag's whole number, at least 2."""
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least 2")
+    return int(text)
+
+
+def _analysed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list[GroupAnalysis]:
     with runtime.main_first():
         blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
-    runtime.say(f"{inputs.config.training.model}: {batches} batches of {inputs.batch_size} blocks")
-    return analyse(inputs, blocks, batches, runtime)
+    runtime.say(f"{inputs.config.training.model}: {own.batches} batches of {inputs.batch_size} blocks")
+    return analyse(inputs, blocks, own.batches, runtime, Sampling(own.sample_units, own.sample_tokens))
 
 
 def _write(
@@ -62,13 +81,26 @@ def _write(
 ) -> None:
     """Write analysis.json, table.md and the figures; print the table."""
     baseline = next(iter(found)) if own.baseline else None
-    table = as_table(found, baseline)
+    table = as_table(found, baseline) + _said(own)
     kept = _kept({name: str(each.config.training.model) for name, each in inputs.items() if name != baseline})
     with complete_or_absent(folder) as partial:
-        (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline)), encoding="utf-8")
+        sampled = {"sample_units": own.sample_units, "sample_tokens": own.sample_tokens}
+        (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline) | sampled), encoding="utf-8")
         (partial / "table.md").write_text(table, encoding="utf-8")
         draw_all(partial, found, baseline, _of_same_groups(kept, found, baseline))
     print(f"\n{table}\n{folder}: analysis.json, table.md and figures")
+
+
+def _said(own: argparse.Namespace) -> str:
+    """Say below the table what was sampled."""
+    notes = []
+    if own.sample_units:
+        notes += [
+            f"Neighbours and uniqueness: of {own.sample_units} neurons a layer, each compared with the whole layer."
+        ]
+    if own.sample_tokens:
+        notes += [f"Activations: of {own.sample_tokens} tokens a batch."]
+    return "\n" + " ".join(notes) + "\n" if notes else ""
 
 
 def _kept(models: dict[str, str]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scale_prune import analyze
-from scale_prune.analysis import analyse
+from scale_prune.analysis import GroupAnalysis, Sampling, analyse
+from scale_prune.analysis_report import as_json, summary
 from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.config import Config
+from scale_prune.core.redundancy import Products, sample_units
 from scale_prune.data import prepare
 from scale_prune.inputs import read_inputs
 from scale_prune.zero3 import Runtime
@@ -38,11 +40,13 @@ def config_of(work: Path) -> Config:
     return Config.from_flat({"model": str(work / "model"), "block_size": BLOCK, "train_batch_size": BATCH, **texts})
 
 
-def analysed(work: Path) -> list[dict[str, Any]]:
+def analysed(work: Path, sampling: Sampling | None = None) -> list[dict[str, Any]]:
     runtime = Runtime.start()
     inputs = read_inputs(config_of(work), frozenset(), runtime.world_size)
     blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
-    return [vars(group) | {"uniqueness": group.uniqueness} for group in analyse(inputs, blocks, STEPS, runtime)]
+    return [
+        vars(group) | {"uniqueness": group.uniqueness} for group in analyse(inputs, blocks, STEPS, runtime, sampling)
+    ]
 
 
 def batches_of(work: Path) -> list[Tensor]:
@@ -97,8 +101,56 @@ def test_every_number_is_that_of_its_definition(world_size: int, work: Path) -> 
             assert torch.equal(group["similar"], later.any(1))
             assert group["uniqueness"] == 1 - int(later.any(1).sum()) / WIDTH
             assert group["live"].all()
+            assert group["sampled"].all()
             assert group["explained"].shape == (WIDTH,)
             assert 0 < float(group["explained"].mean()) < 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_sample_of_neurons_is_compared_with_all_of_them(world_size: int, work: Path) -> None:
+    size = 6
+    ranks = run_ranks(analysed, world_size, work, Sampling(units=size))
+    for found in ranks:
+        for index, (group, whole) in enumerate(zip(found, expected(work), strict=True)):
+            others = ~torch.eye(WIDTH, dtype=torch.bool)
+            absolute, correlations = (whole["cosines"].abs() * others).float(), whole["correlations"].abs() * others
+            later = (whole["cosines"] >= 0.8) & torch.ones(WIDTH, WIDTH).triu(1).bool()
+            sampled = group["sampled"]
+            assert sampled.nonzero().flatten().tolist() == sample_units(WIDTH, size, index).tolist()
+            torch.testing.assert_close(group["sensitivity"], whole["sensitivity"], rtol=1e-4, atol=1e-7)
+            mean = absolute[:, sampled].sum(1) / (size - sampled.float())
+            torch.testing.assert_close(group["similarity"], mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(group["nearest"], absolute.amax(1) * sampled, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                group["correlated"], correlations.amax(1).float() * sampled, rtol=1e-3, atol=1e-4
+            )
+            assert torch.equal(group["similar"], later.any(1) & sampled)
+            assert group["uniqueness"] == 1 - int(later.any(1)[sampled].sum()) / size
+            assert group["explained"].shape == (size,)
+
+
+def test_a_sample_of_tokens_bounds_the_activations(work: Path) -> None:
+    tokens = [*run_ranks(counted, 1, work, Sampling(tokens=10)), *run_ranks(counted, 2, work, Sampling(tokens=10))]
+    assert tokens == [10, 10, 10]
+    assert run_ranks(counted, 1, work, Sampling()) == [BATCH * BLOCK]
+
+
+def counted(work: Path, sampling: Sampling) -> int:
+    """Return how many tokens of a batch came together from all ranks."""
+    seen = set()
+    update = Products.update
+
+    def noted(self: Products, activations: Tensor) -> None:
+        seen.add(len(activations))
+        update(self, activations)
+
+    Products.update = noted  # type: ignore[method-assign]
+    try:
+        analysed(work, sampling)
+    finally:
+        Products.update = update  # type: ignore[method-assign]
+    (number,) = seen
+    return number
 
 
 def without_units(work: Path, folder: Path) -> Path:
@@ -122,6 +174,7 @@ def test_neurons_of_zeros_do_not_count(work: Path, tmp_path: Path) -> None:
         assert (~group["live"]).nonzero().flatten().tolist() == [2, 11]
         assert group["sensitivity"][[2, 11]].tolist() == [0.0, 0.0]
         assert not group["similar"][[2, 11]].any()
+        assert not group["sampled"][[2, 11]].any()
         assert len(group["explained"]) == WIDTH - 2
 
 
@@ -149,9 +202,10 @@ def run_of(work: Path, folder: Path) -> Path:
 def test_the_command_writes_numbers_a_table_and_figures(work: Path, tmp_path: Path) -> None:
     output, small = tmp_path / "analysis", run_of(work, tmp_path / "some run")
     both = ["--baseline", str(work / "model"), "--model", str(small)]
-    run_ranks(analyze.main, 2, analyze_flags(work, output, *both))
+    run_ranks(analyze.main, 2, analyze_flags(work, output, *both, "--sample_units", "4", "--sample_tokens", "50"))
     found = json.loads((output / "analysis.json").read_text())
-    assert found["baseline"] == "model"
+    assert (found["baseline"], found["sample_units"], found["sample_tokens"]) == ("model", 4, 50)
+    assert "of 4 neurons a layer" in (output / "table.md").read_text()
     dense, pruned = found["models"]["model"], found["models"]["some run"]
     assert (dense["model"]["neurons"], pruned["model"]["neurons"]) == (LAYERS * WIDTH, LAYERS * 5)
     assert pruned["ratio"]["neurons"] == pytest.approx(5 / WIDTH)
@@ -166,6 +220,40 @@ def test_the_command_writes_numbers_a_table_and_figures(work: Path, tmp_path: Pa
         f"{name}.{kind}" for name in names for kind in ("png", "svg")
     }
     assert all(path.stat().st_size > 5000 for path in output.glob("*.png"))
+
+
+def test_a_sample_counts_layers_by_their_neurons() -> None:
+    """Two layers of 8 and 2 neurons, 2 of each looked at: one of the large layer repeats another, none of the small."""
+    large, small = (
+        sampled_group(8, similar=[True, False], near=[0.9, 0.5]),
+        sampled_group(2, [False, False], [0.1, 0.2]),
+    )
+    found = summary([large, small])
+    assert found["uniqueness"] == pytest.approx(1 - 4 / 10)
+    assert found["nearest_median"] == pytest.approx(0.5)
+    assert found["neurons"] == 10
+    neurons = as_json({"model": [large, small]}, None)["models"]["model"]["neurons"]
+    assert neurons["8"]["nearest"][:3] == [pytest.approx(0.9), pytest.approx(0.5), None]
+    assert neurons["8"]["similar"][:3] == [True, False, None]
+
+
+def sampled_group(width: int, similar: list[bool], near: list[float]) -> GroupAnalysis:
+    line = torch.zeros(width)
+    line[:2] = torch.tensor(near)
+    flags = torch.zeros(width, dtype=torch.bool)
+    flags[:2] = torch.tensor(similar)
+    return GroupAnalysis(
+        name=str(width),
+        layer=0,
+        live=torch.ones(width, dtype=torch.bool),
+        sampled=torch.arange(width) < 2,
+        sensitivity=torch.ones(width),
+        similarity=torch.zeros(width),
+        nearest=line,
+        correlated=line,
+        similar=flags,
+        explained=torch.zeros(2),
+    )
 
 
 def mistakes(cases: list[list[str]]) -> list[tuple[int, str]]:
@@ -184,6 +272,7 @@ def test_what_cannot_be_analysed_is_named(work: Path, tmp_path: Path) -> None:
         "is there twice": analyze_flags(work, tmp_path / "a", *model, "--baseline", str(work / "model")),
         "holds something": analyze_flags(work, work, *model),
         "0 is not valid": analyze_flags(work, tmp_path / "a", *model, "--batches", "0"),
+        "1 is not valid": analyze_flags(work, tmp_path / "a", *model, "--sample_units", "1"),
     }
     for message, (code, stderr) in zip(cases, run_ranks(mistakes, 1, list(cases.values()))[0], strict=True):
         (error,) = errors_of(stderr)

@@ -1,8 +1,10 @@
 """How much the units of a group repeat each other: cosines, correlations, nearest neighbours, explained variance.
 
-Everything follows from sums over tokens, of which a rank keeps the rows of the units it owns.
+Everything follows from sums over tokens, of which a rank keeps the rows of the units it owns, against all units or
+against a sample of them.
 
-Shape legend: T tokens, N units of a group, R the rows (units) that are kept here, K chosen units.
+Shape legend: T tokens, N units of a group, R the rows (units) that are kept here, K sampled units (all of them, K = N,
+unless a sample is asked for).
 
 Source: arXiv 2302.03773, section 5: a unit is similar if some later unit has a signed cosine of at least 0.8 to it;
 uniqueness is the share of units that are not. The rest goes beyond the paper.
@@ -16,80 +18,106 @@ RIDGE = 1e-6  # of the mean variance, so that units which repeat each other exac
 
 
 class Products:
-    """Sums over tokens of h_i * h_j, for units i of [first, last) and all units j, and of h_j.
+    """Sums over tokens of h_i * h_j, for units i of [first, last) and sampled units j, and of h and h^2 of all units.
+
+    Memory: 4 * (R * K + 2 * N) bytes; twice R * K more while cosines are made.
 
     Args:
         num_units: N.
         first: first unit that is kept here.
         last: one past the last.
-        device: where the sums are.
+        sample: (K,) ascending numbers of the sampled units, on the device where the sums will be.
     """
 
-    def __init__(self, num_units: int, first: int, last: int, device: torch.device) -> None:
-        self.first, self.last = first, last
+    def __init__(self, num_units: int, first: int, last: int, sample: Tensor) -> None:
+        self.first, self.last, self.sample = first, last, sample
         self.count = 0
-        self.products = torch.zeros(last - first, num_units, device=device)
-        self.sums = torch.zeros(num_units, device=device)
-        self.squares = torch.zeros(num_units, device=device)
+        self.products = torch.zeros(last - first, len(sample), device=sample.device)
+        self.sums = torch.zeros(num_units, device=sample.device)
+        self.squares = torch.zeros(num_units, device=sample.device)
 
     def update(self, activations: Tensor) -> None:
         """Take in the (T, N) activations of some tokens."""
         h = activations.float()
         self.count += len(h)
-        self.products += h[:, self.first : self.last].T @ h
+        self.products += h[:, self.first : self.last].T @ h[:, self.sample]
         self.sums += h.sum(0)
         self.squares += h.square().sum(0)
 
     def cosines(self) -> Tensor:
-        """Return (R, N) signed cosines over all tokens; 0 where a unit never fires."""
-        return self._normalised(self.products, self.squares)
+        """Return (R, K) signed cosines over all tokens; 0 where a unit never fires, and of a unit to itself."""
+        return self._normalised(self.products.clone(), self.squares)
 
     def correlations(self) -> Tensor:
-        """Return (R, N) correlations, the cosines of centred activations; 0 where a unit is constant."""
+        """Return (R, K) correlations, the cosines of centred activations; 0 where a unit is constant, and to itself."""
         means = self.sums / max(self.count, 1)
-        centred = self.products - self.count * means[self.first : self.last, None] * means
+        centred = self.products - self.count * means[self.first : self.last, None] * means[self.sample]
         variances = (self.squares - self.count * means.square()).clamp(min=0)
         return self._normalised(centred, torch.where(variances > 1e-6 * self.squares, variances, 0.0))
 
     def _normalised(self, products: Tensor, squares: Tensor) -> Tensor:
         norms = squares.sqrt()
         inverse = torch.where(norms > 0, 1.0 / norms, 0.0)
-        return products * inverse * inverse[self.first : self.last, None]
+        products *= inverse[self.sample]
+        products *= inverse[self.first : self.last, None]
+        here = (self.sample >= self.first) & (self.sample < self.last)
+        products[self.sample[here] - self.first, here.nonzero().flatten()] = 0.0
+        return products
 
 
-def has_similar(cosines: Tensor, first: int, threshold: float = SIMILAR) -> Tensor:
-    """Tell which units have a later one whose signed cosine to them is at least the threshold.
+def sample_units(num_units: int, size: int | None, seed: int) -> Tensor:
+    """Draw units without replacement, the same ones for the same seed.
 
     Args:
-        cosines: (R, N) of units first, first + 1, ... to all units.
-        first: number of the unit in row 0.
-        threshold: in [0, 1].
+        num_units: N.
+        size: K, at least 2; None or more than N for all units.
+        seed: of the draw.
 
     Returns:
-        (R,) bool.
+        (K,) int64, ascending.
     """
-    return (cosines >= threshold).triu(diagonal=first + 1).any(1)
+    if size is None or size >= num_units:
+        return torch.arange(num_units)
+    order = torch.randperm(num_units, generator=torch.Generator().manual_seed(seed))
+    return order[:size].sort().values
 
 
-def nearest(cosines: Tensor, first: int) -> Tensor:
-    """Return (R,) the largest |cosine| of each unit to another one."""
-    absolute = cosines.abs()
-    absolute.diagonal(offset=first).zero_()
-    return absolute.amax(1)
-
-
-def mean_absolute(cosines: Tensor, live: Tensor, first: int) -> Tensor:
-    """Return (R,) the mean |cosine| of each unit to the other live ones; 0 where there is none.
+def has_similar(cosines: Tensor, first: int, sample: Tensor, threshold: float = SIMILAR) -> Tensor:
+    """Tell which sampled units have, among some rows, a later unit whose signed cosine to them reaches the threshold.
 
     Args:
-        cosines: (R, N).
+        cosines: (R, K) of units first, first + 1, ... to the sampled units.
+        first: number of the unit in row 0.
+        sample: (K,) numbers of the sampled units.
+        threshold: in (0, 1].
+
+    Returns:
+        (K,) bool; over disjoint rows the whole answer is whether any of them says so.
+    """
+    rows = torch.arange(first, first + len(cosines), device=cosines.device)
+    return ((cosines >= threshold) & (rows[:, None] > sample)).any(0)
+
+
+def nearest(cosines: Tensor) -> Tensor:
+    """Return (K,) the largest |cosine| of each sampled unit to one of the rows; of disjoint rows the maximum counts."""
+    return torch.maximum(cosines.amax(0), -cosines.amin(0))
+
+
+def mean_absolute(cosines: Tensor, live: Tensor, first: int, sample: Tensor) -> Tensor:
+    """Return (R,) the mean |cosine| of each row's unit to the other live sampled units; 0 where there is none.
+
+    Over the draw of the sample this is an unbiased estimate of the mean over all other live units.
+
+    Args:
+        cosines: (R, K), 0 of a unit to itself.
         live: (N,) bool.
         first: number of the unit in row 0.
+        sample: (K,) numbers of the sampled units.
     """
-    absolute = cosines.abs()
-    absolute.diagonal(offset=first).zero_()
-    others = live.sum() - live[first : first + len(cosines)].long()
-    return absolute @ live.to(absolute.dtype) / others.clamp(min=1)
+    sampled_live = torch.zeros_like(live)
+    sampled_live[sample] = live[sample]
+    others = sampled_live.sum() - sampled_live[first : first + len(cosines)].long()
+    return cosines.abs() @ live[sample].to(cosines.dtype) / others.clamp(min=1)
 
 
 def explained_variance(covariances: Tensor) -> Tensor:
