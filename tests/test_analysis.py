@@ -45,7 +45,8 @@ def analysed(work: Path, sampling: Sampling | None = None) -> list[dict[str, Any
     inputs = read_inputs(config_of(work), frozenset(), runtime.world_size)
     blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
     return [
-        vars(group) | {"uniqueness": group.uniqueness} for group in analyse(inputs, blocks, STEPS, runtime, sampling)
+        vars(group) | {"uniqueness": group.uniqueness}
+        for group in analyse(inputs, blocks, STEPS, runtime, sampling or Sampling())
     ]
 
 
