@@ -5,6 +5,7 @@ Fine-tuning with all neurons is a method of its own, whatever criterion it was g
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -133,16 +134,24 @@ def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the name of each run's method: criterion, then the settings that tell the methods apart."""
-    named = [name for name in differing([run.settings for run in runs]) if name not in NO_METHOD | FOLLOWING]
+    settings = [_of_any_seed(run.settings) for run in runs]
+    named = [name for name in differing(settings) if name not in NO_METHOD | FOLLOWING]
     named.sort(key=lambda name: name != "scope")
-    texts = {name: short(run.settings.get(name) for run in runs) for name in {*named, *FOLLOWING}}
+    texts = {name: short(each.get(name) for each in settings) for name in {*named, *FOLLOWING}}
     found = []
-    for run in runs:
-        names = [*named, *_own(run, runs)]
-        own = [name for name in names if name != "criterion" and not (run.is_plain and name in PRUNING)]
-        told = [_told(name, texts[name][run.settings.get(name)]) for name in own]
+    for run, each in zip(runs, settings, strict=True):
+        names = [name for name in (*named, *_own(run, runs)) if name != "criterion"]
+        own = [name for name in names if not (run.is_plain and name in PRUNING)]
+        told = [_told(name, texts[name][each.get(name)]) for name in own if (name, each.get(name)) != ("teacher", None)]
         found.append(", ".join([PLAIN if run.is_plain else run.settings["criterion"], *told]))
     return found
+
+
+def _of_any_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that name one teacher where each seed has its own, in a folder named after the seed."""
+    if not (teacher := settings.get("teacher")):
+        return settings
+    return settings | {"teacher": re.sub(rf"(seed\D?){settings['seed']}\b", r"\1*", teacher).removesuffix("/pruned")}
 
 
 def reference_of(row: Row, rows: Sequence[Row]) -> float | None:

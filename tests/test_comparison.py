@@ -99,7 +99,15 @@ def test_without_plain_fine_tuning_the_dense_model_is_the_reference(tmp_path: Pa
             [{"regularization": 1.0}, {"regularization": 0.1}, {"criterion": "random"}],
             ["gum, regularization 1", "gum, regularization 0.1", "random"],
         ),
-        ([{"teacher": "/a/big"}, {"teacher": None}], ["gum, teacher big", "gum, teacher none"]),
+        ([{"teacher": "/a/big"}, {"teacher": None}], ["gum, teacher big", "gum"]),
+        (
+            [{"teacher": f"/a/plain-seed{seed}/pruned", "seed": seed} for seed in (1, 12)],
+            ["gum"] * 2,
+        ),
+        (
+            [{"teacher": "/a/plain-seed1/pruned", "seed": seed} for seed in (1, 2)],
+            ["gum, teacher plain-seed*", "gum, teacher plain-seed1"],
+        ),
         ([{"teacher": "/a/big"}, {"teacher": "/b/big"}], ["gum, teacher /a/big", "gum, teacher /b/big"]),
         (
             [{"remaining": 1.0, "scope": "per_group", "max_steps": 5}, {"remaining": 1.0, "criterion": "random"}],
