@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["attach", "compact", "load_state", "save", "save_state"]
+__all__ = ["attach", "compact", "load_state", "prepare", "save", "save_state"]
 
 
 def __getattr__(name: str) -> Any:

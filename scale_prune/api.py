@@ -1,6 +1,7 @@
 """Pruning in a DeepSpeed loop of your own: `attach`, two calls in the loop, then `compact` and `save`.
 
-`save_state` and `load_state` go with the loop's own checkpoints.
+`prepare` comes before the engine where a criterion removes components; `save_state` and `load_state` go with the
+loop's own checkpoints.
 """
 
 import json
@@ -10,18 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.config import PruningConfig
 from scale_prune.export import write_model
+from scale_prune.factorized import component_groups
 from scale_prune.families import unit_groups
 from scale_prune.pruner import Pruner
 from scale_prune.pruner_state import facts_of, pruner_slices, restore
 from scale_prune.report import model_card, write_atomically
 from scale_prune.slices import SliceReader, write_slices
+from scale_prune.units import prepare_units, removes_components, units_of
 from scale_prune.zero3 import Zero3Backend, compact_engine
 
 STATE = "pruner.json"
+
+
+def prepare(model: PreTrainedModel, config: PruningConfig, *, seed: int = 0) -> None:
+    """Factorise what the criterion wants factorised; before `deepspeed.initialize`, on all ranks. A collective.
+
+    Only criteria that remove components (flop, flop_agp, factorize) need it; for the others it does nothing.
+
+    Args:
+        model: a model that ZeRO-3 has partitioned while it was loaded; changed in place.
+        config: the same that `attach` gets.
+        seed: of random factors.
+
+    Raises:
+        ValueError: the model has no weights of the targets.
+    """
+    if removes_components(config):
+        prepare_units(model, config, seed=seed, values=config.factors)
 
 
 def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 0) -> Pruner:
@@ -40,7 +60,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         ValueError: the stage is not 3, the architecture is unknown, the MLPs are frozen, or the settings cannot be met.
     """
     backend = Zero3Backend(engine)
-    groups = unit_groups(engine.module)
+    groups = units_of(engine.module, config)
     backend.check(groups)
     return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
 
@@ -87,7 +107,8 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any]) -> Any:
         make_engine: builds an engine around a module, as the loop built its own, with the same optimizer.
     """
     assert isinstance(pruner.backend, Zero3Backend)
-    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masks_by_name, make_engine)
+    gates = pruner.take_gates_off()
+    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masks_by_name, make_engine, gates)
     return engine
 
 
@@ -110,7 +131,7 @@ def save(
         ValueError: the layout cannot hold the widths, or the folder holds something.
     """
     backend = Zero3Backend(engine)
-    groups = unit_groups(engine.module)
+    groups = component_groups(engine.module) or unit_groups(engine.module)
     config = engine.module.config
     write_model(
         folder,

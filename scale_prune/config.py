@@ -38,6 +38,7 @@ class Range:
 
 POSITIVE = Range(0, ends="()")
 BLOCKS = Range(1, 1_000_000, "[]")
+TARGETS = ("mlp", "attention", "embedding")
 
 
 def setting(
@@ -166,9 +167,49 @@ class PruningConfig(Settings):
     similarity_weight: float = setting(0.999, "weight of the newest sample in the similarity", Range(0, 1, "(]"))
     min_kept: int = setting(1, "neurons that every layer keeps under scope global", Range(1))
     width_multiple: int = setting(1, "final widths are rounded to multiples of this many neurons", Range(1))
+    targets: str = setting(
+        "mlp", "weights that are factorised where components are removed: any of mlp, attention, embedding, with commas"
+    )
+    factors: str = setting(
+        "svd", "where factors come from: the pretrained weights (svd) or chance (random)", choices=("svd", "random")
+    )
+    initial_rank: int | None = setting(
+        None, "components that a factorised weight has at the start", Range(1), otherwise="its full rank"
+    )
+    gate_learning_rate: float | None = setting(
+        None,
+        "learning rate of the gates",
+        POSITIVE,
+        otherwise="what moves a gate by 20 (flop, neuron_l0) or 0.5 (flop_agp) while the target is approached",
+    )
+    lambda_learning_rate: float | None = setting(
+        None,
+        "learning rate of the multipliers that hold the gates' budget",
+        POSITIVE,
+        otherwise="what moves them by 20 while the target is approached",
+    )
+    target_warmup_fraction: float = setting(
+        0.4,
+        "fraction of the steps, after the dense ones, over which the gates' budget falls to its target",
+        Range(0, 1, "[]"),
+    )
+    initial_drop_rate: float = setting(
+        0.05, "probability of a closing gate at the start, pretrained weights want a small one", Range(0, 1, "()")
+    )
+    gate_l1: float = setting(0.0, "weight of the mean absolute gate in the loss, for flop_agp", Range(0))
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The targets one by one."""
+        return tuple(self.targets.split(","))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for target in self.target_names:
+            if target not in TARGETS or self.target_names.count(target) > 1:
+                raise ValueError(
+                    f"--targets {self.targets} is not valid, give some of {', '.join(TARGETS)}, each once, with commas"
+                )
         if self.warmup_fraction + self.cooldown_fraction > 1:
             raise ValueError(
                 f"--warmup_fraction {self.warmup_fraction} and --cooldown_fraction {self.cooldown_fraction} "
@@ -250,7 +291,7 @@ class OutputConfig(Settings):
         "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
         "needs trust_remote_code)",
         choices=("uniform", "pad", "per_layer"),
-        otherwise="per_layer for scope global, uniform for per_group",
+        otherwise="per_layer for scope global and for components, else uniform",
     )
     eval_every: int = setting(
         0, "steps between two evaluations while training, 0 evaluates only before and after", Range(0)
@@ -284,13 +325,6 @@ class Config:
     distillation: DistillationConfig = DistillationConfig()
     output: OutputConfig = OutputConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-
-    def __post_init__(self) -> None:
-        if self.pruning.scope == "global" and self.output.layout == "uniform":
-            raise ValueError(
-                "--layout uniform cannot hold the widths of --scope global, which differ by layer, "
-                "choose --layout pad or per_layer, or --scope per_group"
-            )
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:

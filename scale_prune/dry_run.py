@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ import torch
 from scale_prune import embedded
 from scale_prune.cli import Mistakes, parse
 from scale_prune.config import PruningConfig
+from scale_prune.core.groups import remaining_fraction
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import budget
 from scale_prune.criteria import CRITERIA, with_defaults
+from scale_prune.criteria.flop import Flop
 from scale_prune.data import check_length
 from scale_prune.ds_config import DEFAULT, precision
 from scale_prune.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
@@ -27,6 +30,7 @@ from scale_prune.job import Job
 from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
 from scale_prune.resume import check_same, glance, with_batch_of
+from scale_prune.units import sketch_units
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,7 +104,7 @@ def _check_updates(reading: Reading) -> None:
     if schedule.target < 1 and updates < 2:
         raise ValueError(
             f"--max_steps {schedule.total_steps} with --update_every {schedule.update_every} chooses masks only once "
-            f"on the way to the target, so all neurons go at one step; give more steps, a smaller --update_every or "
+            f"on the way to the target, so all units go at one step; give more steps, a smaller --update_every or "
             f"smaller --warmup_fraction and --cooldown_fraction"
         )
 
@@ -108,7 +112,7 @@ def _check_updates(reading: Reading) -> None:
 def _check_ranks(reading: Reading) -> None:
     units = sum(group.num_units for group in reading.groups)
     if reading.groups and reading.world_size > units:
-        raise ValueError(f"{reading.world_size} ranks are more than the {units} neurons of the model, use fewer")
+        raise ValueError(f"{reading.world_size} ranks are more than the {units} units of the model, use fewer")
 
 
 def _check_disk(reading: Reading, job: Job) -> None:
@@ -138,13 +142,14 @@ def _pruning(reading: Reading) -> PruningConfig:
 
 
 def _schedule_of(reading: Reading) -> Schedule:
-    pruning = reading.config.pruning
+    pruning, groups = reading.config.pruning, reading.groups
     return Schedule(
         total_steps=reading.config.training.max_steps,
         target=pruning.remaining,
         warmup_fraction=pruning.warmup_fraction,
         cooldown_fraction=pruning.cooldown_fraction,
         update_every=pruning.update_every,
+        initial=remaining_fraction(groups, [group.num_units for group in groups]) if groups else 1.0,
     )
 
 
@@ -155,7 +160,8 @@ def _model(reading: Reading) -> Iterator[str]:
     widths = [group.num_units for group in reading.groups]
     name = reading.config.training.model or "the embedded GPT-Neo, which the run builds and trains first"
     yield f"model: {name} ({reading.model_config.model_type})"
-    yield f"groups: {len(widths)}, of {_listed(widths)} neurons; {sum(widths):,} neurons in all"
+    unit = reading.groups[0].kind
+    yield f"groups: {len(widths)}, of {_listed(widths)} {unit}s; {sum(widths):,} {unit}s in all"
 
 
 def _listed(widths: Sequence[int]) -> str:
@@ -180,17 +186,30 @@ def _schedule(reading: Reading) -> Iterator[str]:
     if not reading.groups:
         return
     schedule, pruning = _schedule_of(reading), _pruning(reading)
-    widths = [group.num_units for group in reading.groups]
     yield ""
-    yield "| step | remaining | neurons | score learning rate |"
+    if issubclass(CRITERIA[pruning.criterion], Flop):
+        rise = schedule.warmup_steps + int(pruning.target_warmup_fraction * schedule.total_steps)
+        yield (
+            f"gates: their budget falls from {schedule.initial:.4f} of the dense model to {schedule.target:.4f} "
+            f"between the steps {schedule.warmup_steps:,} and {rise:,}; what remains is settled at step "
+            f"{schedule.last_descent_step:,}"
+        )
+        return
+    counted = "neurons" if reading.groups[0].kind == "neuron" else "parameters"
+    yield f"| step | remaining | {counted} | score learning rate |"
     yield "|---:|---:|---:|---:|"
     for step in schedule_steps(schedule):
         remaining = schedule.remaining(step)
-        kept = (
-            budget(remaining, sum(widths)) if pruning.scope == "global" else sum(budget(remaining, n) for n in widths)
-        )
         rate = pruning.score_learning_rate * schedule.learning_rate(step)
-        yield f"| {step:,} | {remaining:.4f} | {kept:,} | {rate:.3g} |"
+        yield f"| {step:,} | {remaining:.4f} | {_kept(reading, remaining):,} | {rate:.3g} |"
+
+
+def _kept(reading: Reading, remaining: float) -> int:
+    """Return how many neurons, or parameters of the factorised weights, a fraction of the dense model is."""
+    counts = [group.dense_cost for group in reading.groups]
+    if _pruning(reading).scope == "global" or reading.groups[0].kind == "component":
+        return int(remaining * sum(counts) + 1e-6)
+    return sum(budget(remaining, count) for count in counts)
 
 
 def schedule_steps(schedule: Schedule) -> list[int]:
@@ -211,6 +230,7 @@ def _job(reading: Reading) -> Job:
         block=reading.config.data.block_size,
         gradient_checkpointing=training.gradient_checkpointing,
         trust_remote_code=training.trust_remote_code,
+        prepare=partial(sketch_units, pruning=_pruning(reading)),
     )
     return Job(
         numels=shown.numels,

@@ -260,7 +260,8 @@ def communication(job: Job) -> dict[str, int]:
     received = {
         "ZeRO-3, parameters": (job.accumulation * passes + job.persistent) * job.width,
         "ZeRO-3, gradients": job.accumulation * job.num_parameters * job.width,
-        "pruning, shares": FP32 * job.layout.padded if _needs(job, "grad") else 0,
+        "pruning, shares": FP32 * job.layout.padded if _needs(job, "grad") or _needs(job, "gate") else 0,
+        "pruning, gates": FP32 * job.layout.padded if _needs(job, "gate") else 0,
         "pruning, at an update of the masks": _update(job),
         "pruning, at a sample of activations": _sampled(job) * job.world_size,
     }

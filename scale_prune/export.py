@@ -11,33 +11,43 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from scale_prune.core.compaction import pad_units
-from scale_prune.core.groups import UnitGroup
+from scale_prune.core.groups import Kind, UnitGroup
+from scale_prune.export_factors import ranks_of, stored_factors
 from scale_prune.families import family_of
 from scale_prune.files import write_tensors
 from scale_prune.folders import complete_or_absent
 
 LAYOUTS = ("uniform", "pad", "per_layer")
 MODELING_FILE = Path(__file__).with_name("modeling_per_layer.py")
+FACTORIZED_FILE = Path(__file__).with_name("modeling_factorized.py")
 
 
-def resolve_layout(layout: str | None, scope: str) -> str:
-    """Return the layout to write: the one that was asked for, or the scope's own.
+def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str:
+    """Return the layout to write: the one that was asked for, or the usual one.
 
     Args:
-        layout: "uniform", "pad", "per_layer", or None for the scope's own.
+        layout: "uniform", "pad", "per_layer", or None for the usual one.
         scope: "global" or "per_group".
+        kind: what is removed; factors of components have a place in "per_layer" alone, and are multiplied out in
+            "uniform".
 
     Raises:
-        ValueError: the layout is unknown; or it is uniform although global ranking leaves layers of different widths.
+        ValueError: the layout is unknown; it is uniform although global ranking leaves layers of different widths; or
+            it is pad although no neurons are removed.
     """
     if layout is None:
-        return "per_layer" if scope == "global" else "uniform"
+        return "per_layer" if kind == "component" or scope == "global" else "uniform"
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
-    if (layout, scope) == ("uniform", "global"):
+    if (layout, kind) == ("pad", "component"):
         raise ValueError(
-            "layout 'uniform' needs layers of one width, but scope 'global' leaves different ones; "
-            "ask for layout 'pad' or 'per_layer', or for scope 'per_group'"
+            "--layout pad is for layers of different widths, but removing components leaves widths as they are, "
+            "choose --layout per_layer (factors) or uniform (multiplied out)"
+        )
+    if (layout, scope, kind) == ("uniform", "global", "neuron"):
+        raise ValueError(
+            "--layout uniform cannot hold the widths of --scope global, which differ by layer, "
+            "choose --layout pad or per_layer, or --scope per_group"
         )
     return layout
 
@@ -113,20 +123,27 @@ def write_model(
         ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has no
             class for the config; the model belongs to no registered family; the folder is not empty (writer only).
     """
-    written_config = _config_for(layout, config, groups)
+    components = any(group.kind == "component" for group in groups)
+    written_config = _factorized_config(layout, config, groups) if components else _config_for(layout, config, groups)
     if not is_writer:
         for _ in tensors:
             pass
         return
+    code = _code_of(written_config)
     with complete_or_absent(Path(folder)) as partial:
-        stored = _in_layout(layout, tensors, groups)
+        if components:
+            stored = stored_factors(
+                tensors, groups, keep=ranks_of(layout, groups), transposed=family_of(config).transposed
+            )
+        else:
+            stored = _in_layout(layout, tensors, groups)
         # The names of files are for the classes of transformers; code that comes with a model gets no translation.
-        names = {} if layout == "per_layer" else dict(family_of(config).checkpoint_names)
+        names = {} if code is not None else dict(family_of(config).checkpoint_names)
         named = ((names.get(name, name), tensor) for name, tensor in stored)
         written_config.dtype = write_tensors(partial, named, max_shard_bytes)
         written_config.save_pretrained(partial)
-        if layout == "per_layer":
-            (partial / MODELING_FILE.name).write_text(_modeling_source(config), encoding="utf-8")
+        if code is not None:
+            (partial / code.name).write_text(_modeling_source(code, config), encoding="utf-8")
         if generation_config is not None:
             # Not save_pretrained, which refuses combinations that published models do have.
             generation_config.to_json_file(partial / "generation_config.json")
@@ -168,9 +185,31 @@ def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
     config.per_layer_config = {layer: {key: width} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
-    name = f"PerLayer{_stock_class(config).__name__}"
+    _tell_code(config, MODELING_FILE, f"PerLayer{_stock_class(config).__name__}")
+
+
+def _factorized_config(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
+    """Return a copy of the config that tells the ranks of the weights which stay factorised."""
+    check_layout(layout, config)
+    config = copy.deepcopy(config)
+    stock = _stock_class(config)
+    if stock is not None:
+        config.architectures = [stock.__name__]
+    if ranks := ranks_of(layout, groups):
+        config.factorized = ranks
+        _tell_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
+    return config
+
+
+def _tell_code(config: PretrainedConfig, file: Path, name: str) -> None:
     config.architectures = [name]
-    config.auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{name}"}
+    config.auto_map = {"AutoModelForCausalLM": f"{file.stem}.{name}"}
+
+
+def _code_of(config: PretrainedConfig) -> Path | None:
+    """Return the modelling file that a written config names, if it is one of ours."""
+    told = str(getattr(config, "auto_map", None))
+    return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in told), None)
 
 
 def _stock_class(config: PretrainedConfig) -> Any:
@@ -178,8 +217,8 @@ def _stock_class(config: PretrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def _modeling_source(config: PretrainedConfig) -> str:
-    """Return our modelling file, which is GPT-Neo's, with the names of another family."""
+def _modeling_source(file: Path, config: PretrainedConfig) -> str:
+    """Return a modelling file of ours, which is GPT-Neo's, with the names of another family."""
     family = family_of(config)
     names = {
         "GPTNeoForCausalLM": _stock_class(config).__name__,
@@ -187,7 +226,7 @@ def _modeling_source(config: PretrainedConfig) -> str:
         "transformer.h": family.layers,
         "intermediate_size": family.width_key,
     }
-    source = MODELING_FILE.read_text(encoding="utf-8")
+    source = file.read_text(encoding="utf-8")
     for ours, theirs in names.items():
         source = source.replace(ours, theirs)
     return source

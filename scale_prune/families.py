@@ -6,7 +6,7 @@ To prune another architecture, describe it and register the description:
                     inputs=("c_fc",), output="c_proj", width_key="n_inner"))
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,6 +28,7 @@ class Family:
         width_key: the config's key for the number of neurons of an MLP.
         transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
         checkpoint_names: pairs of a name in the state dict and the one in files, where transformers tells them apart.
+        attention: names of the linear projections of attention within a layer.
     """
 
     model_types: tuple[str, ...]
@@ -38,6 +39,7 @@ class Family:
     width_key: str
     transposed: bool = False
     checkpoint_names: tuple[tuple[str, str], ...] = ()
+    attention: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {}
@@ -60,6 +62,7 @@ register(
         inputs=("c_fc",),
         output="c_proj",
         width_key="intermediate_size",
+        attention=tuple(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
     )
 )
 register(
@@ -70,6 +73,7 @@ register(
         inputs=("fc_in",),
         output="fc_out",
         width_key="n_inner",
+        attention=tuple(f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
     )
 )
 register(
@@ -81,6 +85,7 @@ register(
         output="c_proj",
         width_key="n_inner",
         transposed=True,
+        attention=("attn.c_attn", "attn.c_proj"),
     )
 )
 register(
@@ -94,6 +99,7 @@ register(
         inputs=("gate_proj", "up_proj"),
         output="down_proj",
         width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     )
 )
 register(
@@ -105,6 +111,7 @@ register(
         output="dense_4h_to_h",
         width_key="intermediate_size",
         checkpoint_names=(("lm_head.weight", "embed_out.weight"),),
+        attention=("attention.query_key_value", "attention.dense"),
     )
 )
 register(
@@ -115,6 +122,7 @@ register(
         inputs=("fc1",),
         output="fc2",
         width_key="ffn_dim",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
     )
 )
 
@@ -134,6 +142,42 @@ def family_of(config: PretrainedConfig) -> Family:
             f"describe another in a few lines with scale_prune.families.register(Family(...))"
         )
     return FAMILIES[config.model_type]
+
+
+def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """List a model's linear modules of some kinds, layer by layer.
+
+    Args:
+        model: the model.
+        targets: any of "mlp" and "attention".
+
+    Raises:
+        ValueError: the family has none of a kind, or its description does not fit the model.
+    """
+    family = family_of(model.config)
+    within = {
+        "attention": family.attention,
+        "mlp": tuple(".".join(filter(None, (family.mlp, name))) for name in (*family.inputs, family.output)),
+    }
+    for target in targets:
+        if not within[target]:
+            found = ", ".join(name for name, projections in within.items() if projections)
+            raise ValueError(
+                f"--targets {target}: the family of {model.config.model_type} has no {target}, only {found}"
+            )
+    try:
+        num_layers = len(list(model.get_submodule(family.layers).children()))
+        names = [
+            f"{family.layers}.{layer}.{name}"
+            for layer in range(num_layers)
+            for target in targets
+            for name in within[target]
+        ]
+        for name in names:
+            model.get_submodule(name)
+    except AttributeError as missing:
+        raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
+    return names
 
 
 def unit_groups(model: PreTrainedModel) -> tuple[UnitGroup, ...]:

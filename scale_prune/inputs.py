@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from scale_prune.batches import TokenBlocks
-from scale_prune.config import Config, TrainingConfig
+from scale_prune.config import Config
 from scale_prune.core.groups import UnitGroup
-from scale_prune.criteria import with_defaults
+from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.data import SPLITS, Split, Text, load_text
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
-from scale_prune.families import unit_groups
 from scale_prune.pruner import check_min_kept
+from scale_prune.units import sketch_units
 from scale_prune.zero3 import ds_check
 
 SELF = "self"
@@ -152,7 +152,7 @@ def _check_layout(reading: Reading) -> None:
 
 def _check_groups(reading: Reading) -> None:
     if reading.model_config is not None:
-        reading.groups = _groups_of(reading.model_config, reading.config.training)
+        reading.groups = _groups_of(reading.model_config, reading.config)
         check_min_kept(reading.groups, reading.config.pruning)
 
 
@@ -235,16 +235,17 @@ def fill_in(config: Config) -> Config:
         ValueError: the layout cannot hold what the scope leaves.
     """
     pruning = with_defaults(config.pruning)
-    layout = resolve_layout(config.output.layout, str(pruning.scope))
+    layout = resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
     return replace(config, pruning=pruning, output=replace(config.output, layout=layout))
 
 
-def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tuple[UnitGroup, ...]:
+def _groups_of(model_config: PretrainedConfig, config: Config) -> tuple[UnitGroup, ...]:
     """Return the groups of a model that is not loaded.
 
     Raises:
         ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
     """
+    training = config.training
     if model_config.to_dict().get("per_layer_config") and not training.trust_remote_code:
         raise ValueError(
             f"--model {training.model} has layers of different widths, which the modelling file in that folder builds; "
@@ -256,7 +257,7 @@ def _groups_of(model_config: PretrainedConfig, training: TrainingConfig) -> tupl
     except Exception as error:  # whatever an architecture raises at values it cannot be built with
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise ValueError(f"--model {training.model}: no model can be built from its config: {reason}") from error
-    return unit_groups(model)
+    return sketch_units(model, config.pruning)
 
 
 def check_weights(folder: Path) -> None:

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from scale_prune.config import PruningConfig
-from scale_prune.core.groups import UnitGroup, UnitLayout
+from scale_prune.core.groups import UnitGroup, UnitLayout, remaining_fraction
 from scale_prune.ds_config import precision
 from scale_prune.ds_limits import get
 
@@ -60,7 +60,8 @@ class Job:
     def num_pruned(self) -> int:
         """Elements of all parameters once the units are gone, by the target."""
         units = sum(prod(member.shape) for group in self.groups for member in group.members)
-        return self.num_parameters - round((1 - self.pruning.remaining) * units)
+        initial = remaining_fraction(self.groups, [group.num_units for group in self.groups])
+        return self.num_parameters - round((1 - self.pruning.remaining / initial) * units)
 
     @property
     def shards(self) -> int:

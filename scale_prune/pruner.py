@@ -17,11 +17,13 @@ from torch import Tensor
 
 from scale_prune.activations import ActivationSampler
 from scale_prune.config import PruningConfig
-from scale_prune.core.groups import Member, UnitGroup, UnitLayout
+from scale_prune.core.groups import Member, UnitGroup, UnitLayout, remaining_fraction
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import check_finite
 from scale_prune.core.similarity import Similarity
-from scale_prune.criteria import CRITERIA, Moment, ShardView, with_defaults
+from scale_prune.criteria import CRITERIA, GatedCriterion, Moment, ShardView, with_defaults
+from scale_prune.gates import Gates
+from scale_prune.gating import Gating
 from scale_prune.seconds import Seconds
 from scale_prune.shard_backend import ShardBackend
 
@@ -61,6 +63,7 @@ class Pruner:
         self.schedule = Schedule(
             total_steps=total_steps,
             target=config.remaining,
+            initial=remaining_fraction(self.groups, [group.num_units for group in self.groups]),
             warmup_fraction=config.warmup_fraction,
             cooldown_fraction=config.cooldown_fraction,
             update_every=config.update_every,
@@ -75,6 +78,7 @@ class Pruner:
         self.state = self.criterion.initial_state(self.spans, backend.device)
         self.similarity = self._per_owned(lambda group: 0.0)
         self._weights = self._per_owned(lambda group: 1.0 / (len(self.groups) * group.num_units))
+        self._costs = self._per_unit(lambda group: group.cost / sum(each.dense_cost for each in self.groups))
         self.similarities = [
             Similarity(s.group.num_units, s.first, s.last, kind=config.similarity, weight=config.similarity_weight)
             for s in self.spans
@@ -88,7 +92,8 @@ class Pruner:
         self.step = 0
         self.churn = 0
         self.seconds = Seconds()
-        self.arm_sampler()
+        self.gating = self._make_gating()
+        self.prepare_step()
 
     # --- the two calls -------------------------------------------------------------------------------------------
 
@@ -96,9 +101,13 @@ class Pruner:
     def after_backward(self) -> None:
         """Take the units' shares of the step's gradient; call it between `engine.backward` and `engine.step`."""
         self._at_boundary = self.backend.at_boundary()
-        if self._at_boundary and self.pruning and "grad" in self.criterion.needs:
-            with self.seconds.measure("scoring"):
+        if not self._at_boundary or not self.pruning:
+            return
+        with self.seconds.measure("scoring"):
+            if "grad" in self.criterion.needs:
                 self._total = self._totals(self._criterion_share)
+            elif self.gating is not None:
+                self._total = self._gate_totals(self.gating)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -125,9 +134,18 @@ class Pruner:
         else:
             with self.seconds.measure("masking"):
                 self._apply_masks()
-        self.arm_sampler()
+        self.prepare_step()
 
-    def arm_sampler(self) -> None:
+    @torch.no_grad()
+    def prepare_step(self) -> None:
+        """Put on what the coming step needs: gates, and hooks that catch activations. A collective with gates."""
+        self._arm_sampler()
+        if self.gating is not None:
+            assert isinstance(self.criterion, GatedCriterion)
+            with self.seconds.measure("scoring"):
+                self.gating.draw(self._gather(self.criterion.parameter(self.state)), self.step)
+
+    def _arm_sampler(self) -> None:
         """Catch activations in the coming step, if its turn has come."""
         due = self.step % self.config.similarity_every == 0 and self.step < self.schedule.total_steps
         self._sampling = due and self.pruning and "activation" in self.criterion.needs
@@ -148,8 +166,15 @@ class Pruner:
 
     @property
     def remaining(self) -> float:
-        """The fraction of units that remains, by the masks."""
-        return sum(self.widths) / self.layout.num_units
+        """The fraction that remains by the masks: of neurons, or of parameters where components are removed."""
+        return remaining_fraction(self.groups, self.widths)
+
+    def take_gates_off(self) -> dict[str, Tensor]:
+        """Leave the model without gates; return the (N,) numbers that stood for good, by group, if there were any."""
+        if self.gating is None:
+            return {}
+        self.gating.gates.remove()
+        return self.gating.final()
 
     @property
     def masks_by_name(self) -> dict[str, Tensor]:
@@ -174,13 +199,22 @@ class Pruner:
                     line[self.layout.slice_of(index)] += part
         return self.backend.reduce_scatter(line.float())[: self.num_owned]
 
+    def _gate_totals(self, gating: Gating) -> Tensor:
+        """Return the (U,) gradients of the owned units' gates, averaged over the global batch."""
+        gradient = gating.gradient()
+        line = torch.zeros(self.layout.padded, device=self.backend.device)
+        if gradient is not None:
+            line[: self.layout.num_units] = gradient / (self.backend.world_size * self.backend.loss_scale)
+        return self.backend.reduce_scatter(line)[: self.num_owned]
+
     def _criterion_share(self, member: Member) -> Tensor | None:
         if member.role not in self.criterion.roles:
             return None
         return self.criterion.share(self.backend.master(member, grad="grad" in self.criterion.needs))
 
     def _update_state(self) -> None:
-        if self.pruning and "grad" in self.criterion.needs:
+        gates_were_on = self.gating is not None and self.step > self.schedule.warmup_steps
+        if self.pruning and ("grad" in self.criterion.needs or gates_were_on):
             self.state = self.criterion.update(self.state, self._total, self._moment())
 
     def _moment(self) -> Moment:
@@ -190,10 +224,24 @@ class Pruner:
             live=self._owned(torch.cat(self.masks)),
             similarity=self.similarity,
             weight=self._weights,
+            cost=self._owned(self._costs),
+            noise=self._owned(self.gating.noise if self.gating is not None else self._costs),
+            expected=self.gating.expected if self.gating is not None else self.schedule.initial,
         )
 
     def _owned(self, line: Tensor) -> Tensor:
         return line[self.layout.owned(self.backend.rank)]
+
+    def _per_unit(self, value: Callable[[UnitGroup], float]) -> Tensor:
+        return torch.cat([torch.full((group.num_units,), value(group)) for group in self.groups]).to(
+            self.backend.device
+        )
+
+    def _make_gating(self) -> Gating | None:
+        if not self.pruning or not isinstance(self.criterion, GatedCriterion):
+            return None
+        gates = Gates(self.backend.module, self.groups)
+        return Gating(self.criterion, self.schedule, self.groups, gates, self._costs, self.seed)
 
     def _per_owned(self, value: Callable[[UnitGroup], float]) -> Tensor:
         values = [torch.full((span.last - span.first,), value(span.group)) for span in self.spans]
@@ -213,12 +261,12 @@ class Pruner:
     # --- masks ---------------------------------------------------------------------------------------------------
 
     def _choose_masks(self) -> None:
-        if self.criterion.needs == {"weight"}:
-            self.state = self.criterion.update(self.state, self._totals(self._criterion_share), self._moment())
+        if "weight" in self.criterion.needs:
+            self.state = self.criterion.weigh(self.state, self._totals(self._criterion_share))
         self.scores = self._by_group(self._gather(self.criterion.score(self.state)))
         for group, scores in zip(self.groups, self.scores, strict=True):
             check_finite(scores, group.name)
-        masks = self.criterion.select(self.scores, self.schedule, self.step)
+        masks = self.criterion.select(self.scores, self.groups, self.schedule, self.step)
         self.churn = sum(int((new != old).sum()) for new, old in zip(masks, self.masks, strict=True))
         self.masks = masks
         self.widths = [int(mask.sum()) for mask in masks]
@@ -268,11 +316,17 @@ def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
     Raises:
         ValueError: the groups' floors of `min_kept` units add up to more than the target keeps.
     """
-    total = sum(group.num_units for group in groups)
-    floor = sum(min(config.min_kept, group.num_units) for group in groups)
-    if config.scope == "global" and floor > config.remaining * total:
+    floors = [min(config.min_kept, group.num_units) for group in groups]
+    smallest, total = remaining_fraction(groups, floors), sum(group.num_units for group in groups)
+    if config.scope != "global" or smallest <= config.remaining:
+        return
+    if groups[0].kind == "component":
         raise ValueError(
-            f"--min_kept {config.min_kept} keeps {floor} units in {len(groups)} layers, more than the "
-            f"{int(config.remaining * total)} of {total} that --remaining {config.remaining} leaves; "
-            f"at most --min_kept {int(config.remaining * total) // len(groups)} is possible"
+            f"--remaining {config.remaining} cannot be reached: --min_kept {config.min_kept} components of each of the "
+            f"{len(groups)} weights are {smallest:.4f} of their parameters; give at least --remaining {smallest:.4f}"
         )
+    raise ValueError(
+        f"--min_kept {config.min_kept} keeps {sum(floors)} units in {len(groups)} layers, more than the "
+        f"{int(config.remaining * total)} of {total} that --remaining {config.remaining} leaves; "
+        f"at most --min_kept {int(config.remaining * total) // len(groups)} is possible"
+    )

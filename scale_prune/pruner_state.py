@@ -71,7 +71,7 @@ def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
     if facts["sampled"]:
         for span, rows in zip(pruner.spans, pruner.similarities, strict=True):
             rows.go_on_from(pruner.similarity[span.place].clone(), _reader_of(span.group.name, read))
-    pruner.arm_sampler()
+    pruner.prepare_step()
 
 
 def _reader_of(group_name: str, read: ReadSlice) -> ReadSlice:

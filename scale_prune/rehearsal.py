@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ def rehearse(
     block: int,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    prepare: Callable[[PreTrainedModel], object] = lambda model: None,
 ) -> Rehearsal:
     """Make one forward and backward pass and count the bytes that live at one time.
 
@@ -53,10 +54,12 @@ def rehearse(
         block: tokens in a row, T.
         gradient_checkpointing: recompute activations layer by layer.
         trust_remote_code: run code that comes with the model.
+        prepare: what is done to the model before it is trained; called on fake tensors.
     """
     live = _LiveBytes()
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+        prepare(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()

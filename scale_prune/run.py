@@ -13,7 +13,6 @@ from transformers import set_seed
 from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.distillation import Teacher
-from scale_prune.families import unit_groups
 from scale_prune.inputs import SELF, Inputs
 from scale_prune.model_writer import ModelWriter
 from scale_prune.monitor import Monitor
@@ -30,6 +29,7 @@ from scale_prune.resume import (
 )
 from scale_prune.seconds import Seconds
 from scale_prune.stop import STOPPED, StopSignal
+from scale_prune.units import prepare_units
 from scale_prune.validation import Validation
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
 from scale_prune.zero3.runtime import inference_engine, load_model, precision, release, training_engine
@@ -63,7 +63,13 @@ class Run:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.writer = ModelWriter(inputs, getattr(model, "generation_config", None), runtime)
         self.validation = Validation(blocks["validation"], inputs.micro_batch_size, runtime)
-        self.groups = unit_groups(model)
+        self.dense_parameters = num_parameters(model)
+        self.groups = prepare_units(
+            model,
+            self.config.pruning,
+            seed=training.seed,
+            values=self.config.pruning.factors if checkpoint is None else "zeros",
+        )
         self.engine = self._make_engine(model)
         self.backend = Zero3Backend(self.engine)
         self.backend.check(self.groups)
@@ -72,7 +78,6 @@ class Run:
         )
         self.teacher = self._load_teacher()
         set_seed(training.seed + runtime.rank)
-        self.dense_parameters = num_parameters(self.engine.module)
         if checkpoint is not None:
             check_model_and_text(checkpoint, self.pruner, self.texts)
         open_output(self.config, checkpoint, runtime)
@@ -270,6 +275,8 @@ class Run:
         similarity = self.pruner.mean_similarity()
         if similarity is not None:
             values["pruning/similarity"] = similarity
+        if pruner.gating is not None:
+            values["pruning/remaining_by_gates"] = pruner.gating.expected
         values |= {f"seconds/{part}": seconds / step for part, seconds in parts.items()}
         self.monitor.scalars(step, values)
         self.monitor.layers(step, masks=pruner.masks, scores=pruner.scores)
@@ -294,11 +301,12 @@ class Run:
 
     def _compact(self) -> None:
         """Rebuild the engine around the units that are left."""
-        if self.pruner.remaining == 1.0:
+        if not self.pruner.pruning:
             return
         with self.seconds.measure("compaction"):
+            gates = self.pruner.take_gates_off()
             self.engine, self.groups = compact_engine(
-                self.backend, self.groups, self.pruner.masks_by_name, self._make_engine
+                self.backend, self.groups, self.pruner.masks_by_name, self._make_engine, gates
             )
             self.backend = Zero3Backend(self.engine)
 
@@ -346,7 +354,11 @@ class Run:
             "dataset": settings["dataset"] or settings["train_file"],
             "world_size": self.runtime.world_size,
             "steps": config.training.max_steps + config.training.recovery_steps,
-            "remaining": {"target": config.pruning.remaining, "measured": pruner.remaining},
+            "remaining": {
+                "target": config.pruning.remaining,
+                "measured": pruner.remaining,
+                "gates": pruner.gating.expected if pruner.gating is not None else None,
+            },
             "widths": pruner.widths,
             "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
             "perplexity": {"recovered": None, **self.perplexities},

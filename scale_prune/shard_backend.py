@@ -18,6 +18,10 @@ class ShardBackend(Protocol):
     module: nn.Module
     accumulation_steps: int
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of this step was multiplied by, in fp16; else 1."""
+
     def at_boundary(self) -> bool:
         """Tell whether the coming step will be an optimizer step, and not only accumulate gradients."""
 

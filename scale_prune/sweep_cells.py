@@ -15,6 +15,7 @@ from typing import Any
 from scale_prune.comparison_rows import NO_METHOD
 from scale_prune.config import Config
 from scale_prune.criteria import CRITERIA, with_defaults
+from scale_prune.export import resolve_layout
 from scale_prune.folders import RECIPE, REPORT
 from scale_prune.labels import differing, short
 from scale_prune.recipes import as_settings, check_value, read_recipe, read_yaml, with_keys
@@ -157,7 +158,9 @@ def _cell(path: str, folder: Path, given: Mapping[str, Any]) -> Cell:
             check_value(name, value, tuple(CRITERIA))
         settings = {**given, "output_dir": str(folder)}
         config = Config.from_flat(settings)
-        return Cell(folder=folder, settings=settings, config=replace(config, pruning=with_defaults(config.pruning)))
+        pruning = with_defaults(config.pruning)
+        resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
+        return Cell(folder=folder, settings=settings, config=replace(config, pruning=pruning))
     except ValueError as error:
         raise ValueError(f"--config {path}, cell {folder.name}: {error}") from error
 

@@ -12,7 +12,7 @@ from memory_backend import steady_model, token_blocks
 from models import VOCABULARY
 from torch import Tensor
 
-from scale_prune import attach
+from scale_prune import attach, prepare
 from scale_prune.config import PruningConfig
 from scale_prune.pruner import Pruner
 from scale_prune.zero3.runtime import load_model, training_engine
@@ -52,7 +52,9 @@ def pruning(criterion: str, **settings: Any) -> PruningConfig:
 
 def start(path: Path, config: dict[str, Any], settings: PruningConfig) -> tuple[Any, Pruner]:
     """Return an engine and its pruner, on this rank."""
-    engine = training_engine(load_model(str(path), config), config)
+    model = load_model(str(path), config)
+    prepare(model, settings)
+    engine = training_engine(model, config)
     return engine, attach(engine, settings, total_steps=STEPS)
 
 

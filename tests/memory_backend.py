@@ -104,6 +104,7 @@ class InMemoryBackend:
         self.masters = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, weight_decay=0.0)
         self.passes = 0
+        self.loss_scale = 1.0
         self.overflow = False
 
     # --- what an engine does ---------------------------------------------------------------------------------
@@ -205,6 +206,7 @@ def train(
         after: called after every optimizer step.
     """
     backend = pruner.backend
+    backend.module.train()
     passes = backend.world_size * backend.accumulation_steps
     batches = training_batches(
         blocks,

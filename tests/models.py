@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from scale_prune.config import PruningConfig
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
+from scale_prune.core.low_rank import svd_factors
+from scale_prune.criteria import CRITERIA
 from scale_prune.export import named_state, write_model
-from scale_prune.families import FAMILIES, Family, unit_groups
+from scale_prune.factorized import put_factors
+from scale_prune.families import FAMILIES, Family, family_of, linear_names, unit_groups
+from scale_prune.units import removes_components, units_of
 
 VOCABULARY, HIDDEN, WIDTH, LAYERS, POSITIONS = 29, 11, 17, 3, 31
 
@@ -63,6 +68,18 @@ def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedMod
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     return model
+
+
+def prepared_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
+    """Factorise the weights of a model in one piece, as `prepare` does under ZeRO-3, and list the units."""
+    if removes_components(pruning):
+        criterion, transposed = CRITERIA[pruning.criterion](pruning, 0), family_of(model.config).transposed
+        for name in linear_names(model, pruning.target_names):
+            weight = model.get_parameter(f"{name}.weight").detach()
+            weight = weight.T if transposed else weight
+            down, up = svd_factors(weight, criterion.components((weight.shape[0], weight.shape[1])))
+            put_factors(model, name, nn.Parameter(down), nn.Parameter(up))
+    return units_of(model, pruning)
 
 
 def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> Tensor:

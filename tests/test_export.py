@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from scale_prune.core.compaction import compact_model
+from scale_prune.core.groups import Kind
 from scale_prune.export import LAYOUTS, check_layout, named_state, resolve_layout
 from scale_prune.families import FAMILIES, Family, register, unit_groups
 
@@ -199,26 +200,32 @@ def test_uniform_layout_refuses_layers_of_different_widths(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("layout", "scope", "resolved"),
+    ("layout", "scope", "kind", "resolved"),
     [
-        (None, "global", "per_layer"),
-        (None, "per_group", "uniform"),
-        ("pad", "global", "pad"),
-        ("per_layer", "per_group", "per_layer"),
-        ("uniform", "per_group", "uniform"),
+        (None, "global", "neuron", "per_layer"),
+        (None, "per_group", "neuron", "uniform"),
+        (None, "per_group", "component", "per_layer"),
+        ("pad", "global", "neuron", "pad"),
+        ("per_layer", "per_group", "neuron", "per_layer"),
+        ("uniform", "per_group", "neuron", "uniform"),
+        ("uniform", "global", "component", "uniform"),
     ],
 )
-def test_layout_defaults_to_the_scope(layout: str | None, scope: str, resolved: str) -> None:
-    assert resolve_layout(layout, scope) == resolved
+def test_layout_defaults_to_what_loses_nothing(layout: str | None, scope: str, kind: Kind, resolved: str) -> None:
+    assert resolve_layout(layout, scope, kind) == resolved
 
 
 @pytest.mark.parametrize(
-    ("layout", "scope", "message"),
-    [("uniform", "global", "'pad' or 'per_layer'"), ("dense", "global", "'dense'; valid are uniform, pad, per_layer")],
+    ("layout", "kind", "message"),
+    [
+        ("uniform", "neuron", "choose --layout pad or per_layer, or --scope per_group"),
+        ("dense", "neuron", "'dense'; valid are uniform, pad, per_layer"),
+        ("pad", "component", r"choose --layout per_layer \(factors\) or uniform \(multiplied out\)"),
+    ],
 )
-def test_impossible_layouts_are_refused(layout: str, scope: str, message: str) -> None:
+def test_impossible_layouts_are_refused(layout: str, kind: Kind, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_layout(layout, scope)
+        resolve_layout(layout, "global", kind)
 
 
 def test_per_layer_layout_needs_a_class_of_transformers() -> None:

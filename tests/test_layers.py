@@ -17,9 +17,11 @@ LAYERS = (
     {"recipes", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "data", "embedded", "job", "slices"},
-    {"shard_backend", "activations", "export", "estimate", "comparison", "sweep_cells"},
+    {"factorized", "export_factors"},
+    {"shard_backend", "activations", "export", "estimate", "comparison", "gates"},
+    {"gating", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
-    {"pruner_state"},
+    {"pruner_state", "units"},
     {"inputs", "api", "checkpoint", "distillation", "ranks"},
     {"finished_models", "output", "resume", "validation", "model_writer", "analysis"},
     {"run", "dry_run"},
@@ -28,8 +30,8 @@ LAYERS = (
     {"analyze", "harness"},
     {"evaluate"},
 )
-# Copied into the exported folder, where there is no scale_prune.
-ALONE = "modeling_per_layer"
+# Copied into exported folders, where there is no scale_prune.
+ALONE = ("modeling_per_layer", "modeling_factorized")
 
 ONLY_IN = {
     "deepspeed": {"zero3"},
@@ -76,7 +78,7 @@ def own_parts(path: Path) -> set[str]:
 
 def test_every_part_stands_on_one_layer() -> None:
     parts = [part for layer in LAYERS for part in layer]
-    assert sorted([*parts, ALONE]) == sorted({part_of(path) for path in FILES})
+    assert sorted([*parts, *ALONE]) == sorted({part_of(path) for path in FILES})
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -109,8 +111,9 @@ def test_criteria_know_no_ranks_and_no_models() -> None:
         assert not [name for name in imports(path) if inside(name, "torch.distributed")]
 
 
-def test_what_is_copied_into_exports_needs_no_scale_prune() -> None:
-    packages = {name.partition(".")[0] for name in imports(ROOT / f"{ALONE}.py")}
+@pytest.mark.parametrize("name", ALONE)
+def test_what_is_copied_into_exports_needs_no_scale_prune(name: str) -> None:
+    packages = {name.partition(".")[0] for name in imports(ROOT / f"{name}.py")}
     assert packages <= {"transformers", "torch"} | sys.stdlib_module_names
 
 

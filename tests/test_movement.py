@@ -27,16 +27,20 @@ def make(name: str, **settings: Any) -> Criterion:
 
 
 def moment(step: int, **values: Tensor) -> Moment:
-    usual = {"live": torch.ones(len(values["similarity"]), dtype=torch.bool)}
+    ones = torch.ones(len(values["similarity"]))
+    usual: dict[str, Any] = {"live": ones.bool(), "cost": ones, "noise": ones, "expected": 1.0}
     return Moment(step=step, schedule=SCHEDULE, **usual | values)
 
 
-def initial_state(criterion: Criterion, *sizes: int) -> State:
-    groups = [
+def groups_of(*sizes: int) -> list[UnitGroup]:
+    return [
         UnitGroup(name=f"{layer}.mlp", layer=layer, num_units=size, members=(), output="")
         for layer, size in enumerate(sizes)
     ]
-    return criterion.initial_state(UnitLayout(groups, 1).owned_spans(0), torch.device("cpu"))
+
+
+def initial_state(criterion: Criterion, *sizes: int) -> State:
+    return criterion.initial_state(UnitLayout(groups_of(*sizes), 1).owned_spans(0), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "llama"])
@@ -109,7 +113,7 @@ class ExplicitMask:
         for mask in [*self.masks, *self.scores, *self.model.parameters()]:
             mask.grad = None
         if self.schedule.updates(step):
-            chosen = self.criterion.select([score.detach() for score in self.scores], self.schedule, step)
+            chosen = self.criterion.select([score.detach() for score in self.scores], self.groups, self.schedule, step)
             self.masks = [mask.float().requires_grad_() for mask in chosen]
 
 
@@ -171,7 +175,7 @@ def gum_steps(activations: Tensor, *, uniqueness: float, removals: int) -> list[
         now = moment(3, live=live, similarity=alike, weight=torch.full((units,), 1 / units))
         state = criterion.update(state, torch.zeros(units), now)
         plan = Schedule(total_steps=1, target=kept / units, warmup_fraction=0.0, cooldown_fraction=0.9)
-        (live,) = criterion.select([criterion.score(state)], plan, 1)
+        (live,) = criterion.select([criterion.score(state)], groups_of(units), plan, 1)
     left: list[int] = live.nonzero().flatten().tolist()
     return left
 

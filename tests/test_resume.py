@@ -98,6 +98,17 @@ def test_the_same_ranks_go_on_bit_for_bit(step: int, whole: Path, work: Path) ->
     assert report_of(output)["seconds"]["total"] > report_of(output)["seconds"]["step"]
 
 
+def test_gates_go_on_bit_for_bit(work: Path) -> None:
+    flop, whole = SETTINGS | {"criterion": "flop", "targets": "mlp,attention"}, work / "flop"
+    assert codes(run_ranks(outcome, 2, arguments(work, whole, **flop))) == [0, 0]
+    for step in (4, 8):  # while gates are drawn, and when the components are gone
+        output = work / f"flop from {step}"
+        resumed = flop | {"resume": whole / "checkpoints" / f"step-{step:08d}"}
+        assert codes(run_ranks(outcome, 2, arguments(work, output, **resumed))) == [0, 0]
+        assert_same_run(output, whole)
+        assert losses(output) == {made: loss for made, loss in losses(whole).items() if made > step}
+
+
 def without_dropout(work: Path, world_size: int) -> Path:
     """Return a run's checkpoint after 4 steps, of a model whose losses do not depend on who draws which number."""
     flags = {"model": work / "steady", "max_steps": 4, "recovery_steps": 0}

@@ -1,8 +1,8 @@
 """What can be removed, and from which tensors: unit groups.
 
-Pure data. A unit (an MLP neuron) lives in several tensors at once: a row of the input projection, an element of its
-bias, a column of the output projection. A `UnitGroup` lists them, so that everything after it can treat the units of
-any architecture alike.
+Pure data. A unit lives in several tensors at once: an MLP neuron is a row of the input projection, an element of its
+bias, a column of the output projection; a low-rank component is a row of one factor and a column of the other. A
+`UnitGroup` lists them, so that everything after it can treat the units of any architecture alike.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Literal
 
 Role = Literal["in", "bias", "out"]
+Kind = Literal["neuron", "component"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,20 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitGroup:
-    """Units that are stored alike and are ranked together under scope "per_group": the neurons of one MLP.
+    """Units that are stored alike and are ranked together under scope "per_group".
+
+    The neurons of one MLP, or the components of one factorised matrix.
 
     Attributes:
         name: the dotted name of the module that holds them, unique in the model.
         layer: index of the transformer layer, from 0.
         num_units: units in the group, N.
         members: the tensors that lose the same unit together.
-        output: the dotted name of the module whose input is the units' activations h.
+        output: the dotted name of the module whose input is the units' activations h; of components, the module that
+            holds both factors.
+        kind: what the units are.
+        cost: what one unit counts in the budget: a neuron 1, a component its parameters, D_in + D_out.
+        dense_cost: what the whole group counts: its neurons, or the D_in * D_out parameters of the matrix.
     """
 
     name: str
@@ -48,6 +55,19 @@ class UnitGroup:
     num_units: int
     members: tuple[Member, ...]
     output: str
+    kind: Kind = "neuron"
+    cost: int = 1
+    dense_cost: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.dense_cost:
+            object.__setattr__(self, "dense_cost", self.num_units * self.cost)
+
+
+def remaining_fraction(groups: Sequence[UnitGroup], widths: Sequence[int]) -> float:
+    """Return what `widths` units of each group count, as a fraction of the dense model."""
+    kept = sum(group.cost * width for group, width in zip(groups, widths, strict=True))
+    return kept / sum(group.dense_cost for group in groups)
 
 
 @dataclass(frozen=True, kw_only=True)

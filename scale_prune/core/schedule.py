@@ -16,6 +16,7 @@ class Schedule:
         warmup_fraction: fraction of the steps that stays dense, in [0, 1).
         cooldown_fraction: fraction of the steps that is spent at the target, in [0, 1).
         update_every: steps between two updates of the masks, at least 1.
+        initial: remaining fraction at the start; above 1 where factors are larger than the matrices they stand for.
     """
 
     total_steps: int
@@ -23,6 +24,7 @@ class Schedule:
     warmup_fraction: float = 0.1
     cooldown_fraction: float = 0.3
     update_every: int = 1
+    initial: float = 1.0
 
     @property
     def warmup_steps(self) -> int:
@@ -34,16 +36,21 @@ class Schedule:
         """The step at which the target is reached; it comes after warm-up also where the fractions add up to 1."""
         return max(self.total_steps - int(self.cooldown_fraction * self.total_steps + 1e-9), self.warmup_steps + 1)
 
+    @property
+    def descent_steps(self) -> int:
+        """Steps from the last dense one to the target."""
+        return self.last_descent_step - self.warmup_steps
+
     def progress(self, step: int) -> float:
         """Return how far the descent is, from 0 (dense) to 1 (at the target), rising fast first: 1 - (1 - x)^3."""
         if step >= self.last_descent_step:
             return 1.0
-        x = max(step - self.warmup_steps, 0) / (self.last_descent_step - self.warmup_steps)
+        x = max(step - self.warmup_steps, 0) / self.descent_steps
         return 1.0 - (1.0 - x) ** 3
 
     def remaining(self, step: int) -> float:
-        """Return the fraction of units that remains after `step`, in [target, 1]."""
-        return 1.0 + (self.target - 1.0) * self.progress(step)
+        """Return the fraction of units that remains after `step`, in [target, initial]."""
+        return self.initial + (self.target - self.initial) * self.progress(step)
 
     def updates(self, step: int) -> bool:
         """Tell whether the masks are chosen anew after `step`; the first step at the target and the last always do."""

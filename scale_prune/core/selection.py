@@ -25,50 +25,72 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
 
 
 def budget(remaining: float, total: int) -> int:
-    """Return how many of `total` units a fraction in (0, 1] keeps: int(remaining * total), but at least 1."""
-    return max(int(remaining * total + 1e-6), 1)
+    """Return how many of `total` units a fraction keeps: int(remaining * total), but at least 1 and at most all."""
+    return min(max(int(remaining * total + 1e-6), 1), total)
 
 
 def select(
-    scores: Sequence[Tensor], *, remaining: float, scope: str, min_kept: int = 1, width_multiple: int = 1
+    scores: Sequence[Tensor],
+    *,
+    remaining: float,
+    scope: str,
+    min_kept: int = 1,
+    width_multiple: int = 1,
+    costs: Sequence[int] | None = None,
+    dense_costs: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Choose the units that remain.
 
     Args:
         scores: one (N,) tensor a group, finite, higher = keep.
-        remaining: fraction to keep, in (0, 1].
+        remaining: fraction of the dense model to keep, above 0.
         scope: "global" ranks all units together, "per_group" each group by itself.
         min_kept: units that every group keeps (or all it has, if fewer) under scope "global".
         width_multiple: widths are multiples of this (or the group's full width), the total as near the budget as these
             steps allow; the units within a width are still the highest scores.
+        costs: what a unit of each group counts; 1 where they are left out.
+        dense_costs: what each group counts in the dense model; all its units where they are left out.
 
     Returns:
         One (N,) bool mask a group.
     """
+    sizes = [len(group) for group in scores]
+    costs = costs or [1] * len(sizes)
+    dense_costs = dense_costs or [cost * size for cost, size in zip(costs, sizes, strict=True)]
     if scope == "per_group":
-        masks = [top_mask(group, budget(remaining, len(group))) for group in scores]
+        shares = [remaining * dense / (cost * n) for dense, cost, n in zip(dense_costs, costs, sizes, strict=True)]
+        masks = [top_mask(group, budget(share, len(group))) for group, share in zip(scores, shares, strict=True)]
     else:
-        masks = _select_global(scores, remaining, min_kept)
+        masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
     if width_multiple == 1:
         return masks
     widths = round_widths(
         [int(mask.sum()) for mask in masks],
-        [len(group) for group in scores],
+        sizes,
         multiple=width_multiple,
         min_kept=min_kept if scope == "global" else 1,
-        shared_budget=scope == "global",
+        shared_budget=scope == "global" and len(set(costs)) == 1,
     )
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
 
 
-def _select_global(scores: Sequence[Tensor], remaining: float, min_kept: int) -> list[Tensor]:
-    """Rank all units together; each group's best `min_kept` come before everything else."""
+def _select_global(scores: Sequence[Tensor], costs: Sequence[int], allowed: int, min_kept: int) -> list[Tensor]:
+    """Rank all units together, each group's best `min_kept` before everything else; keep the first that are allowed."""
     sizes = [len(group) for group in scores]
-    if not min_kept:
-        return list(top_mask(torch.cat(list(scores)), budget(remaining, sum(sizes))).split(sizes))
-    floored = torch.cat([group.masked_fill(top_mask(group, min_kept), float("inf")) for group in scores])
-    floor = sum(min(size, min_kept) for size in sizes)
-    return list(top_mask(floored, max(budget(remaining, sum(sizes)), floor)).split(sizes))
+    floors = [min(size, min_kept) for size in sizes]
+    line = torch.cat([_lifted(group, floor) for group, floor in zip(scores, floors, strict=True)])
+    each = torch.cat([torch.full((size,), cost) for size, cost in zip(sizes, costs, strict=True)]).to(line.device)
+    order = line.argsort(descending=True, stable=True)
+    affordable = each[order].cumsum(0) <= allowed
+    affordable[: max(sum(floors), 1)] = True
+    mask = torch.zeros_like(affordable)
+    mask[order[affordable]] = True
+    return list(mask.split(sizes))
+
+
+def _lifted(scores: Tensor, floor: int) -> Tensor:
+    """Put the `floor` highest scores above all others."""
+    return scores.masked_fill(top_mask(scores, floor), float("inf")) if floor else scores
 
 
 def round_widths(

@@ -5,9 +5,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from scale_prune.config import PruningConfig
-from scale_prune.criteria.base import Criterion, Moment, Need, ShardView, State
+from scale_prune.criteria.base import Criterion, GatedCriterion, Moment, Need, ShardView, State
 
-__all__ = ["CRITERIA", "Criterion", "Moment", "Need", "ShardView", "State", "with_defaults"]
+__all__ = ["CRITERIA", "Criterion", "GatedCriterion", "Moment", "Need", "ShardView", "State", "with_defaults"]
 
 
 def _discover() -> dict[str, type[Criterion]]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from scale_prune.config import PruningConfig
-from scale_prune.core.groups import Member, Role, UnitSpan
+from scale_prune.core.groups import Kind, Member, Role, UnitGroup, UnitSpan
+from scale_prune.core.low_rank import full_rank
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import select
 from scale_prune.core.shards import unit_sum
 
-Need = Literal["weight", "grad", "activation"]
+Need = Literal["weight", "grad", "activation", "gate"]
 State = dict[str, Tensor]
 
 
@@ -53,6 +54,9 @@ class Moment:
         live: (U,) bool, units that remain at present.
         similarity: (U,) mean similarity to the live units of the group, 0 before the first sample.
         weight: (U,) 1 / (number of groups * units of its group): the unit's part in a mean over groups and units.
+        cost: (U,) what the unit counts, as a fraction of the dense model.
+        noise: (U,) the noise of the gates of the step that was just made, uniform in (0, 1).
+        expected: the remaining fraction that the gates of that step amounted to on average.
     """
 
     step: int
@@ -60,6 +64,9 @@ class Moment:
     live: Tensor
     similarity: Tensor
     weight: Tensor
+    cost: Tensor
+    noise: Tensor
+    expected: float
 
 
 class Criterion:
@@ -68,6 +75,8 @@ class Criterion:
     Attributes:
         needs: what the shares are made of. "grad": they are taken after every backward pass and `update` runs every
             step. "weight" alone: only when masks are chosen. "activation": `Moment.similarity` is kept up to date.
+            "gate": there are no shares; units are multiplied by gates, and `update` gets the gradient of these.
+        kind: what is removed: neurons, or components of the weights that the run factorises before it begins.
         roles: the members that have a share.
         defaults: values of the settings that have none of their own, where the user gives none; every criterion has a
             "scope".
@@ -78,6 +87,7 @@ class Criterion:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    kind: ClassVar[Kind] = "neuron"
     roles: ClassVar[frozenset[Role]] = frozenset({"in", "out"})
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
 
@@ -94,12 +104,21 @@ class Criterion:
         return {"total": torch.zeros(sum(span.last - span.first for span in spans), device=device)}
 
     def update(self, state: State, total: Tensor, moment: Moment) -> State:
-        """Return the state after this step. Pure.
+        """Return the state after this step, where shares are made of gradients. Pure.
+
+        Args:
+            state: (U,) tensors by name.
+            total: (U,) float32, the units' shares added up, or the gradient of their gates.
+            moment: where the run is.
+        """
+        raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no update")
+
+    def weigh(self, state: State, total: Tensor) -> State:
+        """Return the state before masks are chosen, where shares are made of weights. Pure.
 
         Args:
             state: (U,) tensors by name.
             total: (U,) float32, the units' shares added up.
-            moment: where the run is.
         """
         return state | {"total": total}
 
@@ -107,13 +126,61 @@ class Criterion:
         """Return (U,) float32 scores; higher = keep."""
         return state["total"]
 
-    def select(self, scores: Sequence[Tensor], schedule: Schedule, step: int) -> list[Tensor]:
+    def select(
+        self, scores: Sequence[Tensor], groups: Sequence[UnitGroup], schedule: Schedule, step: int
+    ) -> list[Tensor]:
         """Choose the units that remain after `step`: one (N,) bool mask for each group's (N,) scores."""
         at_target = step >= schedule.last_descent_step
         return select(
             scores,
+            costs=[group.cost for group in groups],
+            dense_costs=[group.dense_cost for group in groups],
             remaining=schedule.remaining(step),
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,
             width_multiple=self.config.width_multiple if at_target else 1,
         )
+
+    def components(self, shape: tuple[int, int]) -> int:
+        """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""
+        return self.config.initial_rank or full_rank(shape)
+
+
+class GatedCriterion(Criterion):
+    """A criterion whose units are multiplied by gates that it trains.
+
+    Attributes:
+        travel: how far the parameter of a gate can move while the target is approached, at the usual learning rate.
+    """
+
+    needs = frozenset({"gate"})
+    travel: ClassVar[float]
+
+    def gate_rate(self, schedule: Schedule) -> float:
+        """Return the learning rate of the gates."""
+        return self.config.gate_learning_rate or self.travel / schedule.descent_steps
+
+    def parameter(self, state: State) -> Tensor:
+        """Return what the gates are made of, (U,)."""
+        raise NotImplementedError
+
+    def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
+        """Return the (N,) gates of a training step.
+
+        Args:
+            parameter: (N,).
+            noise: (N,) uniform in (0, 1).
+        """
+        raise NotImplementedError
+
+    def final_gates(self, parameter: Tensor) -> Tensor:
+        """Return the (N,) gates that the units which remain are exported with."""
+        raise NotImplementedError
+
+    def test_time_gates(self, parameter: Tensor) -> Tensor:
+        """Return the (N,) gates of one group in an evaluation before the target is reached."""
+        return self.final_gates(parameter)
+
+    def expected_remaining(self, parameter: Tensor, cost: Tensor) -> float:
+        """Return the mean of the remaining fraction, for (M,) parameters and costs of all units."""
+        return float(cost.sum(dtype=torch.float64))

@@ -17,11 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from scale_prune.core.adam import adam_step
 from scale_prune.core.groups import UnitSpan
 from scale_prune.criteria.base import Criterion, Moment, ShardView, State
-
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 
 
 class Movement(Criterion):
@@ -47,9 +45,7 @@ class Movement(Criterion):
         if self.config.score_optimizer == "sgd":
             return state | {"score": state["score"] - rate * gradient}
         count = state["count"] + 1
-        mean = torch.lerp(gradient, state["mean"], BETAS[0])
-        square = torch.lerp(gradient.square(), state["square"], BETAS[1])
-        step = (mean / (1 - BETAS[0] ** count)) / ((square / (1 - BETAS[1] ** count)).sqrt() + EPSILON)
+        step, mean, square = adam_step(gradient, state["mean"], state["square"], count)
         return {"score": state["score"] - rate * step, "mean": mean, "square": square, "count": count}
 
     def penalty_gradient(self, score: Tensor, moment: Moment) -> Tensor:

@@ -4,12 +4,12 @@ Source: arXiv 2302.03773, the baseline "gradual random".
 """
 
 from collections.abc import Sequence
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 
 from scale_prune.core.groups import UnitSpan
+from scale_prune.core.low_rank import generator_of
 from scale_prune.criteria.base import Criterion, State
 
 
@@ -21,7 +21,5 @@ class Random(Criterion):
         return {"total": torch.cat([self._order(span) for span in spans] or [torch.zeros(0)]).to(device)}
 
     def _order(self, span: UnitSpan) -> Tensor:
-        digest = sha256(f"{self.seed} {span.group.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        order = torch.randperm(span.group.num_units, generator=generator)
+        order = torch.randperm(span.group.num_units, generator=generator_of(self.seed, span.group.name))
         return order[span.first : span.last].float() / span.group.num_units

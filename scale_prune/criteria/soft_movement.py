@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from scale_prune.core.groups import UnitGroup
 from scale_prune.core.schedule import Schedule
 from scale_prune.criteria.base import Moment
 from scale_prune.criteria.movement import Movement
@@ -29,9 +30,11 @@ class SoftMovement(Movement):
         """Return lambda(t) / lambda_f = tau(t) / tau_f: the penalty rises with the threshold."""
         return moment.schedule.progress(moment.step)
 
-    def select(self, scores: Sequence[Tensor], schedule: Schedule, step: int) -> list[Tensor]:
+    def select(
+        self, scores: Sequence[Tensor], groups: Sequence[UnitGroup], schedule: Schedule, step: int
+    ) -> list[Tensor]:
         """Choose by threshold during the descent, by budget from its end on."""
-        floors = super().select(scores, schedule, step)
+        floors = super().select(scores, groups, schedule, step)
         if step >= schedule.last_descent_step:
             return floors
         threshold = FINAL_THRESHOLD * schedule.progress(step)

@@ -62,6 +62,11 @@ class Zero3Backend:
                     "destroy its weights; use bf16, fp16 or plain fp32"
                 )
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of this step was multiplied by, in fp16; else 1."""
+        return float(self.engine.optimizer.loss_scale)
+
     def at_boundary(self) -> bool:
         """Tell whether the coming step will be an optimizer step."""
         return bool(self.engine.is_gradient_accumulation_boundary())
@@ -83,8 +88,7 @@ class Zero3Backend:
         gradient = None
         if grad:
             gradient = self._local_grad(param).float()
-            scale = float(self.engine.optimizer.loss_scale)
-            gradient = gradient if scale == 1.0 else gradient / scale
+            gradient = gradient if self.loss_scale == 1.0 else gradient / self.loss_scale
         return ShardView(member, start, safe_get_local_fp32_param(param).flatten()[:count], gradient)
 
     def working(self, member: Member) -> ShardView:

@@ -5,6 +5,7 @@ holds its new slices of them in memory between the two engines.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -28,6 +29,7 @@ def compact_engine(
     groups: tuple[UnitGroup, ...],
     masks: Mapping[str, Tensor],
     make_engine: Callable[[nn.Module], deepspeed.DeepSpeedEngine],
+    gates: Mapping[str, Tensor] | None = None,
 ) -> tuple[deepspeed.DeepSpeedEngine, tuple[UnitGroup, ...]]:
     """Remove the masked units for good. A collective; it can be called again on what it returns.
 
@@ -36,6 +38,7 @@ def compact_engine(
         groups: the groups of its model.
         masks: (N,) bool by group name, True = keep.
         make_engine: builds an engine of the same settings around the module.
+        gates: (N,) by group name, numbers that the weights which read the units are multiplied by for good.
 
     Returns:
         The new engine and the groups with their new widths. Masters, optimizer state, learning rates, schedulers and
@@ -44,7 +47,11 @@ def compact_engine(
     Source: the order of calls that DeepSpeed 0.19 needs: partition the smaller parameters before `initialize`.
     """
     keep = {group.name: masks[group.name].nonzero().flatten() for group in groups}
-    reduced = {member.name: (member, keep[group.name]) for group in groups for member in group.members}
+    reduced = {
+        member.name: _Reduction(member, keep[group.name], _factors(member, group, gates or {}))
+        for group in groups
+        for member in group.members
+    }
     facts = facts_of(backend)
     slices = _reduced_slices(backend, kinds_of(facts), reduced)
     smaller = _smaller_parameters(backend, reduced)
@@ -61,32 +68,53 @@ def compact_engine(
     return engine, tuple(compacted)
 
 
-def _reduced_slices(
-    backend: Zero3Backend, kinds: Sequence[str], reduced: Mapping[str, tuple[Member, Tensor]]
-) -> Slices:
+@dataclass(frozen=True)
+class _Reduction:
+    """What becomes of a member: which units stay, and what their elements are multiplied by."""
+
+    member: Member
+    keep: Tensor
+    factors: Tensor | None
+
+    def of(self, tensor: Tensor, *, is_weight: bool) -> Tensor:
+        """Return the smaller tensor; moments are only cut."""
+        small = select_units(tensor, self.keep, self.member.dim)
+        if self.factors is None or not is_weight:
+            return small
+        along = [1] * small.dim()
+        along[self.member.dim] = -1
+        factors = self.factors.to(small.device)[self.keep.to(small.device)]
+        return (small.float() * factors.view(along)).to(small.dtype)
+
+
+def _factors(member: Member, group: UnitGroup, gates: Mapping[str, Tensor]) -> Tensor | None:
+    return gates.get(group.name) if member.role == "out" else None
+
+
+def _reduced_slices(backend: Zero3Backend, kinds: Sequence[str], reduced: Mapping[str, _Reduction]) -> Slices:
     """Copy this rank's slices of masters and moments to the CPU, cut down to the units that stay."""
     slices = {}
     for name, kind in product(trained(backend), kinds):
-        cut = _cut_slice(backend, name, kind, *reduced[name]) if name in reduced else local_slice(backend, name, kind)
+        cut = _cut_slice(backend, name, kind, reduced[name]) if name in reduced else local_slice(backend, name, kind)
         slices[kind, name] = cut.to("cpu", copy=True)
     return slices
 
 
-def _cut_slice(backend: Zero3Backend, name: str, kind: str, member: Member, keep: Tensor) -> Tensor:
+def _cut_slice(backend: Zero3Backend, name: str, kind: str, reduction: _Reduction) -> Tensor:
     param = backend.parameters[name]
     full = safe_get_full_fp32_param(param) if kind == MASTER else safe_get_full_optimizer_state(param, kind)
-    small = select_units(full, keep, member.dim).flatten()
+    small = reduction.of(full, is_weight=kind == MASTER).flatten()
     start, count = shard_bounds(small.numel(), backend.rank, backend.world_size)
     return small[start : start + count]
 
 
-def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, tuple[Member, Tensor]]) -> dict[str, nn.Parameter]:
+def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, _Reduction]) -> dict[str, nn.Parameter]:
     """Build the smaller parameters, each partitioned before the next one is gathered."""
     smaller = {}
-    for name, (member, keep) in reduced.items():
+    for name, reduction in reduced.items():
         param: Any = backend.parameters[name]
         with deepspeed.zero.GatheredParameters([param]):
-            small = nn.Parameter(select_units(param.detach(), keep, member.dim).clone())
+            small = nn.Parameter(reduction.of(param.detach(), is_weight=True).clone())
         param.convert_to_zero_parameters(param_list=[small])
         smaller[name] = small
     return smaller

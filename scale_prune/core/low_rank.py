@@ -1,0 +1,64 @@
+"""Low-rank factors of a matrix: W = up @ down, a sum of rank-1 components.
+
+Shape letters: C components, D_in and D_out the sides of W.
+"""
+
+import math
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+
+def svd_factors(weight: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
+    """Return factors of the matrix of that rank nearest to `weight`, largest components first.
+
+    Both factors of a component have the same norm, the root of its singular value.
+
+    Args:
+        weight: (D_out, D_in), any floating type; computed in float32.
+        num_components: C, in [1, min(D_out, D_in)].
+
+    Returns:
+        down (C, D_in) and up (D_out, C), float32; up @ down is `weight` where C is the full rank.
+
+    Source: methods of Eckart and Young, 1936. arXiv 1910.04732 starts from random factors.
+    """
+    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = values[:num_components].sqrt()
+    down, up = root[:, None] * right[:num_components], left[:, :num_components] * root
+    return down.contiguous(), up.contiguous()
+
+
+def random_factors(weight: Tensor, num_components: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return random factors whose product has the size of `weight`'s elements, and nothing else of it.
+
+    Args:
+        weight: (D_out, D_in).
+        num_components: C, at least 1.
+        generator: of the CPU.
+
+    Returns:
+        down (C, D_in) and up (D_out, C), float32.
+    """
+    rows, columns = weight.shape
+    size = float(weight.float().square().mean())
+    scale = (size / num_components) ** 0.25
+    down = torch.randn(num_components, columns, generator=generator) * scale
+    return down, torch.randn(rows, num_components, generator=generator) * scale
+
+
+def full_rank(shape: tuple[int, int]) -> int:
+    """Return the largest rank of a (D_out, D_in) matrix."""
+    return min(shape)
+
+
+def saves(num_components: int, shape: tuple[int, int]) -> bool:
+    """Tell whether the factors have fewer elements than the (D_out, D_in) matrix they stand for."""
+    return num_components * sum(shape) < math.prod(shape)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Return a generator that depends on a seed and a name alone, not on ranks or on what was drawn before."""
+    digest = sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

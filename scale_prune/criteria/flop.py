@@ -1,0 +1,124 @@
+"""FLOP: hard-concrete gates on the rank-1 components of factorised weights, under one budget of parameters.
+
+    minimise over weights and log_alpha, maximise over l1, l2:   L_task + l1 (S - T) + l2 (S - T)^2
+
+S is the sparsity that the gates amount to on average, T the one that is wanted: it rises linearly to its target. The
+gradient of both terms is taken in closed form, so the loss itself stays untouched. What a component costs are its
+D_in + D_out parameters; S counts the parameters of the dense weights.
+
+Source: arXiv 1910.04732. Adam with betas (.9, .999) for log_alpha and for the ascent of l1 and l2, which start at 0.
+Deviations: gates are divided by their mean at the start, so that training starts from the function of the given
+weights; one draw serves all micro batches of a step, so that a result does not depend on how a batch is cut up; when
+the schedule reaches its target, the components with the highest log_alpha that fit the budget stay for good, with
+their mean gates, and the rest of the steps trains just them (the original stays random to the end, which here is
+--cooldown_fraction 0).
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from scale_prune.core import hard_concrete
+from scale_prune.core.adam import adam_step
+from scale_prune.core.groups import Kind, UnitGroup, UnitSpan
+from scale_prune.core.low_rank import generator_of
+from scale_prune.core.schedule import Schedule
+from scale_prune.criteria.base import GatedCriterion, Moment, State
+
+SPREAD = 0.01
+MULTIPLIERS_TRAVEL = 20.0
+MULTIPLIERS = ("l1", "l2")
+
+
+class Flop(GatedCriterion):
+    """Keep the components whose gates want to stay open under the budget."""
+
+    kind: ClassVar[Kind] = "component"
+    travel = 20.0
+    defaults: ClassVar[dict[str, Any]] = {"scope": "global"}
+
+    @property
+    def _start(self) -> float:
+        return hard_concrete.log_alpha_of(self.config.initial_drop_rate)
+
+    @property
+    def _unit(self) -> float:
+        """The mean of a gate at the start, which stands for 1."""
+        return float(hard_concrete.mean(torch.tensor(self._start, dtype=torch.float64)))
+
+    def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
+        """Draw log_alpha ~ N(log(1 - p) - log p, SPREAD) by group; everything else starts at 0."""
+        drawn = torch.cat([self._log_alpha(span) for span in spans] or [torch.zeros(0)]).to(device)
+        vectors = {"log_alpha": drawn, "mean": torch.zeros_like(drawn), "square": torch.zeros_like(drawn)}
+        scalars = ["count", *(f"{name}{part}" for name in MULTIPLIERS for part in ("", "_mean", "_square"))]
+        return vectors | {name: torch.zeros((), device=device) for name in scalars}
+
+    def _log_alpha(self, span: UnitSpan) -> Tensor:
+        noise = torch.randn(span.group.num_units, generator=generator_of(self.seed, span.group.name))
+        return (self._start + SPREAD * noise)[span.first : span.last]
+
+    def update(self, state: State, total: Tensor, moment: Moment) -> State:
+        """Descend on log_alpha and ascend on the multipliers, until the target is reached."""
+        if moment.step >= moment.schedule.last_descent_step:
+            return state
+        excess = self.wanted(moment) - moment.expected  # S - T
+        count = state["count"] + 1
+        open_share = hard_concrete.open_probability(state["log_alpha"])
+        pull = state["l1"] + 2 * state["l2"] * excess
+        of_budget = -pull * moment.cost * open_share * (1 - open_share)
+        of_task = total * hard_concrete.sample_gradient(state["log_alpha"], moment.noise) / self._unit
+        step, mean, square = adam_step(of_task + of_budget, state["mean"], state["square"], count)
+        rate = self.gate_rate(moment.schedule)
+        new = {"log_alpha": state["log_alpha"] - rate * step, "mean": mean, "square": square}
+        for name, gradient in zip(MULTIPLIERS, (excess, excess**2), strict=True):
+            new |= self._ascend(state, name, gradient, moment.schedule)
+        return state | new | {"count": count}
+
+    def _ascend(self, state: State, name: str, gradient: float, schedule: Schedule) -> State:
+        given = torch.full_like(state[name], gradient)
+        step, mean, square = adam_step(given, state[f"{name}_mean"], state[f"{name}_square"], state["count"] + 1)
+        value = state[name] + (self.config.lambda_learning_rate or MULTIPLIERS_TRAVEL / schedule.descent_steps) * step
+        return {name: value, f"{name}_mean": mean, f"{name}_square": square}
+
+    def wanted(self, moment: Moment) -> float:
+        """Return the remaining fraction that the gates should amount to now."""
+        schedule, rise = moment.schedule, self.config.target_warmup_fraction * moment.schedule.total_steps
+        share = min((moment.step - schedule.warmup_steps) / rise, 1.0) if rise else 1.0
+        return schedule.initial + (schedule.target - schedule.initial) * max(share, 0.0)
+
+    def score(self, state: State) -> Tensor:
+        """Return log_alpha."""
+        return state["log_alpha"]
+
+    def parameter(self, state: State) -> Tensor:
+        """Return log_alpha."""
+        return state["log_alpha"]
+
+    def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
+        """Draw hard-concrete gates."""
+        return hard_concrete.sample(parameter, noise) / self._unit
+
+    def final_gates(self, parameter: Tensor) -> Tensor:
+        """Return the mean gates."""
+        return hard_concrete.mean(parameter) / self._unit
+
+    def test_time_gates(self, parameter: Tensor) -> Tensor:
+        """Return the mean gates, 0 for as many of the lowest as are closed on average."""
+        closed = round(len(parameter) - float(hard_concrete.open_probability(parameter).sum()))
+        gates = self.final_gates(parameter)
+        gates[parameter.argsort(stable=True)[:closed]] = 0.0
+        return gates
+
+    def expected_remaining(self, parameter: Tensor, cost: Tensor) -> float:
+        """Return the mean of the remaining fraction: the costs of open gates."""
+        return float((hard_concrete.open_probability(parameter.double()) * cost).sum())
+
+    def select(
+        self, scores: Sequence[Tensor], groups: Sequence[UnitGroup], schedule: Schedule, step: int
+    ) -> list[Tensor]:
+        """Keep everything until the target is due; the gates do the work before."""
+        if step < schedule.last_descent_step:
+            return [torch.ones_like(group, dtype=torch.bool) for group in scores]
+        return super().select(scores, groups, schedule, step)

@@ -1,0 +1,12 @@
+"""NP-L0: FLOP's gates on the MLP neurons, the weights kept whole.
+
+Source: arXiv 1910.04732, the baseline "neuron pruning with L0".
+"""
+
+from scale_prune.criteria.flop import Flop
+
+
+class NeuronL0(Flop):
+    """Keep the neurons whose gates want to stay open under the budget."""
+
+    kind = "neuron"

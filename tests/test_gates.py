@@ -1,0 +1,201 @@
+"""Gates while training, without DeepSpeed: the same on all ranks, exact gradients, a budget that is met."""
+
+from typing import Any
+
+import pytest
+import torch
+from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, token_blocks, train
+from models import VOCABULARY, logits, prepared_units, tiny_model, tokens
+from transformers import PreTrainedModel
+
+from scale_prune.config import PruningConfig
+from scale_prune.core import hard_concrete
+from scale_prune.core.groups import remaining_fraction
+from scale_prune.criteria import CRITERIA, GatedCriterion
+from scale_prune.pruner import Pruner
+
+STEPS = 11
+BLOCKS = token_blocks(VOCABULARY)
+GATED = [name for name, criterion in CRITERIA.items() if issubclass(criterion, GatedCriterion)]
+HARD = ["flop", "neuron_l0"]
+
+
+def start(criterion: str, *, model: Any = None, steps: int = STEPS, accumulation: int = 1, **settings: Any) -> Pruner:
+    usual: dict[str, Any] = {
+        "remaining": 0.4,
+        "warmup_fraction": 0.2,
+        "cooldown_fraction": 0.2,
+        "targets": "mlp,attention",
+    }
+    config = PruningConfig(criterion=criterion, **usual | settings)
+    module = model or steady_model("gpt_neo")
+    groups = prepared_units(module, config)
+    backend = InMemoryBackend(module, accumulation_steps=accumulation, learning_rate=1e-3)
+    return Pruner(backend, groups, config, total_steps=steps, seed=0)
+
+
+def train_more(pruner: Pruner, steps: int) -> None:
+    train(pruner.backend, pruner, BLOCKS, steps)
+
+
+def logits_of(pruner: Pruner) -> torch.Tensor:
+    assert isinstance(pruner.backend.module, PreTrainedModel)
+    return logits(pruner.backend.module, tokens())
+
+
+def gates_of(pruner: Pruner) -> torch.Tensor:
+    assert pruner.gating is not None
+    return torch.cat([gate.training.detach() for gate in pruner.gating.gates.gates if gate.training is not None])
+
+
+def test_the_gated_criteria_are_there() -> None:
+    assert set(GATED) == {"flop", "flop_agp", "neuron_l0"}
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "llama", "gpt_neox", "opt", "gptj"])
+def test_factorised_is_dense_at_the_start(model_type: str) -> None:
+    dense = tiny_model(model_type)
+    expected = logits(dense, tokens())
+    pruner = start("flop", model=tiny_model(model_type))
+    torch.testing.assert_close(logits_of(pruner), expected, rtol=1e-4, atol=1e-4)
+    assert all(group.kind == "component" for group in pruner.groups)
+    assert pruner.remaining > 1, "factors of full rank are larger than what they stand for"
+
+
+@pytest.mark.parametrize("criterion", HARD)
+def test_gates_start_at_one_on_average(criterion: str) -> None:
+    pruner = start(criterion, warmup_fraction=0.0)
+    assert pruner.gating is not None
+    assert isinstance(pruner.criterion, GatedCriterion)
+    final = pruner.criterion.final_gates(pruner.gating.parameter)
+    torch.testing.assert_close(final, torch.ones_like(final), rtol=0.01, atol=0.0)
+    assert gates_of(pruner).std() > 0.01
+
+
+@pytest.mark.parametrize("criterion", GATED)
+def test_dense_steps_have_no_gates(criterion: str) -> None:
+    pruner = start(criterion)
+    for step in range(4):
+        assert bool(len([g for g in pruner.gating.gates.gates if g.training is not None])) == (step >= 2)  # type: ignore[union-attr]
+        train_more(pruner, 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("criterion", GATED)
+def test_a_gates_gradient_is_that_of_the_weights_behind_it(criterion: str, accumulation: int) -> None:
+    """z dL/dz of a unit is the sum of w dL/dw over the weights that read it."""
+    pruner = start(criterion, warmup_fraction=0.0, accumulation=accumulation)
+    backend: Any = pruner.backend
+    gates = gates_of(pruner)
+    backend.module.train()
+    for index in range(accumulation):
+        ids = BLOCKS.block(index)[None]
+        backend.backward(backend(input_ids=ids, labels=ids, use_cache=False).loss)
+        pruner.after_backward()
+    by_weights = []
+    for group in pruner.groups:
+        out = next(member for member in group.members if member.role == "out")
+        weight = backend.parameters[out.name]
+        by_weights.append((weight * weight.grad).detach().movedim(out.dim, 0).sum(1))
+    torch.testing.assert_close(gates * pruner._total, torch.cat(by_weights), rtol=1e-3, atol=1e-6)
+    assert pruner._total.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("criterion", HARD)
+def test_a_recomputed_forward_has_the_same_gates(criterion: str) -> None:
+    def gradients(recompute: bool) -> tuple[float, list[torch.Tensor]]:
+        pruner = start(criterion, warmup_fraction=0.0)
+        model: Any = pruner.backend.module
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        loss = model(tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        assert pruner.gating is not None
+        gates = pruner.gating.gradient()
+        assert gates is not None
+        return float(loss.detach()), [gates, *(parameter.grad for parameter in model.parameters())]
+
+    (loss, once), (again, twice) = gradients(False), gradients(True)
+    assert loss == pytest.approx(again, rel=1e-6)
+    for one, other in zip(once, twice, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_all_ranks_and_a_later_run_draw_the_same_noise_and_every_step_another() -> None:
+    def draws(exchange: Exchange, rank: int) -> list[torch.Tensor]:
+        model = steady_model("gpt_neo")
+        config = PruningConfig(criterion="neuron_l0", warmup_fraction=0.0)
+        groups = prepared_units(model, config)
+        pruner = Pruner(InMemoryBackend(model, exchange=exchange, rank=rank), groups, config, total_steps=5, seed=0)
+        found = [gates_of(pruner)]
+        for _ in range(2):
+            train_more(pruner, 1)
+            found.append(gates_of(pruner))
+        return found
+
+    ranks = [*run_ranks(draws, 2), *run_ranks(draws, 2)]
+    for step in range(3):
+        assert all(torch.equal(rank[step], ranks[0][step]) for rank in ranks)
+    assert not torch.equal(ranks[0][0], ranks[0][1])
+
+
+@pytest.mark.parametrize("criterion", HARD)
+def test_the_lagrangian_reaches_its_target(criterion: str) -> None:
+    pruner = start(
+        criterion, steps=400, remaining=0.6, warmup_fraction=0.0, cooldown_fraction=0.0, target_warmup_fraction=0.5
+    )
+    assert pruner.gating is not None
+    train_more(pruner, 399)
+    assert pruner.gating.expected == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("remaining", [0.25, 0.4, 0.75])
+@pytest.mark.parametrize("criterion", [*GATED, "factorize"])
+def test_the_budget_is_met_to_a_unit(criterion: str, remaining: float) -> None:
+    pruner = start(criterion, remaining=remaining, scope="global" if criterion in HARD else "per_group")
+    train_more(pruner, STEPS)
+    assert pruner.remaining <= remaining + 1e-9
+    room = [group.cost for group in pruner.groups]
+    dense = sum(group.dense_cost for group in pruner.groups)
+    missing = (remaining - pruner.remaining) * dense
+    assert missing < (max(room) if criterion in HARD else sum(room))
+
+
+@pytest.mark.parametrize("criterion", HARD)
+def test_once_the_target_is_reached_gates_are_what_will_be_exported(criterion: str) -> None:
+    pruner = start(criterion)
+    train_more(pruner, 9)
+    first = gates_of(pruner)
+    train_more(pruner, 1)
+    assert torch.equal(gates_of(pruner), first)
+    assert torch.equal(torch.cat(list(pruner.take_gates_off().values())), first)
+
+
+def test_before_the_target_as_many_gates_are_closed_in_evaluation_as_on_average() -> None:
+    pruner = start("neuron_l0", warmup_fraction=0.0)
+    assert pruner.gating is not None
+    assert isinstance(pruner.criterion, GatedCriterion)
+    log_alpha = torch.linspace(-6.0, 6.0, 31)
+    gates = pruner.criterion.test_time_gates(log_alpha)
+    closed = round(31 - float(hard_concrete.open_probability(log_alpha).sum()))
+    assert (gates == 0).nonzero().flatten().tolist() == list(range(closed))
+    assert torch.equal(gates[closed:], pruner.criterion.final_gates(log_alpha)[closed:])
+
+
+def test_remaining_counts_parameters() -> None:
+    pruner = start("flop")
+    widths = [1 + index for index, _ in enumerate(pruner.groups)]
+    kept = sum(
+        width * (group.members[0].shape[1] + group.members[1].shape[0])
+        for width, group in zip(widths, pruner.groups, strict=True)
+    )
+    dense = sum(group.members[0].shape[1] * group.members[1].shape[0] for group in pruner.groups)
+    assert remaining_fraction(pruner.groups, widths) == pytest.approx(kept / dense)
+
+
+def test_a_criterion_of_components_wants_factorised_weights() -> None:
+    from scale_prune.units import units_of
+
+    with pytest.raises(ValueError, match=r"'flop' removes components, but no weight .* scale_prune\.prepare"):
+        units_of(tiny_model("gpt_neo"), PruningConfig(criterion="flop"))
