@@ -5,7 +5,9 @@ Shape letters: B blocks in a forward pass, T tokens in a block.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count as counting
+from itertools import islice
+from math import prod
 
 import numpy as np
 import torch
@@ -66,10 +68,25 @@ def training_batches(
         `accumulation` tensors, int64 (B, T).
     """
     assert batch_size == micro_batch_size * accumulation * world_size
-    order = _block_order(len(blocks), seed, first_step * batch_size)
-    while True:
-        chosen = torch.tensor(list(islice(order, batch_size))).view(accumulation, world_size, micro_batch_size)
+    for chosen in dealt(len(blocks), (accumulation, world_size, micro_batch_size), seed=seed, first_step=first_step):
         yield [torch.stack([blocks.block(index) for index in indices]) for indices in chosen[:, rank].tolist()]
+
+
+def dealt(count: int, shape: tuple[int, int, int], *, seed: int, first_step: int = 0) -> Iterator[Tensor]:
+    """Yield which rows every optimizer step has, and in which forward pass of which rank; without end.
+
+    Args:
+        count: rows there are, at least one.
+        shape: forward passes of a rank in a step, ranks, rows in a forward pass.
+        seed: seed of the order, at least 0.
+        first_step: the step to begin with, at least 0.
+
+    Yields:
+        row numbers, int64 of `shape`.
+    """
+    order = _row_order(count, seed, first_step * prod(shape))
+    while True:
+        yield torch.tensor(list(islice(order, prod(shape)))).view(shape)
 
 
 def validation_batches(
@@ -100,9 +117,9 @@ def validation_batches(
         yield input_ids, labels
 
 
-def _block_order(num_blocks: int, seed: int, first: int) -> Iterator[int]:
-    """Yield block numbers without end, from place `first` of the line of all epochs."""
-    epoch, place = divmod(first, num_blocks)
-    for number in count(epoch):
-        yield from np.random.default_rng((seed, number)).permutation(num_blocks)[place:].tolist()
+def _row_order(num_rows: int, seed: int, first: int) -> Iterator[int]:
+    """Yield row numbers without end, from place `first` of the line of all epochs."""
+    epoch, place = divmod(first, num_rows)
+    for number in counting(epoch):
+        yield from np.random.default_rng((seed, number)).permutation(num_rows)[place:].tolist()
         place = 0

@@ -9,7 +9,17 @@ from typing import Any
 
 from scale_prune.cli import parse_some, user_errors
 from scale_prune.comparison_figures import draw
-from scale_prune.comparison_rows import CONDITIONS, PLAIN, FinishedRun, Row, Spread, ratio_of, rows_of
+from scale_prune.comparison_rows import (
+    CONDITIONS,
+    LOWER_IS_BETTER,
+    PERPLEXITY,
+    PLAIN,
+    FinishedRun,
+    Row,
+    Spread,
+    ratio_of,
+    rows_of,
+)
 from scale_prune.config import Config
 from scale_prune.folders import RECIPE, REPORT, complete_or_absent
 
@@ -24,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
         reports, unfinished = find(own.runs)
-        runs = [read(report) for report in reports]
+        runs = [read(report, own.metric) for report in reports]
         if not own.any:
             check_same(runs)
         rows = rows_of(runs)
@@ -40,6 +50,9 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or folders with runs anywhere below")
     parser.add_argument("--output_dir", default="comparison", help="new folder for the results; default: comparison")
+    parser.add_argument(
+        "--metric", default=PERPLEXITY, help="what quality is, e.g. bleu, rougeL, exact_match; default: perplexity"
+    )
     parser.add_argument("--any", action="store_true", help="compare also runs of different models or data")
 
 
@@ -69,26 +82,31 @@ def find(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
     return list(reports.values()), list(unfinished.values())
 
 
-def read(path: Path) -> FinishedRun:
+def read(path: Path, metric: str = PERPLEXITY) -> FinishedRun:
     """Read a report.
 
+    Args:
+        path: a report.json.
+        metric: the number that quality is.
+
     Raises:
-        ValueError: it is not JSON, lacks a key, or has something else than a number where there must be one.
+        ValueError: it is not JSON, lacks a key or the metric, or has something else than a number where one must be.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     settings = _value(path, report, "settings", dict)
-    for name in ("criterion", "seed", *CONDITIONS):
+    for name in ("criterion", "seed", "model", "block_size"):
         _value(path, report, f"settings.{name}", object)
     return FinishedRun(
         folder=path.parent,
         settings=Config().flat() | settings,
         target=_number(path, report, "remaining.target"),
         measured=_number(path, report, "remaining.measured"),
-        perplexity=_perplexity(path, report, "exported"),
-        dense=_perplexity(path, report, "dense"),
+        metric=metric,
+        quality=_quality(path, report, metric, "exported"),
+        dense=_quality(path, report, metric, "dense"),
         parameters=_number(path, report, "parameters.pruned"),
         latency=_number(path, report, "latency.ms_per_token") if report.get("latency") else None,
         seconds=_number(path, report, "seconds.total"),
@@ -96,7 +114,7 @@ def read(path: Path) -> FinishedRun:
 
 
 def check_same(runs: Sequence[FinishedRun]) -> None:
-    """Refuse runs whose perplexities do not compare.
+    """Refuse runs whose quality does not compare.
 
     Raises:
         ValueError: two of them differ in the model or the data; both and their values are named.
@@ -108,7 +126,7 @@ def check_same(runs: Sequence[FinishedRun]) -> None:
             if values[0] != values[1]:
                 raise ValueError(
                     f"{first.folder} and {run.folder} differ in {name}, {values[0]} and {values[1]}; their "
-                    "perplexities do not compare, --any puts them into one table nevertheless"
+                    f"{first.metric} does not compare, --any puts them into one table nevertheless"
                 )
 
 
@@ -118,7 +136,7 @@ def as_table(rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
     plain = any(row.is_plain for row in rows)
     ratio = f"ratio to {PLAIN if plain else 'dense'}"
     latency = ["ms per token"] if timed else []
-    columns = ["method", "remaining", "runs", "perplexity", ratio, "parameters", *latency, "seconds"]
+    columns = ["method", "remaining", "runs", rows[0].runs[0].metric, ratio, "parameters", *latency, "seconds"]
     lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     lines += [f"| {' | '.join(_cells(row, rows, timed))} |" for row in rows]
     return "\n".join([*lines, "", *_notes(rows, unfinished, plain)]) + "\n"
@@ -127,6 +145,7 @@ def as_table(rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
 def as_json(rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
     """Return the rows as JSON; what is not finite or not known is null."""
     found = {
+        "metric": rows[0].runs[0].metric,
         "reference": PLAIN if any(row.is_plain for row in rows) else "dense",
         "rows": [_as_dict(row, rows) for row in rows],
         "unfinished": [str(folder) for folder in unfinished],
@@ -157,9 +176,16 @@ def _number(path: Path, report: Any, name: str) -> float:
     return float(_value(path, report, name, (int, float)))
 
 
-def _perplexity(path: Path, report: Any, name: str) -> float:
-    """Return a perplexity; reports have null where it is not finite."""
-    value = _value(path, report, f"perplexity.{name}", (int, float, type(None)))
+def _quality(path: Path, report: Any, metric: str, stage: str) -> float:
+    """Return a number by which models are compared; a perplexity is null where it is not finite."""
+    measured = report.get("metrics", {}).get(stage, {})
+    if metric != PERPLEXITY:
+        if metric not in measured:
+            raise ValueError(f"--metric {metric}: {path} has {', '.join([PERPLEXITY, *measured])}")
+        return _number(path, report, f"metrics.{stage}.{metric}")
+    value = _value(path, report, f"perplexity.{stage}", (int, float, type(None)))
+    if value is None and "loss" in measured:
+        raise ValueError(f"{path} has no perplexity, give --metric with one of {', '.join(measured)}")
     return math.inf if value is None else float(value)
 
 
@@ -169,7 +195,7 @@ def _cells(row: Row, rows: Sequence[Row], timed: bool) -> list[str]:
         row.method,
         f"{row.mean('measured'):.1%}",
         str(len(row.runs)),
-        _with_std(row.spread("perplexity")),
+        _with_std(row.spread("quality")),
         "" if ratio is None else f"{ratio:.3f}",
         f"{row.mean('parameters'):,.0f}",
         *([_with_std(latency)] if timed else []),
@@ -185,10 +211,11 @@ def _with_std(found: Spread | None) -> str:
 
 def _notes(rows: Sequence[Row], unfinished: Sequence[Path], plain: bool) -> list[str]:
     runs = [run for row in rows for run in row.runs]
-    first = runs[0].settings
+    first, metric = runs[0].settings, runs[0].metric
     text = first["validation_file"] or first["dataset"]
     lines = [
-        "Perplexity is that of the exported model, loaded again; "
+        f"{metric.capitalize()} is that of the exported model, loaded again, "
+        f"{'lower' if metric in LOWER_IS_BETTER else 'higher'} is better; "
         + ("± is the sample standard deviation over seeds." if _has_std(rows) else "one seed each, so no deviation."),
         "The reference is plain fine-tuning, the runs with remaining 1.0 (the best of them, where they differ)."
         if plain
@@ -200,7 +227,7 @@ def _notes(rows: Sequence[Row], unfinished: Sequence[Path], plain: bool) -> list
             f"training {runs[0].dense:,.2f}."
         )
     else:
-        lines.append("The runs differ in model or data: perplexities compare only where these are the same.")
+        lines.append("The runs differ in model or data: quality compares only where these are the same.")
     if any(len(row.runs) > len({run.settings["seed"] for run in row.runs}) for row in rows):
         lines.append("Runs of the same method and seed count as one, their mean.")
     if unfinished:
@@ -209,12 +236,15 @@ def _notes(rows: Sequence[Row], unfinished: Sequence[Path], plain: bool) -> list
 
 
 def _has_std(rows: Sequence[Row]) -> bool:
-    return any(found.std is not None for row in rows if (found := row.spread("perplexity")))
+    return any(found.std is not None for row in rows if (found := row.spread("quality")))
 
 
 def _as_dict(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    keys = ("measured", "perplexity", "dense", "parameters", "latency", "seconds")
-    spreads = {key: row.spread(key) for key in keys}
+    metric = row.runs[0].metric
+    keys = {"measured": "measured", metric: "quality"} | {
+        key: key for key in ("dense", "parameters", "latency", "seconds")
+    }
+    spreads = {name: row.spread(key) for name, key in keys.items()}
     return {
         "method": row.method,
         "remaining": row.runs[0].target,

@@ -11,12 +11,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from scale_prune.comparison_rows import Row
+from scale_prune.comparison_rows import LOWER_IS_BETTER, Row, badness
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")  # not as many as colours, so that pairs differ longer
 LOG_FROM = 4.0
-"""Ratio of the largest to the smallest perplexity from which the axis is logarithmic."""
+"""Ratio of the largest to the smallest value from which the axis is logarithmic."""
 SAME = 0.005
 """Fraction of an axis within which two points count as one place."""
 
@@ -39,14 +39,14 @@ Line = list[Row]
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> None:
-    """Draw perplexity against what is left, one panel each for neurons, parameters and, where measured, latency.
+    """Draw quality against what is left, one panel each for neurons, parameters and, where measured, latency.
 
     Args:
         folder: an existing folder, which gets quality.png and quality.svg.
         rows: the rows of the table.
     """
     level, name = _reference(rows)
-    drawn = [row for row in rows if row.method != name and math.isfinite(row.mean("perplexity"))]
+    drawn = [row for row in rows if row.method != name and math.isfinite(row.mean("quality"))]
     lines = {method: [row for row in drawn if row.method == method] for method in _by_quality(drawn)}
     keys = [key for key in PANELS if any(row.spread(key) for row in rows)]
     figure = Figure(figsize=_size(len(keys), [name, *lines]), layout="constrained")
@@ -57,8 +57,10 @@ def draw(folder: Path, rows: Sequence[Row]) -> None:
             axis.axhline(
                 level, color="0.35", linewidth=1.2, linestyle="--", label=_wrapped(f"{name} ({level:,.2f})"), zorder=1
             )
-    axes[0].set_ylabel("validation perplexity (lower is better)")
-    _scale(axes[0], [row.mean("perplexity") for row in drawn] + ([level] if level is not None else []))
+    metric = rows[0].runs[0].metric
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
+    axes[0].set_ylabel(f"validation {metric} ({better} is better)")
+    _scale(axes[0], [row.mean("quality") for row in drawn] + ([level] if level is not None else []))
     figure.suptitle(_title(rows), fontsize=11)
     note = "Points of one place are drawn side by side, so that none hides another."
     figure.supxlabel(note, fontsize=8, color="0.35")
@@ -82,16 +84,16 @@ def _reference(rows: Sequence[Row]) -> tuple[float | None, str]:
     """Return height and name of the horizontal line; no height where there is more than one model or text."""
     if len({row.conditions for row in rows}) > 1:
         return None, ""
-    plain = min((row for row in rows if row.is_plain), key=lambda row: row.mean("perplexity"), default=None)
+    plain = min((row for row in rows if row.is_plain), key=badness, default=None)
     name = plain.method if plain else "dense model before training"
-    level = plain.mean("perplexity") if plain else rows[0].mean("dense")
+    level = plain.mean("quality") if plain else rows[0].mean("dense")
     return (level, name) if math.isfinite(level) else (None, name)
 
 
 def _by_quality(rows: Sequence[Row]) -> list[str]:
     """Return the methods, the worst first as in the figure from the top, by their smallest models."""
     smallest = {row.method: row for row in rows}  # the rows' order is from large to small
-    return sorted(smallest, key=lambda method: -smallest[method].mean("perplexity"))
+    return sorted(smallest, key=lambda method: -badness(smallest[method]))
 
 
 def _panel(axis: Any, key: str, lines: Mapping[str, Line]) -> None:
@@ -99,7 +101,7 @@ def _panel(axis: Any, key: str, lines: Mapping[str, Line]) -> None:
     places, centres = _places(key, lines, scale)
     for index, (method, rows) in enumerate(lines.items()):
         known = [row for row in rows if row.spread(key)]
-        spreads = [found for row in known if (found := row.spread("perplexity"))]
+        spreads = [found for row in known if (found := row.spread("quality"))]
         deviations = [found.std or 0.0 for found in spreads]
         axis.errorbar(
             [places[method, row.runs[0].target] for row in known],
@@ -158,8 +160,8 @@ def _places(key: str, lines: Mapping[str, Line], scale: float) -> tuple[dict[tup
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Make the axis of perplexities logarithmic where they are far apart."""
-    if values and max(values) > LOG_FROM * min(values):
+    """Make the axis of quality logarithmic where values are far apart."""
+    if values and max(values) > LOG_FROM * min(values) > 0:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -168,7 +170,8 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 def _title(rows: Sequence[Row]) -> str:
     models = {Path(str(row.runs[0].settings["model"])).name for row in rows}
-    return f"Perplexity after pruning: {models.pop()}" if len(models) == 1 else "Perplexity after pruning"
+    title = f"{rows[0].runs[0].metric.capitalize()} after pruning"
+    return f"{title}: {models.pop()}" if len(models) == 1 else title
 
 
 def _legend_title(rows: Sequence[Row]) -> str:

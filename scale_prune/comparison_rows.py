@@ -19,9 +19,13 @@ from scale_prune.labels import differing, short
 PLAIN = "plain fine-tuning"
 CONDITIONS = (
     *("model", "dataset", "dataset_config", "train_file", "validation_file", "text_column"),
-    *("block_size", "eval_tokens"),
+    *("block_size", "eval_tokens", "task", "prompt_template", "completion_template", "long_examples"),
+    *("eval_examples", "max_new_tokens", "num_beams"),
 )
-"""Settings that have to agree where perplexities are compared."""
+"""Settings that have to agree where the quality of models is compared."""
+
+PERPLEXITY = "perplexity"
+LOWER_IS_BETTER = (PERPLEXITY, "loss")
 
 NO_METHOD = frozenset(
     {"seed", "remaining", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints"}
@@ -42,8 +46,9 @@ class FinishedRun:
         settings: all settings by their flags' names.
         target: fraction of the neurons that was to be kept.
         measured: fraction of the neurons that was kept.
-        perplexity: of the exported model; infinite where the report has null.
-        dense: perplexity of the dense model before training.
+        metric: name of the number that the models' quality is compared by.
+        quality: that number of the exported model; a perplexity is infinite where the report has null.
+        dense: that number of the dense model before training.
         parameters: of the pruned model.
         latency: milliseconds per token, where it was measured.
         seconds: of the whole run.
@@ -53,7 +58,8 @@ class FinishedRun:
     settings: dict[str, Any]
     target: float
     measured: float
-    perplexity: float
+    metric: str
+    quality: float
     dense: float
     parameters: float
     latency: float | None
@@ -117,6 +123,12 @@ class Row:
         return self.runs[0].is_plain
 
 
+def badness(row: Row) -> float:
+    """Return a row's mean quality with the sign by which less is better."""
+    value = row.mean("quality")
+    return value if row.runs[0].metric in LOWER_IS_BETTER else -value
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Return mean and sample standard deviation (n - 1) of numbers, at least one."""
     known = len(values) > 1 and all(map(math.isfinite, values))
@@ -124,12 +136,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
-    """Return the rows, the largest models first, then by perplexity."""
+    """Return the rows, the largest models first, then the best."""
     found = defaultdict(list)
     for run, method in zip(runs, labels(runs), strict=True):
         found[method, run.target].append(run)
     rows = [Row(method=method, runs=tuple(of_method)) for (method, _), of_method in found.items()]
-    return sorted(rows, key=lambda row: (-row.runs[0].target, row.mean("perplexity"), row.method))
+    return sorted(rows, key=lambda row: (-row.runs[0].target, badness(row), row.method))
 
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
@@ -155,7 +167,7 @@ def _of_any_seed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_of(row: Row, rows: Sequence[Row]) -> float | None:
-    """Return the perplexity that a row is compared with.
+    """Return the quality that a row is compared with.
 
     Returns:
         that of the best plain fine-tuning of the same model on the same data; where no run at all kept all neurons,
@@ -164,13 +176,14 @@ def reference_of(row: Row, rows: Sequence[Row]) -> float | None:
     plain = [other for other in rows if other.is_plain]
     if not plain:
         return row.mean("dense")
-    return min((other.mean("perplexity") for other in plain if other.conditions == row.conditions), default=None)
+    best = min((other for other in plain if other.conditions == row.conditions), key=badness, default=None)
+    return None if best is None else best.mean("quality")
 
 
 def ratio_of(row: Row, rows: Sequence[Row]) -> float | None:
-    """Return a row's perplexity as a multiple of its reference; None where either is unknown or infinite."""
-    reference, own = reference_of(row, rows), row.mean("perplexity")
-    return own / reference if reference is not None and math.isfinite(reference) and math.isfinite(own) else None
+    """Return a row's quality as a multiple of its reference; None where either is unknown or infinite."""
+    reference, own = reference_of(row, rows), row.mean("quality")
+    return own / reference if reference and math.isfinite(reference) and math.isfinite(own) else None
 
 
 def _own(run: FinishedRun, runs: Sequence[FinishedRun]) -> list[str]:

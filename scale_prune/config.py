@@ -39,6 +39,7 @@ class Range:
 POSITIVE = Range(0, ends="()")
 BLOCKS = Range(1, 1_000_000, "[]")
 TARGETS = ("mlp", "attention", "embedding")
+TASKS = ("lm", "text_to_sql", "summarization", "data_to_text")
 
 
 def setting(
@@ -125,6 +126,45 @@ class DataConfig(Settings):
             raise ValueError("--eval_tokens 1 predicts nothing, give at least 2, or 0 for all")
         if self.dataset_config is not None and self.dataset is None:
             raise ValueError(f"--dataset_config {self.dataset_config} belongs to a --dataset, which is not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(Settings):
+    """What the model learns to do with the data, and how that is measured."""
+
+    task: str = setting(
+        "lm",
+        "lm: running text; text_to_sql, summarization, data_to_text: a prompt and its completion on each row, of which "
+        "the completion is learnt, generated and compared with the row's own",
+        choices=TASKS,
+    )
+    prompt_template: str | None = setting(
+        None,
+        r"the prompt of a row, with {column} where a column's value goes; \n is a new line",
+        otherwise="the task's own (see README)",
+    )
+    completion_template: str | None = setting(
+        None, "what follows the prompt, before the end-of-text token", otherwise="the task's own (see README)"
+    )
+    long_examples: str = setting(
+        "refuse",
+        "what becomes of examples with more tokens than block_size: refuse ends the run, drop leaves them out",
+        choices=("refuse", "drop"),
+    )
+    eval_examples: int = setting(
+        200, "validation prompts that are completed for the metrics, from the first on, 0 takes all", Range(0)
+    )
+    max_new_tokens: int = setting(64, "tokens generated at most for one prompt", Range(1))
+    num_beams: int = setting(1, "beams of the search for a completion, 1 is greedy", Range(1))
+    generation_batch_size: int | None = setting(
+        None, "prompts that a rank completes at once", BLOCKS, otherwise="as micro_batch_size"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompt_template", "completion_template"):
+            if self.task == "lm" and getattr(self, name) is not None:
+                raise ValueError(f"--{name} belongs to a task with prompts, --task lm reads running text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +360,7 @@ class Config:
     """All settings of a run."""
 
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     pruning: PruningConfig = PruningConfig()
     training: TrainingConfig = TrainingConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -348,7 +389,7 @@ class Config:
 
     def parts(self) -> tuple[Settings, ...]:
         """Return the concerns."""
-        return self.data, self.pruning, self.training, self.distillation, self.output, self.checkpoint
+        return self.data, self.task, self.pruning, self.training, self.distillation, self.output, self.checkpoint
 
 
 def concerns() -> dict[str, Any]:

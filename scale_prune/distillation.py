@@ -9,6 +9,7 @@ Deviation: KL is a mean over predicted tokens, the same ones as in CE; the autho
 Shape legend: B blocks, T tokens in a block, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,12 +41,12 @@ class Teacher:
         self.engine.eval()
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Return the (B, T, V) logits. A collective.
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the (B, T, V) logits for a model's arguments. A collective.
 
         What is gathered in advance for the next pass stays: emptying that every time costs as much as two more passes.
         """
-        logits: Tensor = self.engine(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = self.engine(**inputs, use_cache=False).logits
         return logits
 
     def let_go(self) -> None:

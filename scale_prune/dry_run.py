@@ -30,6 +30,8 @@ from scale_prune.job import Job
 from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
 from scale_prune.resume import check_same, glance, with_batch_of
+from scale_prune.tasks.examples import prepare
+from scale_prune.tasks.writing import check_positions, questions_of
 from scale_prune.units import sketch_units
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,9 +94,15 @@ def _check_same(reading: Reading) -> None:
 
 
 def _check_lengths(reading: Reading) -> None:
-    if reading.tokenizer is not None:
-        for split, text in reading.texts.items():
+    if reading.tokenizer is None:
+        return
+    for split, text in reading.texts.items():
+        if reading.config.task.task == "lm":
             check_length(reading.config.data, split, text, reading.tokenizer)
+        else:
+            examples = prepare(reading.config, split, reading.tokenizer)
+            if split == "validation" and reading.model_config is not None:
+                check_positions(reading.inputs(), questions_of(examples, reading.config.task))
 
 
 def _check_updates(reading: Reading) -> None:
@@ -174,12 +182,14 @@ def _batch(reading: Reading) -> Iterator[str]:
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     blocks, micro, accumulation = (int(reading.ds_config[key]) for key in keys)
     training, tokens = reading.config.training, blocks * reading.config.data.block_size
+    rows, most = ("blocks", "") if reading.config.task.task == "lm" else ("examples", "at most ")
     yield (
-        f"batch: {blocks:,} blocks = {micro:,} in a forward pass x {accumulation:,} accumulated x "
-        f"{reading.world_size:,} ranks; {tokens:,} tokens a step"
+        f"batch: {blocks:,} {rows} = {micro:,} in a forward pass x {accumulation:,} accumulated x "
+        f"{reading.world_size:,} ranks; {most}{tokens:,} tokens a step"
     )
     steps = training.max_steps + training.recovery_steps
-    yield f"steps: {training.max_steps:,} with pruning, {training.recovery_steps:,} after; {steps * tokens:,} tokens"
+    all_tokens = f"{most}{steps * tokens:,} tokens"
+    yield f"steps: {training.max_steps:,} with pruning, {training.recovery_steps:,} after; {all_tokens}"
 
 
 def _schedule(reading: Reading) -> Iterator[str]:

@@ -14,18 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from scale_prune import harness
 from scale_prune.cli import parse_some, user_errors
-from scale_prune.data import prepare
 from scale_prune.finished_models import add_models, positive, read_models
 from scale_prune.inputs import Inputs
 from scale_prune.latency import speeds
 from scale_prune.ranks import joined, launched_as
 from scale_prune.report import versions, write_atomically
-from scale_prune.validation import Validation
+from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime
 from scale_prune.zero3.runtime import inference_engine, load_model, precision, release
 
 SETTINGS = (
     *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "eval_tokens"),
+    *("task", "prompt_template", "completion_template", "long_examples"),
+    *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
     *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
 )
 DESCRIPTION = "Measure the perplexity of models on a validation text, and how fast they generate."
@@ -42,9 +43,7 @@ def main(argv: Sequence[str]) -> None:
             _check_positions(inputs, own)
         tasks = harness.tasks_of(own, world_size)
         with joined(rank) as runtime:
-            report: dict[str, dict[str, Any]] = {
-                name: {"perplexity": _perplexity(each, runtime)} for name, each in inputs.items()
-            }
+            report: dict[str, dict[str, Any]] = {name: _measured(each, runtime) for name, each in inputs.items()}
             if tasks is not None:
                 for name, each in inputs.items():
                     report[name]["lm_eval"] = tasks.measure(each, runtime)
@@ -78,15 +77,14 @@ def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None
             )
 
 
-def _perplexity(inputs: Inputs, runtime: Runtime) -> float:
+def _measured(inputs: Inputs, runtime: Runtime) -> dict[str, float | None]:
     training = inputs.config.training
-    with runtime.main_first():
-        blocks = prepare(inputs.config.data, "validation", inputs.tokenizer)
+    task = make_task(inputs, runtime, ("validation",))
     model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
     engine = inference_engine(model, inputs.ds_config)
-    value = Validation(blocks, inputs.micro_batch_size, runtime).perplexity(engine)
+    found = task.measure(engine, thorough=True)
     release(engine)
-    return value
+    return {"perplexity": found.perplexity, **found.metrics}
 
 
 def _add_speeds(

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from scale_prune.config import Config
-from scale_prune.data import Split
 from scale_prune.inputs import Inputs, read_inputs
+from scale_prune.rows import Split
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:

@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from scale_prune.batches import TokenBlocks
 from scale_prune.config import Config
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import CRITERIA, with_defaults
-from scale_prune.data import SPLITS, Split, Text, load_text
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
+from scale_prune.forms import FORMS, columns_of, with_templates
 from scale_prune.pruner import check_min_kept
+from scale_prune.rows import SPLITS, Split, Text, load_text
 from scale_prune.units import sketch_units
 from scale_prune.zero3 import ds_check
 
@@ -188,13 +188,13 @@ def _read_validation_text(reading: Reading) -> None:
 
 def _read_text(reading: Reading, split: Split) -> None:
     data = reading.config.data
-    if split not in reading.splits:
-        return
+    if split not in reading.splits or (reading.config.task.task in FORMS and not reading.config.task.prompt_template):
+        return  # or a dry run, in which the templates are not valid
     if reading.config.training.model is None and data.dataset is None and data.train_file is None:
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
         data = replace(data, dataset=None, dataset_config=None, train_file=None)
-    reading.texts[split] = load_text(data, split)
+    reading.texts[split] = load_text(data, split, columns_of(reading.config.task))
 
 
 CHECKS: tuple[Callable[[Reading], None], ...] = (
@@ -213,30 +213,35 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
 """What is read and checked, in this order; each raises ValueError. A run stops at the first, a dry run at none."""
 
 
-def check_tokens(blocks: Mapping[str, TokenBlocks], inputs: Inputs) -> None:
+def check_tokens(largest: Mapping[str, int], inputs: Inputs) -> None:
     """Refuse a text with tokens that the model has no embedding for, as under the tokenizer of another model.
+
+    Args:
+        largest: the largest token of each text.
+        inputs: the model.
 
     Raises:
         ValueError: there are such tokens.
     """
     vocabulary = getattr(inputs.model_config, "vocab_size", None)
-    for split, text in blocks.items():
-        if vocabulary is not None and int(text.tokens.max()) >= vocabulary:
+    for split, token in largest.items():
+        if vocabulary is not None and token >= vocabulary:
             raise ValueError(
-                f"the {split} text has the token {int(text.tokens.max())}, but --model {inputs.config.training.model} "
+                f"the {split} text has the token {token}, but --model {inputs.config.training.model} "
                 f"knows {vocabulary}; the tokenizer is of another model"
             )
 
 
 def fill_in(config: Config) -> Config:
-    """Replace settings that were not given, and follow from the criterion, by their values.
+    """Replace settings that were not given, and follow from the criterion or the task, by their values.
 
     Raises:
-        ValueError: the layout cannot hold what the scope leaves.
+        ValueError: the layout cannot hold what the scope leaves, or a template is not one.
     """
     pruning = with_defaults(config.pruning)
     layout = resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
-    return replace(config, pruning=pruning, output=replace(config.output, layout=layout))
+    output = replace(config.output, layout=layout)
+    return replace(config, task=with_templates(config.task), pruning=pruning, output=output)
 
 
 def _groups_of(model_config: PretrainedConfig, config: Config) -> tuple[UnitGroup, ...]:

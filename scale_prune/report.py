@@ -63,11 +63,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
         _row("parameters", parameters["dense"], parameters["pruned"]),
         _row("parameters in the file", parameters["dense"], parameters["stored"]),
-        _row("validation perplexity", perplexity["dense"], perplexity["exported"]),
-        "",
-        f"Perplexity: dense before training {_number(perplexity['dense'])}, masked at the end "
-        f"{_number(perplexity['masked'])}, compacted {_number(perplexity['compacted'])}, exported and re-loaded "
-        f"{_number(perplexity['exported'])}.",
+        *_quality(perplexity, report.get("metrics", {})),
         f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}. "
         f"Layout {report['layout']}, widths {report['widths']}.",
         "",
@@ -85,6 +81,21 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the rows of perplexity and metrics, and the stages' perplexities where the task has such."""
+    rows = [_row(name, metrics["dense"][name], value) for name, value in metrics.get("exported", {}).items()]
+    if perplexity["exported"] is None:
+        return [*rows, ""]
+    stages = {"dense": "dense before training", "masked": "masked at the end", "exported": "exported and re-loaded"}
+    told = [f"{stages.get(name, name)} {_number(value)}" for name, value in perplexity.items() if value is not None]
+    return [
+        _row("validation perplexity", perplexity["dense"] or math.nan, perplexity["exported"]),
+        *rows,
+        "",
+        f"Perplexity: {', '.join(told)}.",
+    ]
 
 
 def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: str) -> str:
@@ -118,7 +129,8 @@ def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: st
 
 
 def _row(name: str, dense: float, pruned: float) -> str:
-    return f"| {name} | {_number(dense)} | {_number(pruned)} | {pruned / dense:.3f} |"
+    ratio = f"{pruned / dense:.3f}" if dense else ""
+    return f"| {name} | {_number(dense)} | {_number(pruned)} | {ratio} |"
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,6 @@
 """What a run keeps in a checkpoint, and how another process goes on from it."""
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -11,7 +10,6 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from scale_prune import pruner_state
-from scale_prune.batches import TokenBlocks
 from scale_prune.checkpoint import Checkpoint, DamagedError, newest_first, newest_whole, open_checkpoint, save
 from scale_prune.checkpoint import damage as damage_of
 from scale_prune.config import Config
@@ -32,14 +30,9 @@ MAY_CHANGE = frozenset(
     # how long, how fast, what is written
     | {"max_steps", "recovery_steps", "learning_rate", "weight_decay", "lr_warmup_fraction", "max_grad_norm"}
     | {"eval_every", "log_every", "tensorboard", "layout", "collective_timeout", "trust_remote_code"}
-    | {"save_every", "keep_checkpoints", "resume"}
+    | {"save_every", "keep_checkpoints", "resume", "generation_batch_size"}
 )
 FIXED_IN_DS_CONFIG = ("train_batch_size", "optimizer.type", "scheduler.type", "bf16.enabled", "fp16.enabled")
-
-
-def fingerprint(blocks: TokenBlocks) -> str:
-    """Return a hash of a text's tokens."""
-    return hashlib.sha256(blocks.tokens.numpy().tobytes()).hexdigest()
 
 
 # --- which checkpoint --------------------------------------------------------------------------------------------
@@ -142,7 +135,7 @@ def _check_steps(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def check_model_and_text(checkpoint: Checkpoint, pruner: Pruner, texts: dict[str, str]) -> None:
+def check_model_and_text(checkpoint: Checkpoint, pruner: Pruner, texts: Mapping[str, str]) -> None:
     """Refuse a model of other groups, and a text of other tokens, than the run began with.
 
     Raises:
@@ -171,7 +164,7 @@ def save_run(
     pruner: Pruner,
     *,
     step: int,
-    texts: dict[str, str],
+    texts: Mapping[str, str],
     measured: dict[str, Any],
 ) -> Path:
     """Write a checkpoint of a run between two steps. A collective.
@@ -196,7 +189,7 @@ def save_run(
         "ds_config": inputs.ds_config,
         "pruner": pruner_state.facts_of(pruner),
         "engine": engine_state.facts_of(backend),
-        "texts": texts,
+        "texts": dict(texts),
         "measured": measured,
         "versions": versions(),
     }

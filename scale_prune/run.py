@@ -3,14 +3,13 @@
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.distillation import Teacher
 from scale_prune.inputs import SELF, Inputs
@@ -18,10 +17,10 @@ from scale_prune.model_writer import ModelWriter
 from scale_prune.monitor import Monitor
 from scale_prune.output import open_output
 from scale_prune.pruner import Pruner
+from scale_prune.quality import Quality
 from scale_prune.report import versions, write_kept
 from scale_prune.resume import (
     check_model_and_text,
-    fingerprint,
     restore_engine,
     restore_pruner,
     restore_randomness,
@@ -29,8 +28,8 @@ from scale_prune.resume import (
 )
 from scale_prune.seconds import Seconds
 from scale_prune.stop import STOPPED, StopSignal
+from scale_prune.tasks import MicroBatch, Step, Task
 from scale_prune.units import prepare_units
-from scale_prune.validation import Validation
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
 from scale_prune.zero3.runtime import inference_engine, load_model, precision, release, training_engine
 
@@ -42,18 +41,17 @@ class Run:
         self,
         inputs: Inputs,
         runtime: Runtime,
-        blocks: Mapping[str, TokenBlocks],
+        task: Task,
         checkpoint: Checkpoint | None,
         stop: StopSignal,
     ) -> None:
         self.inputs, self.config, self.runtime = inputs, inputs.config, runtime
-        self.blocks, self.checkpoint, self.stop = blocks, checkpoint, stop
+        self.task, self.checkpoint, self.stop = task, checkpoint, stop
         self.folder = Path(self.config.output.output_dir)
-        self.texts = {split: fingerprint(of_split) for split, of_split in blocks.items()}
         self.step = 0
+        self.tokens = 0
         self.started = time.monotonic()
         self.seconds = Seconds()
-        self.perplexities: dict[str, float | None] = {}
         self.stopping = False
         self.resumed_at: list[int] = []
         training = self.config.training
@@ -62,7 +60,6 @@ class Run:
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.writer = ModelWriter(inputs, getattr(model, "generation_config", None), runtime)
-        self.validation = Validation(blocks["validation"], inputs.micro_batch_size, runtime)
         self.dense_parameters = num_parameters(model)
         self.groups = prepare_units(
             model,
@@ -79,7 +76,7 @@ class Run:
         self.teacher = self._load_teacher()
         set_seed(training.seed + runtime.rank)
         if checkpoint is not None:
-            check_model_and_text(checkpoint, self.pruner, self.texts)
+            check_model_and_text(checkpoint, self.pruner, task.fingerprints)
         open_output(self.config, checkpoint, runtime)
         events = self.folder / "tensorboard" if self.config.output.tensorboard else None
         self.monitor = Monitor(
@@ -88,6 +85,7 @@ class Run:
             active=runtime.is_main,
             steps_made=checkpoint.step if checkpoint else 0,
         )
+        self.quality = Quality(task, self.monitor)
 
     def go(self) -> dict[str, Any]:
         """Train, prune, compact, export and measure, from the start or from the checkpoint; return the report.
@@ -100,23 +98,14 @@ class Run:
             self._evaluate("dense")
         else:
             self._go_on_from(self.checkpoint)
-        batches = training_batches(
-            self.blocks["train"],
-            batch_size=self.inputs.batch_size,
-            micro_batch_size=self.inputs.micro_batch_size,
-            accumulation=self.engine.gradient_accumulation_steps(),
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            seed=training.seed,
-            first_step=self.step,
-        )
+        steps = self.task.steps(self.engine.gradient_accumulation_steps(), self.step)
         if self.step <= training.max_steps:
-            self._train(batches, training.max_steps)
+            self._train(steps, training.max_steps)
             self._evaluate("masked")
             self._compact()
             self._evaluate("compacted")
         if training.recovery_steps:
-            self._train(batches, training.max_steps + training.recovery_steps)
+            self._train(steps, training.max_steps + training.recovery_steps)
             self._evaluate("recovered")
         pruned_parameters = num_parameters(self.engine.module)
         self._export()
@@ -143,7 +132,8 @@ class Run:
         self.resumed_at = [*measured["resumed_at"], self.step]
         self.started -= measured["total_seconds"]
         self.seconds.update(measured["seconds"])
-        self.perplexities.update(measured["perplexities"])
+        self.tokens = measured.get("tokens", self.step * self.inputs.batch_size * self.config.data.block_size)
+        self.quality.restore(measured)
         restore_pruner(checkpoint, self.pruner)
         self.pruner.seconds.update(measured["pruner_seconds"])
         recovering = self.step > self.config.training.max_steps
@@ -163,12 +153,13 @@ class Run:
                 self.backend,
                 self.pruner,
                 step=self.step,
-                texts=self.texts,
+                texts=self.task.fingerprints,
                 measured={
                     "total_seconds": time.monotonic() - self.started,
                     "seconds": dict(self.seconds),
                     "pruner_seconds": dict(self.pruner.seconds),
-                    "perplexities": self.perplexities,
+                    "tokens": self.tokens,
+                    **self.quality.state(),
                     "resumed_at": self.resumed_at,
                 },
             )
@@ -176,14 +167,15 @@ class Run:
 
     # --- training --------------------------------------------------------------------------------------------
 
-    def _train(self, batches: Iterator[list[torch.Tensor]], last: int) -> None:
+    def _train(self, steps: Iterator[Step], last: int) -> None:
         self.engine.train()
         every, started, first = self.config.output.eval_every, time.monotonic(), self.step + 1
-        tokens_per_step = self.inputs.batch_size * self.config.data.block_size
+        tokens_before = self.tokens
         for step in range(first, last + 1):
-            loss = self._step(next(batches), step)
-            self.step = step
-            rate = (step + 1 - first) * tokens_per_step / (time.monotonic() - started)
+            batch = next(steps)
+            loss = self._step(batch.micro_batches, step)
+            self.step, self.tokens = step, self.tokens + batch.tokens
+            rate = (self.tokens - tokens_before) / (time.monotonic() - started)
             self.monitor.progress(step, loss=loss, remaining=self.pruner.remaining, tokens_per_second=rate)
             if step % self.config.output.log_every == 0 or step == last:
                 self._log(step, loss, rate)
@@ -200,15 +192,15 @@ class Run:
             self.monitor.say(f"stopped by SIGTERM after step {self.step}; the same command with --resume goes on")
             raise SystemExit(STOPPED)
 
-    def _step(self, micro_batches: list[torch.Tensor], step: int) -> float:
+    def _step(self, micro_batches: list[MicroBatch], step: int) -> float:
         """Make one optimizer step and return the loss of the global batch before it."""
         pruning = step <= self.config.training.max_steps  # not in recovery, when the masked units are gone
         total = torch.zeros((), dtype=torch.float64)
         for index, micro_batch in enumerate(micro_batches, 1):
-            input_ids = micro_batch.to(self.runtime.device)
-            taught = self._taught(input_ids)
+            inputs = micro_batch.to(self.runtime.device)
+            taught = self._taught(inputs)
             with self.seconds.measure("forward_backward"):
-                loss = self._loss(input_ids, taught)
+                loss = self._loss(inputs, taught) * micro_batch.weight
                 self.engine.backward(loss)
                 total += loss.detach().double().cpu()
             if pruning:
@@ -221,21 +213,21 @@ class Run:
                 self.pruner.after_step()
         return mean
 
-    def _taught(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+    def _taught(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Return the teacher's logits, None where there is no teacher."""
         if self.teacher is None:
             return None
         with self.seconds.measure("teacher"):
-            return self.teacher.logits(input_ids)
+            return self.teacher.logits({name: each for name, each in inputs.items() if name != "labels"})
 
-    def _loss(self, input_ids: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
-        """Return the loss of a micro batch: of the text, and where there is a teacher, of its logits too."""
-        output = self.engine(input_ids=input_ids, labels=input_ids, use_cache=False)
+    def _loss(self, inputs: dict[str, torch.Tensor], taught: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of a micro batch: of the labels, and where there is a teacher, of its logits too."""
+        output = self.engine(**inputs, **self.task.options)
         loss: torch.Tensor = output.loss
         if self.teacher is None or taught is None:
             return loss
         alpha = self.config.distillation.distill_alpha
-        return (1 - alpha) * loss + alpha * self.teacher.divergence(output.logits, taught, input_ids)
+        return (1 - alpha) * loss + alpha * self.teacher.divergence(output.logits, taught, inputs["labels"])
 
     def _checked_loss(self, own: float, step: int) -> float:
         """Return the ranks' mean loss; stop before a loss or gradient that is not finite reaches the weights.
@@ -284,13 +276,9 @@ class Run:
     # --- measuring -------------------------------------------------------------------------------------------
 
     def _evaluate(self, name: str | None) -> None:
-        """Measure perplexity on the validation text, under the engine as it is."""
+        """Measure the model on the validation data, under the engine as it is."""
         with self.seconds.measure("evaluation"):
-            value = self.validation.perplexity(self.engine)
-        if name is not None:
-            self.perplexities[name] = value
-        self.monitor.scalars(self.step, {"validation/perplexity": value})
-        self.monitor.say(f"step {self.step}: validation perplexity {value:.3f}{f' ({name})' if name else ''}")
+            self.quality.measure(self.engine, self.step, name)
 
     # --- the smaller model -----------------------------------------------------------------------------------
 
@@ -323,7 +311,7 @@ class Run:
         """Load the exported folder as a user would, measure it, and return the number of parameters it stores.
 
         Raises:
-            RuntimeError: its perplexity is not that of the model it was written from.
+            RuntimeError: it is not as good as the model it was written from.
         """
         release(self.engine)
         if self.teacher is not None:
@@ -336,14 +324,9 @@ class Run:
         model = load_model(str(folder), self.inputs.ds_config, trust_remote_code=trusted)
         self.engine = inference_engine(model, self.inputs.ds_config)
         self._evaluate("exported")
-        expected = self.perplexities.get("recovered", self.perplexities["compacted"])
-        exported = self.perplexities["exported"]
-        assert expected is not None
-        assert exported is not None
-        if not math.isclose(expected, exported, rel_tol=1e-3):
-            raise RuntimeError(
-                f"the model in {folder} has perplexity {exported}, the one it was written from {expected}"
-            )
+        self.quality.check_exported(folder)
+        if self.runtime.is_main:
+            self.quality.write_generations(self.folder)
         return num_parameters(model)
 
     def _report(self, dense: int, pruned: int, stored: int) -> dict[str, Any]:
@@ -361,13 +344,13 @@ class Run:
             },
             "widths": pruner.widths,
             "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
-            "perplexity": {"recovered": None, **self.perplexities},
+            "task": config.task.task,
+            "perplexity": {"recovered": None, **self.quality.perplexities},
+            "metrics": self.quality.metrics,
             "seconds": {"total": time.monotonic() - self.started, **self.seconds, **pruner.seconds},
             "resumed_at": self.resumed_at,
             "distillation": self._teachers_cost(),
-            "tokens": (config.training.max_steps + config.training.recovery_steps)
-            * self.inputs.batch_size
-            * config.data.block_size,
+            "tokens": self.tokens,
             "peak_memory_bytes": self.runtime.peak_memory(),
             "settings": settings,
             "ds_config": self.inputs.ds_config,

@@ -10,22 +10,21 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from scale_prune.batches import TokenBlocks
 from scale_prune.cli import dry_run_ranks, parse, user_errors
 from scale_prune.config import Config
 from scale_prune.criteria import CRITERIA
-from scale_prune.data import SPLITS, prepare
 from scale_prune.dry_run import dry_run
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
 from scale_prune.folders import REPORT
-from scale_prune.inputs import check_tokens, fill_in, read_inputs
+from scale_prune.inputs import fill_in, read_inputs
 from scale_prune.output import check_output, drop_old_output, is_complete
 from scale_prune.ranks import joined, launched_as
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of
 from scale_prune.run import Run
 from scale_prune.stop import StopSignal
+from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime
 
 CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
@@ -105,10 +104,7 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
             runtime.say(line)
     elif config.checkpoint.resume is not None:
         runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
-    with runtime.main_first():
-        blocks: dict[str, TokenBlocks] = {split: prepare(config.data, split, inputs.tokenizer) for split in SPLITS}
-    check_tokens(blocks, inputs)
-    run = Run(inputs, runtime, blocks, checkpoint, stop)
+    run = Run(inputs, runtime, make_task(inputs, runtime), checkpoint, stop)
     try:
         report = run.go()
     finally:

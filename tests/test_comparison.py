@@ -66,7 +66,7 @@ def test_rows_are_methods_and_fractions_over_seeds(tmp_path: Path) -> None:
         ("gum", 0.5, 3),
         ("gum", 0.25, 1),
     ]
-    perplexity = found[1].spread("perplexity")
+    perplexity = found[1].spread("quality")
     assert perplexity is not None
     assert (perplexity.mean, perplexity.std) == (33.0, 3.0)
     assert [ratio_of(row, found) for row in found] == [1.0, 33.0 / 15.0, 50.0 / 15.0]
@@ -75,7 +75,7 @@ def test_rows_are_methods_and_fractions_over_seeds(tmp_path: Path) -> None:
 def test_runs_of_the_same_seed_count_once(tmp_path: Path) -> None:
     twice = [report(value, remaining=1.0, criterion=name) for name, value in (("gum", 10.0), ("random", 12.0))]
     (row,) = rows_of(runs(tmp_path, *twice, report(15.0, remaining=1.0, seed=1)))
-    perplexity = row.spread("perplexity")
+    perplexity = row.spread("quality")
     assert perplexity is not None
     assert (perplexity.mean, perplexity.std) == (13.0, pytest.approx(8**0.5))
 
@@ -196,6 +196,39 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     assert (code, len(errors_of(stderr))) == (2, 1)
     assert "holds something; give a new or empty folder" in stderr
     assert [path.name for path in run.iterdir()] == ["report.json"]
+
+
+def test_any_metric_of_the_reports_can_be_compared(tmp_path: Path) -> None:
+    def measured(value: float, **settings: Any) -> dict[str, Any]:
+        return report(30.0, **settings) | {"metrics": {"dense": {"bleu": 60.0}, "exported": {"bleu": value}}}
+
+    reports = [
+        measured(50.0, remaining=1.0),
+        measured(20.0),
+        measured(30.0, seed=1),
+        measured(40.0, criterion="random"),
+    ]
+    for index, each in enumerate(reports):
+        write(tmp_path / "runs" / f"run{index}", each)
+    output = tmp_path / "output"
+    assert outcome(tmp_path / "runs", "--metric", "bleu", "--output_dir", output)[0] == 0
+    table = (output / "table.md").read_text()
+    assert table.index("| random | 50.0% | 1 | 40.00 | 0.800 |") < table.index(
+        "| gum | 50.0% | 2 | 25.00 ± 7.07 | 0.500 |"
+    )
+    assert "Bleu is that of the exported model, loaded again, higher is better" in table
+    found = json.loads((output / "comparison.json").read_text())
+    assert (found["metric"], found["rows"][1]["bleu"]["mean"]) == ("bleu", 40.0)
+    assert "validation bleu (higher is better)" in (output / "quality.svg").read_text()
+
+
+def test_a_metric_that_a_report_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", report(30.0) | {"metrics": {"exported": {"accuracy": 90.0}}})
+    code, stderr = outcome(run, "--metric", "bleu", "--output_dir", tmp_path / "output")
+    assert (code, errors_of(stderr)) == (2, [f"error: --metric bleu: {run / 'report.json'} has perplexity, accuracy"])
+    run = write(tmp_path / "other", report(None) | {"metrics": {"exported": {"loss": 1.0, "accuracy": 90.0}}})
+    code, stderr = outcome(run, "--output_dir", tmp_path / "output")
+    assert "has no perplexity, give --metric with one of loss, accuracy" in errors_of(stderr)[0]
 
 
 def test_any_tells_models_apart(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ OUT_OF_RANGE = [
     ("collective_timeout", 0.0, "in (0, 31536000]"),
     ("save_every", -1, "at least 0"),
     ("keep_checkpoints", 0, "at least 1"),
+    ("eval_examples", -1, "at least 0"),
+    ("max_new_tokens", 0, "at least 1"),
+    ("num_beams", 0, "at least 1"),
+    ("generation_batch_size", 0, "in [1, 1000000]"),
 ]
 AT_THE_EDGE = [
     ("block_size", 2),

@@ -15,8 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from scale_prune.config import DataConfig
-from scale_prune.data import Split, load_text, prepare, token_stream
+from scale_prune.data import prepare, token_stream
 from scale_prune.embedded import END_OF_TEXT, train_tokenizer
+from scale_prune.rows import Split, load_text
 
 DOCUMENTS = ["A first one.", "", "NA", "2020", 'two\nlines, "quoted"', "  null ", "größer ≥ 7 🌲", "A first one."]
 LINES = ["A first one.\n", "\n", " page\x0cbreak \n", "line\u2028separator\n", "2020\n", "no newline at the end"]
@@ -170,7 +171,7 @@ def test_rows_are_held_out_where_no_validation_text_is_given(tmp_path: Path, cap
     file = tmp_path / "text.txt"
     file.write_text("".join(lines))
     spec = DataConfig(dataset=str(file))
-    with caplog.at_level(logging.WARNING, logger="scale_prune.data"):
+    with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
         assert list(load_text(spec, "train").rows["text"]) == lines[:39]
         assert list(load_text(spec, "validation").rows["text"]) == lines[39:]
     assert f"the last 2 of 41 rows of {file} are it" in caplog.text

@@ -14,16 +14,17 @@ ROOT = Path(scale_prune.__file__).parent
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
     {"config"},
-    {"recipes", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
+    {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
-    {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "data", "embedded", "job", "slices"},
+    {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
     {"factorized", "export_factors"},
-    {"shard_backend", "activations", "export", "estimate", "comparison", "gates"},
+    {"shard_backend", "activations", "data", "export", "estimate", "comparison", "gates"},
     {"gating", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"pruner_state", "units"},
     {"inputs", "api", "checkpoint", "distillation", "ranks"},
-    {"finished_models", "output", "resume", "validation", "model_writer", "analysis"},
+    {"finished_models", "output", "resume", "tasks", "model_writer", "analysis"},
+    {"quality"},
     {"run", "dry_run"},
     {"train", "analysis_report"},
     {"analysis_figures", "lm_eval_tasks"},
@@ -35,8 +36,10 @@ ALONE = ("modeling_per_layer", "modeling_factorized")
 
 ONLY_IN = {
     "deepspeed": {"zero3"},
-    "datasets": {"data"},
-    "pyarrow": {"data"},
+    "datasets": {"rows"},
+    "pyarrow": {"rows"},
+    "sacrebleu": {"tasks"},
+    "rouge_score": {"tasks"},
     "torch.utils.tensorboard": {"monitor"},
     "tqdm": {"monitor"},
     "tokenizers": {"embedded"},
