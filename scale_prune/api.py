@@ -140,6 +140,6 @@ def save(
         groups=groups,
         layout=layout,
         tokenizer=tokenizer,
-        card=model_card({"model": config.name_or_path}, widths=[group.num_units for group in groups], layout=layout),
+        card=model_card({"model": config.name_or_path}, groups=groups, layout=layout),
         is_writer=backend.rank == 0,
     )

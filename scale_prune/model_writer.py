@@ -44,7 +44,7 @@ class ModelWriter:
                 groups=groups,
                 layout=layout,
                 tokenizer=self.inputs.tokenizer,
-                card=model_card(config.flat(), widths=[group.num_units for group in groups], layout=layout),
+                card=model_card(config.flat(), groups=groups, layout=layout),
                 is_writer=self.runtime.is_main,
                 generation_config=self.generation_config,
             )

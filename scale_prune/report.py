@@ -6,7 +6,9 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safetensors.torch import save_file
@@ -56,20 +58,23 @@ def write_atomically(path: Path, text: str) -> None:
 def as_markdown(report: Mapping[str, Any]) -> str:
     """Lay a report out for people: results first, then widths, time, settings."""
     perplexity, parameters, remaining = report["perplexity"], report["parameters"], report["remaining"]
+    whole = {"neuron": "neurons", "component": "factorised weights' parameters"}[report["unit"]]
     lines = [
-        f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the neurons",
+        f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the {whole}",
         "",
         "| | dense | pruned | ratio |",
         "|---|---|---|---|",
         _row("parameters", parameters["dense"], parameters["pruned"]),
         _row("parameters in the file", parameters["dense"], parameters["stored"]),
         *_quality(perplexity, report.get("metrics", {})),
-        f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}. "
+        f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}{_by_gates(remaining)}. "
         f"Layout {report['layout']}, widths {report['widths']}.",
         "",
         "| seconds | |",
         "|---|---|",
         *(f"| {part} | {seconds:.1f} |" for part, seconds in report["seconds"].items()),
+        "",
+        f"Seconds a step, by tenths of the run: {', '.join(f'{mean:.2f}' for mean in report['step_seconds'])}.",
         "",
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['world_size']} ranks, peak memory "
         f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}.",
@@ -81,6 +86,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _by_gates(remaining: Mapping[str, float | None]) -> str:
+    """Say what the gates came to by themselves, before the budget was made exact, where there are any."""
+    return f" (by gates {remaining['gates']:.2%})" if remaining["gates"] is not None else ""
 
 
 def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -98,7 +108,7 @@ def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mappi
     ]
 
 
-def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: str) -> str:
+def model_card(settings: Mapping[str, Any], *, groups: Sequence[UnitGroup], layout: str) -> str:
     """Say in the exported folder's README how the model was made and how it is loaded."""
     code = ", trust_remote_code=True" if layout == "per_layer" else ""
     lines = [
@@ -109,8 +119,8 @@ def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: st
         "",
         f"# {settings['model']}, structurally pruned",
         "",
-        f"MLP neurons of {settings['model']} were removed while it was fine-tuned under DeepSpeed ZeRO-3. "
-        f"Neurons in each layer now: {', '.join(str(width) for width in widths)}.",
+        f"{_REMOVED[groups[0].kind]} of {settings['model']} were removed while it was fine-tuned under DeepSpeed "
+        f"ZeRO-3. What is left: {', '.join(str(group.num_units) for group in groups)}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -126,6 +136,16 @@ def model_card(settings: Mapping[str, Any], *, widths: Sequence[int], layout: st
         f"Made with scale_prune {version('scale_prune')}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+_REMOVED = {"neuron": "MLP neurons", "component": "Rank-1 components of weights"}
+
+
+def tenths(seconds: Sequence[float]) -> list[float]:
+    """Return the means of ten consecutive parts, fewer where there are fewer numbers."""
+    parts = min(10, len(seconds))
+    bounds = [len(seconds) * part // parts for part in range(parts + 1)] if parts else []
+    return [fmean(seconds[first:last]) for first, last in pairwise(bounds)]
 
 
 def _row(name: str, dense: float, pruned: float) -> str:

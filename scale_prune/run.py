@@ -18,7 +18,7 @@ from scale_prune.monitor import Monitor
 from scale_prune.output import open_output
 from scale_prune.pruner import Pruner
 from scale_prune.quality import Quality
-from scale_prune.report import versions, write_kept
+from scale_prune.report import tenths, versions, write_kept
 from scale_prune.resume import (
     check_model_and_text,
     restore_engine,
@@ -50,6 +50,7 @@ class Run:
         self.folder = Path(self.config.output.output_dir)
         self.step = 0
         self.tokens = 0
+        self.step_seconds: list[float] = []
         self.started = time.monotonic()
         self.seconds = Seconds()
         self.stopping = False
@@ -133,6 +134,7 @@ class Run:
         self.started -= measured["total_seconds"]
         self.seconds.update(measured["seconds"])
         self.tokens = measured.get("tokens", self.step * self.inputs.batch_size * self.config.data.block_size)
+        self.step_seconds = [*measured.get("step_seconds", [])]
         self.quality.restore(measured)
         restore_pruner(checkpoint, self.pruner)
         self.pruner.seconds.update(measured["pruner_seconds"])
@@ -159,6 +161,7 @@ class Run:
                     "seconds": dict(self.seconds),
                     "pruner_seconds": dict(self.pruner.seconds),
                     "tokens": self.tokens,
+                    "step_seconds": self.step_seconds,
                     **self.quality.state(),
                     "resumed_at": self.resumed_at,
                 },
@@ -172,8 +175,9 @@ class Run:
         every, started, first = self.config.output.eval_every, time.monotonic(), self.step + 1
         tokens_before = self.tokens
         for step in range(first, last + 1):
-            batch = next(steps)
+            batch, begun = next(steps), time.monotonic()
             loss = self._step(batch.micro_batches, step)
+            self.step_seconds.append(time.monotonic() - begun)
             self.step, self.tokens = step, self.tokens + batch.tokens
             rate = (self.tokens - tokens_before) / (time.monotonic() - started)
             self.monitor.progress(step, loss=loss, remaining=self.pruner.remaining, tokens_per_second=rate)
@@ -342,12 +346,14 @@ class Run:
                 "measured": pruner.remaining,
                 "gates": pruner.gating.expected if pruner.gating is not None else None,
             },
+            "unit": self.groups[0].kind,
             "widths": pruner.widths,
             "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
             "task": config.task.task,
             "perplexity": {"recovered": None, **self.quality.perplexities},
             "metrics": self.quality.metrics,
             "seconds": {"total": time.monotonic() - self.started, **self.seconds, **pruner.seconds},
+            "step_seconds": tenths(self.step_seconds),
             "resumed_at": self.resumed_at,
             "distillation": self._teachers_cost(),
             "tokens": self.tokens,

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from scale_prune.report import as_markdown, write_report
+from scale_prune.report import as_markdown, tenths, write_report
 
 
 def report(exported: float) -> dict[str, Any]:
@@ -15,7 +15,9 @@ def report(exported: float) -> dict[str, Any]:
         "model": "a-model",
         "criterion": "gum",
         "layout": "pad",
-        "remaining": {"target": 0.5, "measured": 0.497},
+        "remaining": {"target": 0.5, "measured": 0.497, "gates": 0.46},
+        "unit": "neuron",
+        "step_seconds": [2.0, 1.5],
         "widths": [7, 5],
         "parameters": {"dense": 2000, "pruned": 1000, "stored": 1100},
         "perplexity": {"recovered": None, "dense": 20.0, "masked": 25.0, "compacted": 25.0, "exported": exported},
@@ -48,3 +50,11 @@ def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
     assert "| validation perplexity | 20.000 | 25.000 | 1.250 |" in text
     assert "| seed | 0 |" in text
     assert "dataset" not in text
+    assert "measured 49.70% (by gates 46.00%)" in text
+    assert "by tenths of the run: 2.00, 1.50." in text
+
+
+def test_tenths_are_means_of_consecutive_parts() -> None:
+    assert tenths([]) == []
+    assert tenths([3.0, 1.0]) == [3.0, 1.0]
+    assert tenths([float(step) for step in range(40)]) == [1.5 + 4 * part for part in range(10)]
