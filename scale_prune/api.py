@@ -10,24 +10,26 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.config import PruningConfig
+from scale_prune.embedding import tied_output
 from scale_prune.export import write_model
-from scale_prune.factorized import component_groups
 from scale_prune.families import unit_groups
 from scale_prune.pruner import Pruner
 from scale_prune.pruner_state import facts_of, pruner_slices, restore
 from scale_prune.report import model_card, write_atomically
 from scale_prune.slices import SliceReader, write_slices
-from scale_prune.units import prepare_units, removes_components, units_of
+from scale_prune.units import components_of, prepare_units, removes_components, units_of
 from scale_prune.zero3 import Zero3Backend, compact_engine
 
 STATE = "pruner.json"
 
 
-def prepare(model: PreTrainedModel, config: PruningConfig, *, seed: int = 0) -> None:
+def prepare(
+    model: PreTrainedModel, config: PruningConfig, *, seed: int = 0, token_counts: Tensor | None = None
+) -> None:
     """Factorise what the criterion wants factorised; before `deepspeed.initialize`, on all ranks. A collective.
 
     Only criteria that remove components (flop, flop_agp, factorize) need it; for the others it does nothing.
@@ -36,12 +38,14 @@ def prepare(model: PreTrainedModel, config: PruningConfig, *, seed: int = 0) -> 
         model: a model that ZeRO-3 has partitioned while it was loaded; changed in place.
         config: the same that `attach` gets.
         seed: of random factors.
+        token_counts: (V,) how often each token occurs in training, for the target embedding; without them tokens are
+            taken to come in order of their frequency.
 
     Raises:
         ValueError: the model has no weights of the targets.
     """
     if removes_components(config):
-        prepare_units(model, config, seed=seed, values=config.factors)
+        prepare_units(model, config, seed=seed, values=config.factors, token_counts=token_counts)
 
 
 def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 0) -> Pruner:
@@ -131,7 +135,7 @@ def save(
         ValueError: the layout cannot hold the widths, or the folder holds something.
     """
     backend = Zero3Backend(engine)
-    groups = component_groups(engine.module) or unit_groups(engine.module)
+    groups = components_of(engine.module) or unit_groups(engine.module)
     config = engine.module.config
     write_model(
         folder,
@@ -142,4 +146,5 @@ def save(
         tokenizer=tokenizer,
         card=model_card({"model": config.name_or_path}, groups=groups, layout=layout),
         is_writer=backend.rank == 0,
+        tied_output=tied_output(engine.module),
     )

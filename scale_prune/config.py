@@ -38,7 +38,8 @@ class Range:
 
 POSITIVE = Range(0, ends="()")
 BLOCKS = Range(1, 1_000_000, "[]")
-TARGETS = ("mlp", "attention", "embedding")
+EMBEDDING = "embedding"
+TARGETS = ("mlp", "attention", EMBEDDING)
 TASKS = ("lm", "text_to_sql", "summarization", "data_to_text")
 
 
@@ -216,6 +217,12 @@ class PruningConfig(Settings):
     initial_rank: int | None = setting(
         None, "components that a factorised weight has at the start", Range(1), otherwise="its full rank"
     )
+    embedding_clusters: int = setting(
+        4, "clusters of tokens, by how often they occur in training, that the target embedding is cut into", Range(1)
+    )
+    tie_embeddings: bool = setting(
+        False, "insist that the output of the model shares the target embedding; without it that is as the model has it"
+    )
     gate_learning_rate: float | None = setting(
         None,
         "learning rate of the gates",
@@ -242,6 +249,11 @@ class PruningConfig(Settings):
     def target_names(self) -> tuple[str, ...]:
         """The targets one by one."""
         return tuple(self.targets.split(","))
+
+    @property
+    def linear_targets(self) -> tuple[str, ...]:
+        """The targets that are linear maps of the layers."""
+        return tuple(target for target in self.target_names if target != EMBEDDING)
 
     def __post_init__(self) -> None:
         super().__post_init__()

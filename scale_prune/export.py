@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, Pretrain
 
 from scale_prune.core.compaction import pad_units
 from scale_prune.core.groups import Kind, UnitGroup
-from scale_prune.export_factors import ranks_of, stored_factors
+from scale_prune.export_factors import Plan, plan_for, stored_factors
 from scale_prune.families import family_of
 from scale_prune.files import write_tensors
 from scale_prune.folders import complete_or_absent
@@ -98,6 +98,7 @@ def write_model(
     card: str,
     is_writer: bool,
     generation_config: GenerationConfig | None = None,
+    tied_output: str = "",
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write a compacted model for `AutoModelForCausalLM.from_pretrained`.
@@ -117,26 +118,25 @@ def write_model(
         card: the model card, Markdown.
         is_writer: True on the one rank that writes.
         generation_config: written along as it is, if there is one.
+        tied_output: name of the output that a clustered embedding is tied to, "" where there is none.
         max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
 
     Raises:
         ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has no
             class for the config; the model belongs to no registered family; the folder is not empty (writer only).
     """
-    components = any(group.kind == "component" for group in groups)
-    written_config = _factorized_config(layout, config, groups) if components else _config_for(layout, config, groups)
+    plan = plan_for(layout, groups, tied_output) if groups[0].kind == "component" else None
+    written_config = _config_for(layout, config, groups) if plan is None else _factorized_config(layout, config, plan)
     if not is_writer:
         for _ in tensors:
             pass
         return
     code = _code_of(written_config)
     with complete_or_absent(Path(folder)) as partial:
-        if components:
-            stored = stored_factors(
-                tensors, groups, keep=ranks_of(layout, groups), transposed=family_of(config).transposed
-            )
-        else:
+        if plan is None:
             stored = _in_layout(layout, tensors, groups)
+        else:
+            stored = stored_factors(tensors, groups, plan, transposed=family_of(config).transposed)
         # The names of files are for the classes of transformers; code that comes with a model gets no translation.
         names = {} if code is not None else dict(family_of(config).checkpoint_names)
         named = ((names.get(name, name), tensor) for name, tensor in stored)
@@ -188,16 +188,18 @@ def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
     _tell_code(config, MODELING_FILE, f"PerLayer{_stock_class(config).__name__}")
 
 
-def _factorized_config(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
-    """Return a copy of the config that tells the ranks of the weights which stay factorised."""
+def _factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
+    """Return a copy of the config that tells what stays factorised."""
     check_layout(layout, config)
     config = copy.deepcopy(config)
     stock = _stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
-    if ranks := ranks_of(layout, groups):
-        config.factorized = ranks
+    if told := plan.settings():
+        config.update(told)
         _tell_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
+    if plan.cluster_ranks:
+        config.tie_word_embeddings = False  # the output uses the clusters, there is nothing to tie
     return config
 
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from scale_prune.core.groups import UnitGroup
+from scale_prune.embedding import Cluster
 from scale_prune.factorized import FactorizedLinear
+
+GATED = (FactorizedLinear, Cluster)
+"""Modules that multiply by their gates themselves; others get them on what comes in."""
 
 
 class Gate:
@@ -41,10 +45,10 @@ class Gates:
         self.handles = [
             holder.register_forward_pre_hook(_multiplier(gate))
             for holder, gate in zip(self.holders, self.gates, strict=True)
-            if not isinstance(holder, FactorizedLinear)
+            if not isinstance(holder, GATED)
         ]
         for holder, gate in zip(self.holders, self.gates, strict=True):
-            if isinstance(holder, FactorizedLinear):
+            if isinstance(holder, GATED):
                 holder.gate = gate
 
     def put_on(self, training: Tensor | None, evaluation: Tensor | None) -> None:
@@ -70,7 +74,7 @@ class Gates:
         for handle in self.handles:
             handle.remove()
         for holder in self.holders:
-            if isinstance(holder, FactorizedLinear):
+            if isinstance(holder, GATED):
                 holder.gate = None
 
 

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from scale_prune.core.groups import UnitGroup
+from scale_prune.embedding import tied_output
 from scale_prune.export import write_model
 from scale_prune.inputs import Inputs
 from scale_prune.report import model_card
@@ -47,6 +48,7 @@ class ModelWriter:
                 card=model_card(config.flat(), groups=groups, layout=layout),
                 is_writer=self.runtime.is_main,
                 generation_config=self.generation_config,
+                tied_output=tied_output(backend.module),
             )
         except (OSError, SafetensorError) as error:
             problem = str(error)

@@ -1,13 +1,15 @@
-"""A causal language model some of whose linear maps are products of two smaller ones.
+"""A causal language model some of whose linear maps are products of two smaller ones, and its token table too.
 
 Written beside a pruned model's weights, for `from_pretrained(folder, trust_remote_code=True)`. It is the model of
-`transformers` in everything else. The ranks stand in config.json, under `factorized`.
+`transformers` in everything else. The ranks stand in config.json, under `factorized` and `factorized_embedding`.
 """
 
 from collections import OrderedDict
+from itertools import accumulate, pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 
@@ -16,11 +18,67 @@ class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
 
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__(config)
-        ranks: dict[str, int] = config.to_dict()["factorized"]
-        for name, rank in ranks.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.get_submodule(parent), child, _factors(self.get_submodule(name), rank))
+        told = config.to_dict()
+        for name, rank in told.get("factorized", {}).items():
+            _put(self, name, _factors(self.get_submodule(name), rank))
+        if clusters := told.get("factorized_embedding"):
+            table = ClusteredEmbedding(config.hidden_size, clusters["sizes"], clusters["ranks"])
+            for name, module in zip(clusters["names"], (table, ClusteredOutput(table)), strict=False):
+                _put(self, name, module)
         self.post_init()
+
+
+class Cluster(nn.Module):
+    """The embeddings of some tokens."""
+
+    def __init__(self, width: int, size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, width))
+        self.up = nn.Parameter(torch.empty(size, rank))
+
+    def forward(self, x: Tensor, *, as_output: bool) -> Tensor:
+        if as_output:
+            return x @ self.down.T @ self.up.T
+        return self.up[x] @ self.down
+
+
+class ClusteredEmbedding(nn.Module):
+    """Token ids to embeddings, by clusters of tokens; `place` says where a token stands in the line of all clusters."""
+
+    def __init__(self, width: int, sizes: list[int], ranks: list[int]) -> None:
+        super().__init__()
+        self.clusters = nn.ModuleList(Cluster(width, size, rank) for size, rank in zip(sizes, ranks, strict=True))
+        self.bounds = [*pairwise(accumulate(sizes, initial=0))]
+        self.register_buffer("place", torch.arange(sum(sizes)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places: Tensor = self.get_buffer("place")[ids]
+        found = None
+        for cluster, (first, last) in zip(self.clusters, self.bounds, strict=True):
+            inside = (places >= first) & (places < last)
+            part = cluster(places[inside] - first, as_output=False)
+            found = part.new_zeros(*ids.shape, part.shape[-1]) if found is None else found
+            found = found.masked_scatter(inside[..., None], part)
+        assert found is not None
+        return found
+
+
+class ClusteredOutput(nn.Module):
+    """Logits by the embedding, which it does not own."""
+
+    def __init__(self, table: ClusteredEmbedding) -> None:
+        super().__init__()
+        self.__dict__["table"] = table  # no submodule, so that nothing is stored twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        table: ClusteredEmbedding = self.__dict__["table"]
+        parts = [cluster(x, as_output=True) for cluster in table.clusters]
+        return torch.cat(parts, -1)[..., table.get_buffer("place")]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _factors(linear: Any, rank: int) -> nn.Sequential:

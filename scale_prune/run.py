@@ -67,6 +67,7 @@ class Run:
             self.config.pruning,
             seed=training.seed,
             values=self.config.pruning.factors if checkpoint is None else "zeros",
+            token_counts=task.token_counts(),
         )
         self.engine = self._make_engine(model)
         self.backend = Zero3Backend(self.engine)

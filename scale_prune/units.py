@@ -3,16 +3,18 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scale_prune.config import PruningConfig
+from scale_prune.config import EMBEDDING, PruningConfig
+from scale_prune.core.frequency import frequency_clusters, zipf_counts
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import full_rank
 from scale_prune.criteria import CRITERIA, Criterion
+from scale_prune.embedding import Cluster, cluster_groups, put_clusters
 from scale_prune.factorized import component_groups, full_shape, put_factors
 from scale_prune.families import family_of, linear_names, unit_groups
-from scale_prune.zero3.factorize import factorize, factors_of
+from scale_prune.zero3.factorize import factorize, factorize_embedding, factors_of
 
 
 def removes_components(pruning: PruningConfig) -> bool:
@@ -21,7 +23,9 @@ def removes_components(pruning: PruningConfig) -> bool:
     return criterion is not None and criterion.kind == "component" and pruning.remaining < 1
 
 
-def prepare_units(model: PreTrainedModel, pruning: PruningConfig, *, seed: int, values: str) -> tuple[UnitGroup, ...]:
+def prepare_units(
+    model: PreTrainedModel, pruning: PruningConfig, *, seed: int, values: str, token_counts: Tensor | None = None
+) -> tuple[UnitGroup, ...]:
     """Factorise what the criterion needs factorised, and list the units. A collective.
 
     Args:
@@ -29,14 +33,39 @@ def prepare_units(model: PreTrainedModel, pruning: PruningConfig, *, seed: int, 
         pruning: settings of pruning.
         seed: of random factors.
         values: "svd", "random", or "zeros" where a checkpoint's values take the factors' place.
+        token_counts: (V,) how often each token occurs in training, for the target embedding; without them tokens are
+            taken to come in order of their frequency.
     """
     if not removes_components(pruning):
         return unit_groups(model)
-    names = linear_names(model, pruning.target_names)
-    criterion = CRITERIA[pruning.criterion](pruning, seed)
-    transposed = family_of(model.config).transposed
-    factorize(model, names, criterion.components, factors_of(values, seed), transposed=transposed)
-    return component_groups(model)
+    criterion, factors = CRITERIA[pruning.criterion](pruning, seed), factors_of(values, seed)
+    if names := linear_names(model, pruning.linear_targets):
+        transposed = family_of(model.config).transposed
+        factorize(model, names, criterion.components, factors, transposed=transposed)
+    if EMBEDDING in pruning.target_names:
+        tokens = clusters_of(model, pruning, token_counts)
+        factorize_embedding(model, embedding_names(model), tokens, criterion.components, factors)
+    return components_of(model)
+
+
+def clusters_of(model: PreTrainedModel, pruning: PruningConfig, token_counts: Tensor | None) -> list[Tensor]:
+    """Return the tokens of each cluster of the target embedding."""
+    size = full_shape(model.get_input_embeddings().weight)[0]
+    counts = zipf_counts(size) if token_counts is None else token_counts
+    return frequency_clusters(counts, pruning.embedding_clusters)
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """Return the name of a model's embedding, and of its output if that is tied to it."""
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = output is not None and output.weight is table.weight
+    return [names[id(table)], names[id(output)]] if tied else [names[id(table)]]
+
+
+def components_of(model: nn.Module) -> tuple[UnitGroup, ...]:
+    """List the components of a model's factorised weights; none where there are none."""
+    return (*cluster_groups(model), *component_groups(model))
 
 
 def units_of(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
@@ -47,7 +76,7 @@ def units_of(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup,
     """
     if not removes_components(pruning):
         return unit_groups(model)
-    if not (groups := component_groups(model)):
+    if not (groups := components_of(model)):
         raise ValueError(
             f"criterion {pruning.criterion!r} removes components, but no weight of the model is factorised; call "
             "scale_prune.prepare(model, config) before deepspeed.initialize"
@@ -69,21 +98,50 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
     if not removes_components(pruning):
         return unit_groups(model)
     criterion = CRITERIA[pruning.criterion](pruning, 0)
-    for name in linear_names(model, pruning.target_names):
+    for name in linear_names(model, pruning.linear_targets):
         _put_empty_factors(model, name, criterion)
-    return component_groups(model)
+    if EMBEDDING in pruning.target_names:
+        _put_empty_clusters(model, pruning, criterion)
+    return components_of(model)
 
 
 def _put_empty_factors(model: nn.Module, name: str, criterion: Criterion) -> None:
     weight: Any = model.get_submodule(name).weight
     transposed = hasattr(model.get_submodule(name), "nf")
     rows, columns = reversed(full_shape(weight)) if transposed else full_shape(weight)
-    count = criterion.components((rows, columns))
-    if count > full_rank((rows, columns)):
+    put_factors(model, name, *_empty_factors(name, (rows, columns), criterion, weight))
+
+
+def _put_empty_clusters(model: PreTrainedModel, pruning: PruningConfig, criterion: Criterion) -> None:
+    names, table = embedding_names(model), model.get_input_embeddings()
+    weight: Any = table.weight
+    if pruning.tie_embeddings and len(names) == 1:
         raise ValueError(
-            f"--initial_rank {count} is more than the full rank {full_rank((rows, columns))} of {name} "
-            f"({rows} x {columns}); give at most that"
+            f"--tie_embeddings: the output of this model is not tied to its embedding {names[0]}; leave it out, and "
+            "the embedding alone is factorised"
         )
-    like = {"device": weight.device, "dtype": weight.dtype}
-    down, up = torch.empty(count, columns, **like), torch.empty(rows, count, **like)
-    put_factors(model, name, nn.Parameter(down), nn.Parameter(up))
+    tokens = clusters_of(model, pruning, None)
+    clusters = [
+        Cluster(*_empty_factors(f"{names[0]}, cluster {index}", (len(each), weight.shape[1]), criterion, weight))
+        for index, each in enumerate(tokens)
+    ]
+    put_clusters(model, names, clusters, [each.to(weight.device) for each in tokens])
+
+
+def _empty_factors(name: str, shape: tuple[int, int], criterion: Criterion, like: Tensor) -> list[nn.Parameter]:
+    """Return down and up without values.
+
+    Raises:
+        ValueError: there would be more components than the full rank.
+    """
+    rows, columns = shape
+    count = criterion.components(shape)
+    if count > full_rank(shape):
+        raise ValueError(
+            f"--initial_rank {count} is more than the full rank {full_rank(shape)} of {name} ({rows} x {columns}); "
+            "give at most that"
+        )
+    return [
+        nn.Parameter(torch.empty(size, device=like.device, dtype=like.dtype))
+        for size in ((count, columns), (rows, count))
+    ]

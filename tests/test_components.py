@@ -11,8 +11,10 @@ from distributed import run_ranks
 from engines import BLOCKS, STEPS, call_each, ds_config, logits, masters, pruning, saved_model, start
 from memory_backend import train
 from models import HIDDEN, WIDTH
+from safetensors.torch import save_file
 from test_export import run_alone
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from scale_prune import compact, save
 from scale_prune.config import PruningConfig
@@ -78,14 +80,18 @@ def life(path: Path, settings: PruningConfig, config: dict[str, Any], output: Pa
 
 
 @pytest.mark.parametrize(
-    ("model_type", "criterion"), [("gpt_neo", "flop"), ("gpt2", "flop_agp"), ("llama", "factorize"), ("gptj", "flop")]
+    ("model_type", "criterion", "targets"),
+    [
+        ("gpt_neo", "flop", "mlp,attention,embedding"),  # with an output tied to the embedding
+        ("gpt2", "flop_agp", "embedding,mlp"),
+        ("llama", "factorize", TARGETS),
+        ("gptj", "flop", "attention,embedding"),  # whose output is not tied
+    ],
 )
 def test_dense_is_factorised_and_masked_is_compacted_is_exported(
-    model_type: str, criterion: str, folder: Path, tmp_path: Path
+    model_type: str, criterion: str, targets: str, folder: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
-    settings = pruning(criterion, targets=TARGETS, remaining=0.5)
+    settings = pruning(criterion, targets=targets, remaining=0.5, embedding_clusters=3)
     found = run_ranks(life, 2, saved_model(folder, model_type), settings, ds_config(), tmp_path / "folders")
     for rank in found:
         if criterion != "factorize":
@@ -104,8 +110,9 @@ def test_dense_is_factorised_and_masked_is_compacted_is_exported(
     assert results["factors"]["class"].startswith("Factorized")
     assert not results["dense"]["class"].startswith("Factorized")
     assert results["factors"]["parameters"] < results["dense"]["parameters"]
-    ranks = json.loads((tmp_path / "folders" / "factors" / "config.json").read_text())["factorized"]
-    assert ranks.items() <= found[0]["widths"].items()
+    config = json.loads((tmp_path / "folders" / "factors" / "config.json").read_text())
+    assert config.get("factorized", {}).items() <= found[0]["widths"].items()
+    assert ("factorized_embedding" in config) == ("embedding" in targets)
 
 
 def test_one_two_and_three_ranks_keep_the_same_components(folder: Path, tmp_path: Path) -> None:
@@ -134,8 +141,6 @@ def factors_by_name(path: Path, config: dict[str, Any], settings: PruningConfig)
 def test_factors_are_those_of_the_weights_whoever_computes_them(folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
     (ranks,) = (run_ranks(factors_by_name, 3, path, ds_config(), pruning("flop", initial_rank=5)),)
-    from transformers import AutoModelForCausalLM
-
     dense = AutoModelForCausalLM.from_pretrained(path)
     names = sorted({name.rpartition(".")[0] for name in ranks[0]})
     assert len(names) == 4

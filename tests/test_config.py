@@ -34,6 +34,7 @@ OUT_OF_RANGE = [
     ("min_kept", 0, "at least 1"),
     ("width_multiple", 0, "at least 1"),
     ("initial_rank", 0, "at least 1"),
+    ("embedding_clusters", 0, "at least 1"),
     ("gate_learning_rate", 0.0, "above 0"),
     ("lambda_learning_rate", 0.0, "above 0"),
     ("target_warmup_fraction", 1.1, "in [0, 1]"),

@@ -18,6 +18,7 @@ LAYERS = (
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
     {"factorized", "export_factors"},
+    {"embedding"},
     {"shard_backend", "activations", "data", "export", "estimate", "comparison", "gates"},
     {"gating", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed

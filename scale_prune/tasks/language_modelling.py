@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from scale_prune.batches import TokenBlocks, training_batches, validation_batches
 from scale_prune.data import prepare
 from scale_prune.inputs import Inputs, check_tokens
@@ -21,6 +23,11 @@ class LanguageModelling(Task):
             self.blocks = {split: prepare(inputs.config.data, split, inputs.tokenizer) for split in splits}
         check_tokens({split: int(blocks.tokens.max()) for split, blocks in self.blocks.items()}, inputs)
         self.fingerprints = {split: fingerprint(blocks) for split, blocks in self.blocks.items()}
+
+    @property
+    def training_tokens(self) -> Tensor:
+        """The stream."""
+        return self.blocks["train"].tokens
 
     def steps(self, accumulation: int, first_step: int) -> Iterator[Step]:
         """Yield blocks; input and labels are the same."""

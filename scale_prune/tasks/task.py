@@ -94,6 +94,15 @@ class Task(ABC):
             thorough: also take the metrics for which text has to be generated.
         """
 
+    @property
+    @abstractmethod
+    def training_tokens(self) -> Tensor:
+        """All tokens of the training data, one-dimensional."""
+
+    def token_counts(self) -> Tensor:
+        """Return (V,) how often each token of the model's vocabulary occurs in the training data."""
+        return torch.bincount(self.training_tokens, minlength=self.inputs.model_config.vocab_size)
+
     def samples(self, generated: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         """Return some prompts with their references and what the models wrote, by the models' names."""
         return []

@@ -45,6 +45,11 @@ class Writing(Task):
         """The prompts that are completed, in order, and of each the completions of all rows with that prompt."""
         return questions_of(self.examples["validation"], self.config.task)
 
+    @property
+    def training_tokens(self) -> Tensor:
+        """Prompts and completions."""
+        return torch.cat(self.examples["train"].prompts + self.examples["train"].completions)
+
     def steps(self, accumulation: int, first_step: int) -> Iterator[Step]:
         """Yield padded examples."""
         return training_steps(

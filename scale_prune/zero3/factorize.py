@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from scale_prune.core.low_rank import generator_of, random_factors, svd_factors
+from scale_prune.embedding import Cluster, put_clusters
 from scale_prune.factorized import full_shape, put_factors
 
 Factors = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
@@ -90,14 +91,55 @@ def _put(
     weight: Any = model.get_submodule(name).weight
     shape = full_shape(weight)
     rows, columns = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    count = components((rows, columns))
+    put_factors(model, name, *_sharded(made, (rows, columns), components((rows, columns)), weight, owner))
+
+
+@torch.no_grad()
+def factorize_embedding(
+    model: nn.Module,
+    names: Sequence[str],
+    tokens: Sequence[Tensor],
+    components: Callable[[tuple[int, int]], int],
+    factors: Factors,
+) -> None:
+    """Replace an embedding, and the output tied to it, by factorised clusters of tokens. A collective.
+
+    Every rank gathers the table once.
+
+    Args:
+        model: a model that ZeRO-3 has partitioned; changed in place.
+        names: of the embedding, and of the output if it is tied.
+        tokens: int64, the tokens of each cluster.
+        components: turns the (V_i, D) shape of a cluster's table into its number of components.
+        factors: makes the factors.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    weight: Any = model.get_submodule(names[0]).weight
+    width = full_shape(weight)[1]
+    own = {}
+    with deepspeed.zero.GatheredParameters([weight]):
+        for index in range(rank, len(tokens), world_size):
+            table = weight[tokens[index].to(weight.device)].float()
+            own[index] = factors(f"{names[0]}.{index}", table, components((len(table), width)))
+    clusters = []
+    for index, each in enumerate(tokens):
+        shape = (len(each), width)
+        clusters.append(Cluster(*_sharded(own.get(index), shape, components(shape), weight, index % world_size)))
+    put_clusters(model, names, clusters, [each.to(weight.device) for each in tokens])
+
+
+def _sharded(
+    made: tuple[Tensor, Tensor] | None, shape: tuple[int, int], count: int, like: Any, owner: int
+) -> list[nn.Parameter]:
+    """Return the factors that the owner made as sharded parameters, down and up. A collective."""
+    rows, columns = shape
     parameters = []
     for index, size in enumerate(((count, columns), (rows, count))):
         values = made[index] if made is not None else torch.empty(size)
         # A copy even where it is contiguous: DeepSpeed wants a last stride of 1 also along an axis of one element.
-        values = values.to(weight.device, weight.ds_tensor.dtype).clone(memory_format=torch.contiguous_format)
+        values = values.to(like.device, like.ds_tensor.dtype).clone(memory_format=torch.contiguous_format)
         dist.broadcast(values, owner)
         parameter = nn.Parameter(values)
-        weight.convert_to_zero_parameters(param_list=[parameter])
+        like.convert_to_zero_parameters(param_list=[parameter])
         parameters.append(parameter)
-    put_factors(model, name, *parameters)
+    return parameters

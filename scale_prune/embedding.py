@@ -1,0 +1,132 @@
+"""A token table as factorised clusters of tokens, in the place of a model's embedding and of the output tied to it.
+
+Shape letters: V_i tokens of a cluster, C_i its components, D model width.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from scale_prune.core.groups import Member, UnitGroup
+from scale_prune.factorized import full_shape
+
+
+class Cluster(nn.Module):
+    """The embeddings of some tokens: up @ diag(gates) @ down.
+
+    Args:
+        down: (C_i, D).
+        up: (V_i, C_i).
+
+    Attributes:
+        gate: tells the (C_i,) gates for this module's present mode, None where there are none.
+    """
+
+    def __init__(self, down: nn.Parameter, up: nn.Parameter) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+        self.gate: Callable[[nn.Module], Tensor | None] | None = None
+
+    def forward(self, x: Tensor, *, as_output: bool) -> Tensor:
+        """Return (n, D) embeddings of (n,) places in the cluster; as output, (..., V_i) logits of (..., D)."""
+        inner = linear(x, self.down) if as_output else embedding(x, self.up)
+        gates = self.gate(self) if self.gate is not None else None
+        inner = inner if gates is None else inner * gates.to(inner.dtype)
+        return linear(inner, self.up) if as_output else inner @ self.down
+
+
+class ClusteredEmbedding(nn.Module):
+    """Token ids to embeddings. All clusters are used in every forward pass, as the ranks must do the same.
+
+    Args:
+        clusters: the clusters.
+        sizes: tokens of each.
+        place: (V,) int64, where each token stands in the line of all clusters.
+    """
+
+    def __init__(self, clusters: Sequence[Cluster], sizes: Sequence[int], place: Tensor) -> None:
+        super().__init__()
+        self.clusters = nn.ModuleList(clusters)
+        self.bounds = [*pairwise(accumulate(sizes, initial=0))]
+        self.register_buffer("place", place)
+        self.place: Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return (..., D) for (...) ids."""
+        places, found = self.place[ids], None
+        for cluster, (first, last) in zip(self.clusters, self.bounds, strict=True):
+            inside = (places >= first) & (places < last)
+            part = cluster(places[inside] - first, as_output=False)
+            found = part.new_zeros(*ids.shape, part.shape[-1]) if found is None else found
+            found = found.masked_scatter(inside[..., None], part)
+        assert found is not None
+        return found
+
+
+class ClusteredOutput(nn.Module):
+    """Logits by a clustered embedding, which it does not own.
+
+    Args:
+        table: the embedding.
+    """
+
+    def __init__(self, table: ClusteredEmbedding) -> None:
+        super().__init__()
+        self.__dict__["table"] = table  # no submodule: its parameters are the embedding's
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., V) for (..., D)."""
+        table: ClusteredEmbedding = self.__dict__["table"]
+        parts = [cluster(x, as_output=True) for cluster in table.clusters]
+        return torch.cat(parts, -1)[..., table.place]
+
+
+def put_clusters(model: nn.Module, names: Sequence[str], clusters: Sequence[Cluster], tokens: Sequence[Tensor]) -> None:
+    """Replace a model's embedding, and the output that is tied to it.
+
+    Args:
+        model: the model, changed in place.
+        names: of the embedding, and of the output if it is tied.
+        clusters: the clusters.
+        tokens: the tokens of each.
+    """
+    line = torch.cat(list(tokens))
+    place = torch.empty_like(line)
+    place[line] = torch.arange(len(line), device=line.device)
+    table = ClusteredEmbedding(clusters, [len(each) for each in tokens], place)
+    for name, module in zip(names, (table, ClusteredOutput(table)), strict=False):
+        parent, _, child = name.rpartition(".")
+        training = model.get_submodule(name).training
+        setattr(model.get_submodule(parent), child, module.train(training))
+
+
+def tied_output(model: nn.Module) -> str:
+    """Return the name of the output that a clustered embedding is tied to, "" where there is none."""
+    return next((name for name, module in model.named_modules() if isinstance(module, ClusteredOutput)), "")
+
+
+def cluster_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
+    """List the components of a model's clusters, one group a cluster."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Cluster)]
+    return tuple(_group(model, name) for name in names)
+
+
+def _group(model: nn.Module, name: str) -> UnitGroup:
+    module = model.get_submodule(name)
+    (components, width), (tokens, _) = full_shape(module.down), full_shape(module.up)
+    return UnitGroup(
+        name=name,
+        layer=0,
+        num_units=components,
+        members=(
+            Member(name=f"{name}.down", shape=(components, width), dim=0, role="in"),
+            Member(name=f"{name}.up", shape=(tokens, components), dim=1, role="out"),
+        ),
+        output=name,
+        kind="component",
+        cost=width + tokens,
+        dense_cost=width * tokens,
+    )
