@@ -13,6 +13,9 @@ from torch.nn.functional import embedding, linear
 from scale_prune.core.groups import Member, UnitGroup
 from scale_prune.factorized import full_shape
 
+CLUSTERS = ".clusters."
+"""Part of the name of every cluster's group."""
+
 
 class Cluster(nn.Module):
     """The embeddings of some tokens: up @ diag(gates) @ down.
@@ -130,3 +133,23 @@ def _group(model: nn.Module, name: str) -> UnitGroup:
         cost=width + tokens,
         dense_cost=width * tokens,
     )
+
+
+def cluster_sizes(groups: Sequence[UnitGroup], widths: Sequence[int]) -> list[dict[str, int]]:
+    """Return for each cluster of a clustered embedding, frequent tokens first, its size before and after.
+
+    Args:
+        groups: a model's groups, before they are compacted.
+        widths: components that remain in each.
+    """
+    return [
+        {
+            "tokens": group.members[1].shape[0],
+            "dense_parameters": group.dense_cost,
+            "components_before": group.num_units,
+            "components_after": width,
+            "parameters_after": width * group.cost,
+        }
+        for group, width in zip(groups, widths, strict=True)
+        if CLUSTERS in group.name
+    ]

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import saves
-
-CLUSTERS = ".clusters."
+from scale_prune.embedding import CLUSTERS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}{_by_gates(remaining)}. "
         f"Layout {report['layout']}, widths {report['widths']}.",
         "",
+        *_clusters(report["embedding"]),
         "| seconds | |",
         "|---|---|",
         *(f"| {part} | {seconds:.1f} |" for part, seconds in report["seconds"].items()),
@@ -86,6 +87,15 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _clusters(clusters: Sequence[Mapping[str, int]]) -> list[str]:
+    """Return a table of the clusters of a factorised embedding, nothing where there are none."""
+    if not clusters:
+        return []
+    names = list(clusters[0])
+    rows = [f"| {' | '.join(f'{cluster[name]:,}' for name in names)} |" for cluster in clusters]
+    return [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---:|' * len(names)}", *rows, ""]
 
 
 def _by_gates(remaining: Mapping[str, float | None]) -> str:

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.distillation import Teacher
+from scale_prune.embedding import cluster_sizes
 from scale_prune.inputs import SELF, Inputs
 from scale_prune.model_writer import ModelWriter
 from scale_prune.monitor import Monitor
@@ -354,6 +355,7 @@ class Run:
             "perplexity": {"recovered": None, **self.quality.perplexities},
             "metrics": self.quality.metrics,
             "seconds": {"total": time.monotonic() - self.started, **self.seconds, **pruner.seconds},
+            "embedding": cluster_sizes(pruner.groups, pruner.widths),
             "step_seconds": tenths(self.step_seconds),
             "resumed_at": self.resumed_at,
             "distillation": self._teachers_cost(),

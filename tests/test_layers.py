@@ -17,8 +17,9 @@ LAYERS = (
     {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
-    {"factorized", "export_factors"},
+    {"factorized"},
     {"embedding"},
+    {"export_factors"},
     {"shard_backend", "activations", "data", "export", "estimate", "comparison", "gates"},
     {"gating", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed

@@ -16,7 +16,8 @@ def report(exported: float) -> dict[str, Any]:
         "criterion": "gum",
         "layout": "pad",
         "remaining": {"target": 0.5, "measured": 0.497, "gates": 0.46},
-        "unit": "neuron",
+        "unit": "component",
+        "embedding": [{"tokens": 30, "components_after": 7}, {"tokens": 3000, "components_after": 5}],
         "step_seconds": [2.0, 1.5],
         "widths": [7, 5],
         "parameters": {"dense": 2000, "pruned": 1000, "stored": 1100},
@@ -50,6 +51,9 @@ def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
     assert "| validation perplexity | 20.000 | 25.000 | 1.250 |" in text
     assert "| seed | 0 |" in text
     assert "dataset" not in text
+    assert "49.7% of the factorised weights' parameters" in text
+    assert "| tokens | components after |" in text
+    assert "| 3,000 | 5 |" in text
     assert "measured 49.70% (by gates 46.00%)" in text
     assert "by tenths of the run: 2.00, 1.50." in text
 

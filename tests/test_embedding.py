@@ -1,0 +1,91 @@
+"""The token table in clusters of tokens of like frequency."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, logits, tiny_model, tokens
+from torch import nn
+
+from scale_prune.config import PruningConfig
+from scale_prune.core.frequency import frequency_clusters, zipf_counts
+from scale_prune.core.low_rank import svd_factors
+from scale_prune.embedding import Cluster, cluster_groups, cluster_sizes, put_clusters
+from scale_prune.units import embedding_names, sketch_units
+
+COUNTS = torch.tensor([5, 0, 9, 1, 1, 30, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("num_clusters", "expected"),
+    [
+        (1, [[5, 2, 0, 6, 3, 4, 1, 7]]),
+        (2, [[5], [2, 0, 6, 3, 4, 1, 7]]),
+        (3, [[5], [2], [0, 6, 3, 4, 1, 7]]),
+        (20, [[5], [2], [0], [6], [3, 4, 1, 7]]),
+    ],
+)
+def test_clusters_hold_like_shares_of_the_text_frequent_tokens_first(
+    num_clusters: int, expected: list[list[int]]
+) -> None:
+    assert [each.tolist() for each in frequency_clusters(COUNTS, num_clusters)] == expected
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 5, 50])
+@pytest.mark.parametrize("counts", [COUNTS, zipf_counts(101), torch.zeros(7, dtype=torch.int64)])
+def test_every_token_is_in_one_cluster(counts: torch.Tensor, num_clusters: int) -> None:
+    clusters = frequency_clusters(counts, num_clusters)
+    assert 1 <= len(clusters) <= num_clusters
+    assert torch.cat(clusters).sort().values.tolist() == list(range(len(counts)))
+    assert all(len(each) for each in clusters)
+
+
+def clustered(model: Any, counts: torch.Tensor) -> Any:
+    """Put a model's table into clusters of full rank."""
+    table, found = model.get_input_embeddings().weight.detach(), frequency_clusters(counts, 3)
+    factors = [svd_factors(table[each], min(len(each), table.shape[1])) for each in found]
+    clusters = [Cluster(nn.Parameter(down), nn.Parameter(up)) for down, up in factors]
+    put_clusters(model, embedding_names(model), clusters, found)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "gptj", "llama", "gpt_neox", "opt"])
+def test_clusters_of_full_rank_change_nothing(model_type: str) -> None:
+    counts = torch.bincount(tokens(7, 11).flatten(), minlength=VOCABULARY)
+    expected = logits(tiny_model(model_type), tokens())
+    model = clustered(tiny_model(model_type), counts)
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=1e-4, atol=1e-4)
+    groups = cluster_groups(model)
+    assert sum(group.members[1].shape[0] for group in groups) == VOCABULARY
+    sizes = cluster_sizes(groups, [1] * len(groups))
+    assert [size["parameters_after"] for size in sizes] == [group.cost for group in groups]
+
+
+def test_a_cluster_without_a_token_in_the_batch_takes_part_all_the_same() -> None:
+    model = clustered(tiny_model("gpt_neo"), zipf_counts(VOCABULARY))
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    model(ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_tying_that_a_model_does_not_have_is_refused() -> None:
+    asked = PruningConfig(criterion="flop", targets="embedding", tie_embeddings=True)
+    with pytest.raises(ValueError, match=r"--tie_embeddings: the output .* not tied to its embedding transformer\.wte"):
+        sketch_units(tiny_model("gptj"), asked)
+    assert sketch_units(tiny_model("gpt_neo"), asked)
+
+
+def test_a_rank_above_the_full_one_is_refused_with_its_weight() -> None:
+    asked = PruningConfig(criterion="flop", initial_rank=12)
+    with pytest.raises(
+        ValueError, match=r"--initial_rank 12 .* full rank 11 of transformer\.h\.0\.mlp\.c_fc \(17 x 11\)"
+    ):
+        sketch_units(tiny_model("gpt2"), asked)
+
+
+def test_what_is_factorised_already_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("gpt_neo")
+    model.config.factorized = {"transformer.h.0.mlp.c_fc": 3}
+    with pytest.raises(ValueError, match=r"1 weights .* factorised already, transformer\.h\.0\.mlp\.c_fc"):
+        sketch_units(model, PruningConfig())
