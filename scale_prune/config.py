@@ -40,7 +40,8 @@ POSITIVE = Range(0, ends="()")
 BLOCKS = Range(1, 1_000_000, "[]")
 EMBEDDING = "embedding"
 TARGETS = ("mlp", "attention", EMBEDDING)
-TASKS = ("lm", "text_to_sql", "summarization", "data_to_text")
+CLASSIFICATION = "classification"
+TASKS = ("lm", "text_to_sql", "summarization", "data_to_text", CLASSIFICATION)
 
 
 def setting(
@@ -136,7 +137,8 @@ class TaskConfig(Settings):
     task: str = setting(
         "lm",
         "lm: running text; text_to_sql, summarization, data_to_text: a prompt and its completion on each row, of which "
-        "the completion is learnt, generated and compared with the row's own",
+        "the completion is learnt, generated and compared with the row's own; classification: a text and its label, "
+        "for encoders such as BERT",
         choices=TASKS,
     )
     prompt_template: str | None = setting(
@@ -147,13 +149,21 @@ class TaskConfig(Settings):
     completion_template: str | None = setting(
         None, "what follows the prompt, before the end-of-text token", otherwise="the task's own (see README)"
     )
+    label_column: str | None = setting(
+        None,
+        "column with the label of a text: texts or whole numbers are classes, other numbers are predicted",
+        otherwise="label for classification",
+    )
     long_examples: str = setting(
         "refuse",
         "what becomes of examples with more tokens than block_size: refuse ends the run, drop leaves them out",
         choices=("refuse", "drop"),
     )
-    eval_examples: int = setting(
-        200, "validation prompts that are completed for the metrics, from the first on, 0 takes all", Range(0)
+    eval_examples: int | None = setting(
+        None,
+        "validation examples that the metrics are taken from, from the first on, 0 takes all",
+        Range(0),
+        otherwise="200 where text is generated, else all",
     )
     max_new_tokens: int = setting(64, "tokens generated at most for one prompt", Range(1))
     num_beams: int = setting(1, "beams of the search for a completion, 1 is greedy", Range(1))
@@ -166,6 +176,10 @@ class TaskConfig(Settings):
         for name in ("prompt_template", "completion_template"):
             if self.task == "lm" and getattr(self, name) is not None:
                 raise ValueError(f"--{name} belongs to a task with prompts, --task lm reads running text")
+        if self.task == CLASSIFICATION and self.completion_template is not None:
+            raise ValueError("--completion_template belongs to a task with completions, not to --task classification")
+        if self.task != CLASSIFICATION and self.label_column is not None:
+            raise ValueError(f"--label_column belongs to --task classification, not to {self.task}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,26 +27,22 @@ class Teacher:
     Args:
         path: Hugging Face folder or hub name.
         ds_config: the run's, without "auto" values.
-        temperature: T, above 0.
         trust_remote_code: run code that comes with the model.
     """
 
-    def __init__(
-        self, path: str, ds_config: dict[str, Any], *, temperature: float, trust_remote_code: bool = False
-    ) -> None:
-        self.temperature = temperature
+    def __init__(self, path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         model = load_model(path, ds_config, trust_remote_code=trust_remote_code)
         self.num_parameters = num_parameters(model)
         self.engine = inference_engine(model, ds_config)
         self.engine.eval()
 
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the (B, T, V) logits for a model's arguments. A collective.
+    def logits(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Return the logits for a model's arguments. A collective.
 
         What is gathered in advance for the next pass stays: emptying that every time costs as much as two more passes.
         """
-        logits: Tensor = self.engine(**inputs, use_cache=False).logits
+        logits: Tensor = self.engine(**arguments).logits
         return logits
 
     def let_go(self) -> None:
@@ -54,10 +50,6 @@ class Teacher:
         self.engine.empty_partition_cache()
         release(self.engine)
         del self.engine
-
-    def divergence(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """Return T^2 * KL(teacher || student), a mean over the predicted tokens; see `token_divergence`."""
-        return token_divergence(student_logits, teacher_logits, labels, self.temperature)
 
 
 def token_divergence(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from scale_prune import embedded
 from scale_prune.cli import Mistakes, parse
-from scale_prune.config import PruningConfig
+from scale_prune.config import CLASSIFICATION, PruningConfig
 from scale_prune.core.groups import remaining_fraction
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import budget
@@ -30,7 +30,9 @@ from scale_prune.job import Job
 from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
 from scale_prune.resume import check_same, glance, with_batch_of
+from scale_prune.tasks import classification
 from scale_prune.tasks.examples import prepare
+from scale_prune.tasks.labels import of_rows
 from scale_prune.tasks.writing import check_positions, questions_of
 from scale_prune.units import sketch_units
 
@@ -99,6 +101,8 @@ def _check_lengths(reading: Reading) -> None:
     for split, text in reading.texts.items():
         if reading.config.task.task == "lm":
             check_length(reading.config.data, split, text, reading.tokenizer)
+        elif reading.config.task.task == CLASSIFICATION:
+            classification.prepare(reading.config, text, reading.tokenizer, of_rows(reading.texts.get("train", text)))
         else:
             examples = prepare(reading.config, split, reading.tokenizer)
             if split == "validation" and reading.model_config is not None:

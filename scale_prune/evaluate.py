@@ -25,7 +25,7 @@ from scale_prune.zero3.runtime import inference_engine, load_model, precision, r
 
 SETTINGS = (
     *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "eval_tokens"),
-    *("task", "prompt_template", "completion_template", "long_examples"),
+    *("task", "prompt_template", "completion_template", "label_column", "long_examples"),
     *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
     *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
 )
@@ -80,7 +80,12 @@ def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None
 def _measured(inputs: Inputs, runtime: Runtime) -> dict[str, float | None]:
     training = inputs.config.training
     task = make_task(inputs, runtime, ("validation",))
-    model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
+    model = load_model(
+        str(training.model),
+        inputs.ds_config,
+        trust_remote_code=training.trust_remote_code,
+        config=task.model_config,
+    )
     engine = inference_engine(model, inputs.ds_config)
     found = task.measure(engine, thorough=True)
     release(engine)

@@ -4,16 +4,15 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from scale_prune.core.compaction import pad_units
 from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export_factors import Plan, plan_for, stored_factors
-from scale_prune.families import family_of
+from scale_prune.families import auto_model, classifies, family_of, stock_class
 from scale_prune.files import write_tensors
 from scale_prune.folders import complete_or_absent
 
@@ -60,11 +59,11 @@ def check_layout(layout: str, config: PretrainedConfig) -> None:
         config: the model's config.
 
     Raises:
-        ValueError: the layout is per_layer and transformers itself has no causal language model for this config, so
+        ValueError: the layout is per_layer and transformers itself has no model class for this config, so
             that there is no class for the modelling file to build on; or the model belongs to no registered family.
     """
     family_of(config)
-    if layout == "per_layer" and _stock_class(config) is None:
+    if layout == "per_layer" and stock_class(config) is None:
         raise ValueError(
             f"layout 'per_layer' needs a model class of transformers, which has none for {type(config).__name__}; "
             f"ask for layout 'pad' or 'uniform'"
@@ -101,7 +100,7 @@ def write_model(
     tied_output: str = "",
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a compacted model for `AutoModelForCausalLM.from_pretrained`.
+    """Write a compacted model for `from_pretrained` of the class by which its family is loaded.
 
     Every rank calls it, since making the tensors is a collective; one writes. No more than one shard is in memory at
     a time. Other ranks may return before the folder is there.
@@ -164,7 +163,7 @@ def _config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGrou
     config = copy.deepcopy(config)
     _forget_per_layer(config)
     setattr(config, family_of(config).width_key, max(widths.values()))
-    stock = _stock_class(config)
+    stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
     if layout == "per_layer":
@@ -185,14 +184,14 @@ def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
     config.per_layer_config = {layer: {key: width} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
-    _tell_code(config, MODELING_FILE, f"PerLayer{_stock_class(config).__name__}")
+    _tell_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
 
 
 def _factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     """Return a copy of the config that tells what stays factorised."""
     check_layout(layout, config)
     config = copy.deepcopy(config)
-    stock = _stock_class(config)
+    stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
     if told := plan.settings():
@@ -205,7 +204,7 @@ def _factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> Pre
 
 def _tell_code(config: PretrainedConfig, file: Path, name: str) -> None:
     config.architectures = [name]
-    config.auto_map = {"AutoModelForCausalLM": f"{file.stem}.{name}"}
+    config.auto_map = {auto_model(config).__name__: f"{file.stem}.{name}"}
 
 
 def _code_of(config: PretrainedConfig) -> Path | None:
@@ -214,16 +213,13 @@ def _code_of(config: PretrainedConfig) -> Path | None:
     return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in told), None)
 
 
-def _stock_class(config: PretrainedConfig) -> Any:
-    """Return the causal language model of transformers for this config, None if it has none."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-
-
 def _modeling_source(file: Path, config: PretrainedConfig) -> str:
     """Return a modelling file of ours, which is GPT-Neo's, with the names of another family."""
     family = family_of(config)
     names = {
-        "GPTNeoForCausalLM": _stock_class(config).__name__,
+        "AutoModelForCausalLM": auto_model(config).__name__,
+        "A causal language model": "A classifier" if classifies(config) else "A causal language model",
+        "GPTNeoForCausalLM": stock_class(config).__name__,
         "GPTNeoConfig": type(config).__name__,
         "transformer.h": family.layers,
         "intermediate_size": family.width_key,

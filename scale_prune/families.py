@@ -8,16 +8,24 @@ To prune another architecture, describe it and register the description:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from scale_prune.core.groups import Member, Role, UnitGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The names by which causal language models of one kind store their MLPs.
+    """The names by which models of one kind store their MLPs.
 
     Attributes:
         model_types: the `model_type` of the configs that the description fits.
@@ -29,6 +37,8 @@ class Family:
         transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
         checkpoint_names: pairs of a name in the state dict and the one in files, where transformers tells them apart.
         attention: names of the linear projections of attention within a layer.
+        classifies: True for encoders, which classify texts; False for causal language models.
+        spare_positions: rows of the table of positions that are never used, counted from `pad_token_id` on.
     """
 
     model_types: tuple[str, ...]
@@ -40,6 +50,8 @@ class Family:
     transposed: bool = False
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     attention: tuple[str, ...] = ()
+    classifies: bool = False
+    spare_positions: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
@@ -127,6 +139,22 @@ register(
 )
 
 
+for encoder in ("bert", "electra", "roberta"):
+    register(
+        Family(
+            model_types=(encoder,),
+            layers=f"{encoder}.encoder.layer",
+            mlp="",
+            inputs=("intermediate.dense",),
+            output="output.dense",
+            width_key="intermediate_size",
+            attention=(*(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense"),
+            classifies=True,
+            spare_positions=encoder == "roberta",
+        )
+    )
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """Return the family that a model's config belongs to.
 
@@ -142,6 +170,30 @@ def family_of(config: PretrainedConfig) -> Family:
             f"describe another in a few lines with scale_prune.families.register(Family(...))"
         )
     return FAMILIES[config.model_type]
+
+
+def classifies(config: PretrainedConfig) -> bool:
+    """Tell whether a config is that of an encoder, which classifies; False for families that are not known."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].classifies
+
+
+def auto_model(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads models of a config."""
+    return AutoModelForSequenceClassification if classifies(config) else AutoModelForCausalLM
+
+
+def stock_class(config: PretrainedConfig) -> Any:
+    """Return the model class of transformers for a config, None if it has none."""
+    heads = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if classifies(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return heads.get(type(config), None)
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model can read at once, None where its config does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or config.model_type not in FAMILIES or not FAMILIES[config.model_type].spare_positions:
+        return positions
+    return int(positions - (config.pad_token_id + 1))
 
 
 def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
@@ -181,7 +233,7 @@ def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 
 
 def unit_groups(model: PreTrainedModel) -> tuple[UnitGroup, ...]:
-    """List the MLP neurons of a causal language model, one group for each layer.
+    """List the MLP neurons of a model, one group for each layer.
 
     Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
 

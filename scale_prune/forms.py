@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
-from scale_prune.config import TaskConfig
+from scale_prune.config import CLASSIFICATION, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +14,18 @@ class Form:
 
     Attributes:
         prompt: template of the prompt; ends where the completion begins.
-        completion: template of the completion; begins with a blank, as tokenizers want it before a word.
+        completion: template of the completion; begins with a blank, as tokenizers want it before a word. None where
+            there is a label instead.
         metrics: names of functions in `scale_prune.tasks.metrics`.
+        label: column of the label.
+        examples: how many the metrics are taken from, 0 for all.
     """
 
     prompt: str
-    completion: str
-    metrics: tuple[str, ...]
+    completion: str | None = None
+    metrics: tuple[str, ...] = ()
+    label: str | None = None
+    examples: int = 200
 
 
 FORMS: dict[str, Form] = {
@@ -31,6 +36,7 @@ FORMS: dict[str, Form] = {
     ),
     "summarization": Form(prompt="{dialogue}\nsummary:", completion=" {summary}", metrics=("rouge",)),
     "data_to_text": Form(prompt="{mr}\ntext:", completion=" {ref}", metrics=("bleu", "rouge", "chrf")),
+    CLASSIFICATION: Form(prompt="{text}", label="label", examples=0),
 }
 
 
@@ -75,7 +81,7 @@ def as_text(value: Any) -> str:
 
 
 def with_templates(spec: TaskConfig) -> TaskConfig:
-    """Fill in the task's own templates where none are given.
+    """Fill in what is the task's own where nothing else is given.
 
     Raises:
         ValueError: a template is not one.
@@ -87,24 +93,26 @@ def with_templates(spec: TaskConfig) -> TaskConfig:
         spec,
         prompt_template=spec.prompt_template or form.prompt,
         completion_template=spec.completion_template or form.completion,
+        label_column=spec.label_column or form.label,
+        eval_examples=form.examples if spec.eval_examples is None else spec.eval_examples,
     )
     templates_of(filled)
     return filled
 
 
-def templates_of(spec: TaskConfig) -> tuple[Template, Template]:
-    """Return the templates of prompt and completion, which are filled in."""
-    assert spec.prompt_template is not None
-    assert spec.completion_template is not None
-    return (
-        Template(spec.prompt_template, "prompt_template"),
-        Template(spec.completion_template, "completion_template"),
-    )
+def templates_of(spec: TaskConfig) -> tuple[Template, ...]:
+    """Return the templates of prompt and, where there is one, completion; they are filled in."""
+    named = ("prompt_template", "completion_template")
+    return tuple(Template(text, name) for name in named if (text := getattr(spec, name)) is not None)
 
 
 def columns_of(spec: TaskConfig) -> tuple[str, ...]:
     """Return the columns that a task reads, none where it reads running text."""
     if spec.task not in FORMS:
         return ()
-    prompt, completion = templates_of(spec)
-    return tuple(dict.fromkeys((*prompt.columns, *completion.columns)))
+    return tuple(dict.fromkeys(column for template in templates_of(spec) for column in template.columns))
+
+
+def label_of(spec: TaskConfig) -> str | None:
+    """Return the column of the label, None where there is none."""
+    return spec.label_column

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from scale_prune.config import Config
+from scale_prune.config import CLASSIFICATION, TASKS, Config
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
-from scale_prune.forms import FORMS, columns_of, with_templates
+from scale_prune.families import auto_model, classifies, positions_of
+from scale_prune.forms import FORMS, columns_of, label_of, with_templates
 from scale_prune.pruner import check_min_kept
 from scale_prune.rows import SPLITS, Split, Text, load_text
 from scale_prune.units import sketch_units
@@ -116,6 +117,19 @@ def _read_model_config(reading: Reading) -> None:
         reading.model_config = _read("model", training.model, AutoConfig, training.trust_remote_code)
 
 
+def _check_task(reading: Reading) -> None:
+    """Refuse a task that a model of this kind is not made for."""
+    if reading.model_config is None:
+        return
+    task, encoder = reading.config.task.task, classifies(reading.model_config)
+    if encoder != (task == CLASSIFICATION):
+        can = f"--task {CLASSIFICATION}" if encoder else f"one of {', '.join(t for t in TASKS if t != CLASSIFICATION)}"
+        raise ValueError(
+            f"--task {task} does not go with --model {reading.config.training.model}, of model type "
+            f"{reading.model_config.model_type}; give {can}"
+        )
+
+
 def _read_tokenizer(reading: Reading) -> None:
     training = reading.config.training
     if training.model is not None:
@@ -170,7 +184,9 @@ def _check_weights(reading: Reading) -> None:
 
 
 def _check_block(reading: Reading) -> None:
-    positions = getattr(reading.model_config, "max_position_embeddings", None)
+    if reading.model_config is None:
+        return
+    positions = positions_of(reading.model_config)
     if positions is not None and reading.config.data.block_size > positions:
         raise ValueError(
             f"--block_size {reading.config.data.block_size} is more than the {positions} positions of "
@@ -194,12 +210,13 @@ def _read_text(reading: Reading, split: Split) -> None:
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
         data = replace(data, dataset=None, dataset_config=None, train_file=None)
-    reading.texts[split] = load_text(data, split, columns_of(reading.config.task))
+    reading.texts[split] = load_text(data, split, columns_of(reading.config.task), label_of(reading.config.task))
 
 
 CHECKS: tuple[Callable[[Reading], None], ...] = (
     _fill_in,
     _read_model_config,
+    _check_task,
     _read_tokenizer,
     _check_teacher,
     _check_layout,
@@ -258,7 +275,7 @@ def _groups_of(model_config: PretrainedConfig, config: Config) -> tuple[UnitGrou
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=training.trust_remote_code)
+            model = auto_model(model_config).from_config(model_config, trust_remote_code=training.trust_remote_code)
     except Exception as error:  # whatever an architecture raises at values it cannot be built with
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise ValueError(f"--model {training.model}: no model can be built from its config: {reason}") from error

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.embedding import tied_output
 from scale_prune.export import write_model
+from scale_prune.families import auto_model
 from scale_prune.inputs import Inputs
 from scale_prune.report import model_card
 from scale_prune.zero3 import Runtime, Zero3Backend
@@ -45,7 +46,12 @@ class ModelWriter:
                 groups=groups,
                 layout=layout,
                 tokenizer=self.inputs.tokenizer,
-                card=model_card(config.flat(), groups=groups, layout=layout),
+                card=model_card(
+                    config.flat(),
+                    groups=groups,
+                    layout=layout,
+                    loader=auto_model(self.inputs.model_config).__name__,
+                ),
                 is_writer=self.runtime.is_main,
                 generation_config=self.generation_config,
                 tied_output=tied_output(backend.module),

@@ -46,7 +46,7 @@ class Quality:
         """
         before = self.stages.get("recovered") or self.stages["compacted"]
         expected, found = before.checked, self.stages["exported"].checked
-        if not math.isclose(expected, found, rel_tol=1e-3):
+        if not math.isclose(expected, found, rel_tol=1e-3, abs_tol=1e-5):
             name = "loss" if self.stages["exported"].perplexity is None else "perplexity"
             raise RuntimeError(f"the model in {folder} has {name} {found}, the one it was written from {expected}")
 

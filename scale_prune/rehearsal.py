@@ -13,7 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from scale_prune.families import auto_model, classifies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def rehearse(
     """
     live = _LiveBytes()
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
         prepare(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -68,7 +70,8 @@ def rehearse(
         live.leave_out([*model.parameters(), *model.buffers()])
         input_ids = torch.zeros(batch, block, dtype=torch.int64)
         with live:
-            model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+            labels = input_ids[:, 0] if classifies(model_config) else input_ids
+            model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
     return Rehearsal(
         numels=tuple(parameter.numel() for parameter in model.parameters()),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),

@@ -118,7 +118,9 @@ def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mappi
     ]
 
 
-def model_card(settings: Mapping[str, Any], *, groups: Sequence[UnitGroup], layout: str) -> str:
+def model_card(
+    settings: Mapping[str, Any], *, groups: Sequence[UnitGroup], layout: str, loader: str = "AutoModelForCausalLM"
+) -> str:
     """Say in the exported folder's README how the model was made and how it is loaded."""
     code = ", trust_remote_code=True" if layout == "per_layer" else ""
     lines = [
@@ -133,9 +135,9 @@ def model_card(settings: Mapping[str, Any], *, groups: Sequence[UnitGroup], layo
         f"ZeRO-3. What is left: {', '.join(str(group.num_units) for group in groups)}.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {loader}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})',
+        f'model = {loader}.from_pretrained("PATH"{code})',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         "```",
         "",

@@ -45,15 +45,17 @@ class Text:
         rows: a `datasets.Dataset`.
         columns: the columns of `rows` that are wanted.
         lines: the rows are lines that keep their newline, not documents.
+        label: the column of the label, if there is one.
     """
 
     name: str
     rows: datasets.Dataset
     columns: tuple[str, ...]
     lines: bool = False
+    label: str | None = None
 
 
-def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = ()) -> Text:
+def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = (), label: str | None = None) -> Text:
     """Open the rows of one split.
 
     `spec.train_file` and `spec.validation_file` take the place of the splits of `spec.dataset`. Where nothing gives a
@@ -64,21 +66,22 @@ def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = ()) -> 
         split: the part that is wanted.
         columns: the columns of an example, which hold texts, numbers or lists of texts; none for running text, which is
             in the one column `spec.text_column`.
+        label: one more column, which holds texts or numbers.
 
     Raises:
         ValueError: nothing gives this split; a data set that is missing, unreadable or empty, that lacks a column or
             has one that holds something else; one row, where some are to be held out.
     """
-    splits = _open_dataset(spec, columns) if spec.dataset else {}
+    splits = _open_dataset(spec, columns, label) if spec.dataset else {}
     for name, file in (("train", spec.train_file), ("validation", spec.validation_file)):
         if file:
-            splits[name] = _open_file(Path(file).expanduser(), columns, spec.text_column)
+            splits[name] = _open_file(Path(file).expanduser(), columns or spec.text_column, label)
     if "train" in splits and "validation" not in splits:
         splits = _hold_out(splits["train"])
     if split not in splits:
         found = f"{spec.dataset} has only {', '.join(splits)}" if splits else "no data set is given"
         raise ValueError(f"no {split} text: {found}; give --dataset or --{split}_file")
-    return _checked(splits[split], STRINGS if not columns else READABLE)
+    return _checked(replace(splits[split], label=label), STRINGS if not columns else READABLE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +128,14 @@ def tokenised(text: Text, encode: Callable[..., dict[str, list[list[int]]]], nam
     }
 
 
-def _open_dataset(spec: DataConfig, columns: tuple[str, ...]) -> dict[str, Text]:
+def _open_dataset(spec: DataConfig, columns: tuple[str, ...], label: str | None) -> dict[str, Text]:
     """Open what `spec.dataset` names, by split: a local file or folder, else a data set of the hub."""
     name, path = str(spec.dataset), Path(str(spec.dataset)).expanduser()
     if path.is_dir():
         with _one_message(name):
             found = datasets.load_from_disk(path)
     elif path.exists() or name.startswith(("/", ".", "~")) or _suffix(path) in READERS:
-        return {"train": _open_file(path, columns, spec.text_column)}
+        return {"train": _open_file(path, columns or spec.text_column, label)}
     else:
         with _one_message(name):
             found = datasets.load_dataset(name, spec.dataset_config)
@@ -141,7 +144,7 @@ def _open_dataset(spec: DataConfig, columns: tuple[str, ...]) -> dict[str, Text]
     return {key: Text(name=f"{name} ({key})", rows=rows, columns=wanted) for key, rows in splits.items()}
 
 
-def _open_file(path: Path, columns: tuple[str, ...], text_column: str) -> Text:
+def _open_file(path: Path, columns: tuple[str, ...] | str, label: str | None) -> Text:
     if not path.is_file():
         raise ValueError(f"data set {path} is missing: there is no such file")
     if _suffix(path) not in READERS:
@@ -149,13 +152,13 @@ def _open_file(path: Path, columns: tuple[str, ...], text_column: str) -> Text:
         raise ValueError(f"data set {path} is of no known format; a file ends in one of {known}, each also with .gz")
     reader = READERS[_suffix(path)]
     # The reader of lines names its only column itself.
-    wanted = columns or ("text" if reader == "text" else text_column,)
+    wanted = columns if isinstance(columns, tuple) else ("text" if reader == "text" else columns,)
     with _one_message(str(path)):
-        rows = _read(path, reader, wanted)
+        rows = _read(path, reader, wanted, label)
     return Text(name=str(path), rows=rows, columns=wanted, lines=reader == "text")
 
 
-def _read(path: Path, reader: str, columns: Sequence[str]) -> datasets.Dataset:
+def _read(path: Path, reader: str, columns: Sequence[str], label: str | None) -> datasets.Dataset:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as file:
         if not file.read(1):
@@ -165,9 +168,10 @@ def _read(path: Path, reader: str, columns: Sequence[str]) -> datasets.Dataset:
             # The one pair that load_dataset does not unpack.
             return datasets.Dataset(datasets.table.InMemoryTable(read_table(file)))
         options: dict[str, Any] = {"keep_linebreaks": True} if reader == "text" else {}
-        if reader == "csv" and {*columns} <= {*next(csv.reader(TextIOWrapper(file, encoding="utf-8", newline="")))}:
+        wanted = [*columns, *([label] if label else [])]
+        if reader == "csv" and {*wanted} <= {*next(csv.reader(TextIOWrapper(file, encoding="utf-8", newline="")))}:
             # Otherwise the text "2020" becomes a number and the text "NA" nothing.
-            options = {"usecols": columns, "converters": dict.fromkeys(columns, str), "keep_default_na": False}
+            options = {"usecols": wanted, "converters": dict.fromkeys(columns, str), "keep_default_na": False}
     return datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **options)
 
 
@@ -204,11 +208,13 @@ def _hold_out(text: Text) -> dict[str, Text]:
 def _checked(text: Text, kinds: tuple[str, ...]) -> Text:
     """Return `text` if it has rows, and its columns hold what they should."""
     there = text.rows.features
-    for column in text.columns:
+    wanted = {**dict.fromkeys(text.columns, kinds), **({text.label: (*STRINGS, *NUMBERS)} if text.label else {})}
+    for column, allowed in wanted.items():
         if column not in there:
             raise ValueError(f"data set {text.name} has no column {column!r}, its columns are {', '.join(there)}")
-        if (kind := _kind(there[column])) not in kinds:
-            raise ValueError(f"column {column!r} of data set {text.name} holds {kind}, not text (string)")
+        if (kind := _kind(there[column])) not in allowed:
+            what = "a label (string or number)" if column == text.label else "text (string)"
+            raise ValueError(f"column {column!r} of data set {text.name} holds {kind}, not {what}")
     if len(text.rows) == 0:
         raise ValueError(f"data set {text.name} is empty")
     return text

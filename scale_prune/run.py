@@ -58,7 +58,12 @@ class Run:
         self.resumed_at: list[int] = []
         training = self.config.training
         set_seed(training.seed)
-        model = load_model(str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code)
+        model = load_model(
+            str(training.model),
+            inputs.ds_config,
+            trust_remote_code=training.trust_remote_code,
+            config=task.model_config,
+        )
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.writer = ModelWriter(inputs, getattr(model, "generation_config", None), runtime)
@@ -122,7 +127,6 @@ class Run:
         return Teacher(
             str(training.model if wanted == SELF else wanted),
             self.inputs.ds_config,
-            temperature=self.config.distillation.distill_temperature,
             trust_remote_code=training.trust_remote_code,
         )
 
@@ -224,7 +228,7 @@ class Run:
         if self.teacher is None:
             return None
         with self.seconds.measure("teacher"):
-            return self.teacher.logits({name: each for name, each in inputs.items() if name != "labels"})
+            return self.teacher.logits({**inputs, **self.task.options, "labels": None})
 
     def _loss(self, inputs: dict[str, torch.Tensor], taught: torch.Tensor | None) -> torch.Tensor:
         """Return the loss of a micro batch: of the labels, and where there is a teacher, of its logits too."""
@@ -233,7 +237,8 @@ class Run:
         if self.teacher is None or taught is None:
             return loss
         alpha = self.config.distillation.distill_alpha
-        return (1 - alpha) * loss + alpha * self.teacher.divergence(output.logits, taught, inputs["labels"])
+        temperature = self.config.distillation.distill_temperature
+        return (1 - alpha) * loss + alpha * self.task.divergence(output.logits, taught, inputs["labels"], temperature)
 
     def _checked_loss(self, own: float, step: int) -> float:
         """Return the ranks' mean loss; stop before a loss or gradient that is not finite reaches the weights.

@@ -104,7 +104,8 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
             runtime.say(line)
     elif config.checkpoint.resume is not None:
         runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
-    run = Run(inputs, runtime, make_task(inputs, runtime), checkpoint, stop)
+    task = make_task(inputs, runtime)
+    run = Run(task.inputs, runtime, task, checkpoint, stop)
     try:
         report = run.go()
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from scale_prune.config import PruningConfig
 from scale_prune.core.compaction import compact_model
@@ -16,7 +16,7 @@ from scale_prune.core.low_rank import svd_factors
 from scale_prune.criteria import CRITERIA
 from scale_prune.export import named_state, write_model
 from scale_prune.factorized import put_factors
-from scale_prune.families import FAMILIES, Family, family_of, linear_names, unit_groups
+from scale_prune.families import FAMILIES, Family, auto_model, family_of, linear_names, unit_groups
 from scale_prune.units import removes_components, units_of
 
 VOCABULARY, HIDDEN, WIDTH, LAYERS, POSITIONS = 29, 11, 17, 3, 31
@@ -29,6 +29,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 5},
     "gptj": {"rotary_dim": 4},
     "opt": {"word_embed_proj_dim": HIDDEN},
+    **{model_type: {"num_labels": 5} for model_type, family in FAMILIES.items() if family.classifies},
 }
 
 
@@ -63,7 +64,8 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """Return a model in evaluation mode with every parameter random, biases included."""
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **settings)).eval()
+    config = tiny_config(model_type, **settings)
+    model = auto_model(config).from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
@@ -108,7 +110,7 @@ def mask_units(model: PreTrainedModel, groups: Sequence[UnitGroup], keep: Mappin
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return float32 (batch, length, vocabulary)."""
+    """Return float32 (batch, length, vocabulary), of a classifier (batch, classes)."""
     return model(ids, use_cache=False).logits
 
 

@@ -64,7 +64,7 @@ def test_likelihood_never_holds_all_logits_in_fp32(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if not FAMILIES[name].classifies])
 def test_perplexity_is_that_of_the_definition(model_type: str, world_size: int) -> None:
     model = tiny_model(model_type)
     stream = torch.randint(VOCABULARY, (5 * BLOCK + 3,), generator=torch.Generator().manual_seed(1))

@@ -164,8 +164,8 @@ def test_the_fingerprint_sees_tokens_and_where_they_are_cut() -> None:
         (
             [("a", "b"), ("c" * 20, "d" * 9)],
             {"block_size": 32},
-            r"row 2 of .*rows.csv has a prompt of 26 tokens and a completion of 11, its end included, more than "
-            r"--block_size 32; 1 of 2 rows are too long, the longest has 37: give a larger --block_size, or "
+            r"row 2 of .*rows.csv has a prompt of 26 tokens and a completion of 11 tokens, special ones included, "
+            r"more than --block_size 32; 1 of 2 rows are too long, the longest has 37: give a larger --block_size, or "
             "--long_examples drop",
         ),
         ([("c" * 40, "d")], {"block_size": 32, "long_examples": "drop"}, "give a larger --block_size$"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import HIDDEN, LAYERS, WIDTH, logits, mask_units, own_registrations, random_keep, tiny_model, tokens
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, BloomConfig
 
 from scale_prune.families import FAMILIES, Family, family_of, register, unit_groups
 
@@ -76,8 +76,8 @@ def test_projections_without_bias_have_no_bias_member() -> None:
 
 
 def test_unknown_model_type_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'bert'; known are .*; describe another .*register\(Family") as error:
-        family_of(BertConfig())
+    with pytest.raises(ValueError, match=r"'bloom'; known are .*; describe another .*register\(Family") as error:
+        family_of(BloomConfig())
     assert all(known in str(error.value) for known in FAMILIES)
 
 

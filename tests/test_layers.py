@@ -14,13 +14,13 @@ ROOT = Path(scale_prune.__file__).parent
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
     {"config"},
-    {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "rehearsal", "seconds", "stop"},
+    {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
     {"factorized"},
     {"embedding"},
     {"export_factors"},
-    {"shard_backend", "activations", "data", "export", "estimate", "comparison", "gates"},
+    {"shard_backend", "activations", "data", "export", "estimate", "rehearsal", "comparison", "gates"},
     {"gating", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"pruner_state", "units"},
@@ -41,6 +41,8 @@ ONLY_IN = {
     "datasets": {"rows"},
     "pyarrow": {"rows"},
     "sacrebleu": {"tasks"},
+    "scipy": {"tasks"},
+    "sklearn": {"tasks"},
     "rouge_score": {"tasks"},
     "torch.utils.tensorboard": {"monitor"},
     "tqdm": {"monitor"},

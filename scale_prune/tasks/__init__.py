@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from scale_prune.config import CLASSIFICATION
 from scale_prune.inputs import Inputs
 from scale_prune.rows import SPLITS, Split
+from scale_prune.tasks.classification import Classification
 from scale_prune.tasks.language_modelling import LanguageModelling
 from scale_prune.tasks.task import Measured, MicroBatch, Step, Task
 from scale_prune.tasks.writing import Writing
@@ -23,5 +25,7 @@ def make_task(inputs: Inputs, runtime: Runtime, splits: Sequence[Split] = SPLITS
     Raises:
         ValueError: the data cannot be used.
     """
-    kind = LanguageModelling if inputs.config.task.task == "lm" else Writing
-    return kind(inputs, runtime, splits)
+    name = inputs.config.task.task
+    if name == CLASSIFICATION:
+        return Classification(inputs, runtime, splits)
+    return LanguageModelling(inputs, runtime, splits) if name == "lm" else Writing(inputs, runtime, splits)

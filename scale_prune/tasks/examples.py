@@ -8,7 +8,7 @@ Shape letters: B examples in a forward pass, T tokens of the longest of them.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -83,12 +83,11 @@ def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) ->
     prompt, completion = templates_of(config.task)
     encode = partial(_encode, tokenizer=tokenizer, prompt=prompt, completion=completion)
     parts = tokenised(text, encode, ("prompt", "completion"))
-    prompts, completions = (parts[name] for name in ("prompt", "completion"))
-    _refuse_empty(config, text, prompts, completions)
-    kept = _short_enough(config, text, prompts, completions)
+    refuse_empty(config, text, parts)
+    kept = short_enough(config, text, parts)
     return Examples(
-        prompts=_selected(prompts, kept),
-        completions=_selected(completions, kept),
+        prompts=selected(parts["prompt"], kept),
+        completions=selected(parts["completion"], kept),
         text=replace(text, rows=text.rows.select(kept)),
         dropped=len(text.rows) - len(kept),
     )
@@ -111,9 +110,10 @@ def _encode(
     }
 
 
-def _refuse_empty(config: Config, text: Text, prompts: Tokens, completions: Tokens) -> None:
-    for what, parts in (("prompt", prompts), ("completion", completions)):
-        if len(empty := np.flatnonzero(parts.lengths == 0)):
+def refuse_empty(config: Config, text: Text, parts: Mapping[str, Tokens]) -> None:
+    """Refuse rows of which a part, by the name of its template, has no tokens."""
+    for what, tokens in parts.items():
+        if len(empty := np.flatnonzero(tokens.lengths == 0)):
             template = getattr(config.task, f"{what}_template")
             raise ValueError(
                 f"row {empty[0] + 1} of {text.name} has an empty {what}, by --{what}_template {template!r}; "
@@ -121,22 +121,27 @@ def _refuse_empty(config: Config, text: Text, prompts: Tokens, completions: Toke
             )
 
 
-def _short_enough(config: Config, text: Text, prompts: Tokens, completions: Tokens) -> np.ndarray:
-    """Return the numbers of the rows that fit into a block."""
-    block, lengths = config.data.block_size, prompts.lengths + completions.lengths
+def short_enough(config: Config, text: Text, parts: Mapping[str, Tokens]) -> np.ndarray:
+    """Return the numbers of the rows whose parts together fit into a block.
+
+    Raises:
+        ValueError: a row is too long, and such are not to be dropped, or none fits.
+    """
+    block, lengths = config.data.block_size, np.sum([tokens.lengths for tokens in parts.values()], axis=0)
     kept, long = np.flatnonzero(lengths <= block), np.flatnonzero(lengths > block)
     if len(long) and (config.task.long_examples == "refuse" or not len(kept)):
         first = long[0]
+        told = " and ".join(f"a {what} of {tokens.lengths[first]} tokens" for what, tokens in parts.items())
         raise ValueError(
-            f"row {first + 1} of {text.name} has a prompt of {prompts.lengths[first]} tokens and a completion of "
-            f"{completions.lengths[first]}, its end included, more than --block_size {block}; {len(long)} of "
-            f"{len(lengths)} rows are too long, the longest has {lengths.max()}: give a larger --block_size"
-            + (", or --long_examples drop" if len(kept) else "")
+            f"row {first + 1} of {text.name} has {told}, special ones included, more than --block_size {block}; "
+            f"{len(long)} of {len(lengths)} rows are too long, the longest has {lengths.max()}: give a larger "
+            "--block_size" + (", or --long_examples drop" if len(kept) else "")
         )
     return kept
 
 
-def _selected(parts: Tokens, kept: np.ndarray) -> list[Tensor]:
+def selected(parts: Tokens, kept: np.ndarray) -> list[Tensor]:
+    """Return the tokens of some rows, one tensor each."""
     ends = np.cumsum(parts.lengths)
     stream = torch.from_numpy(parts.tokens)
     return [stream[ends[row] - parts.lengths[row] : ends[row]] for row in kept.tolist()]

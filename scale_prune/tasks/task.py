@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from scale_prune.distillation import token_divergence
 from scale_prune.evaluation import perplexity
 from scale_prune.inputs import Inputs
 from scale_prune.zero3 import Runtime
@@ -73,10 +75,12 @@ class Task(ABC):
     Attributes:
         fingerprints: hashes of what each split is, by its name.
         options: arguments of every forward pass that learns or measures.
+        model_config: takes the place of the model's own when it is loaded; None leaves it.
     """
 
     options: ClassVar[dict[str, Any]] = {"use_cache": False}
     fingerprints: Mapping[str, str]
+    model_config: PretrainedConfig | None = None
 
     def __init__(self, inputs: Inputs, runtime: Runtime) -> None:
         self.inputs, self.config, self.runtime = inputs, inputs.config, runtime
@@ -93,6 +97,10 @@ class Task(ABC):
             engine: a DeepSpeed engine.
             thorough: also take the metrics for which text has to be generated.
         """
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Return how far the student's logits are from the teacher's; see `token_divergence`."""
+        return token_divergence(student, teacher, labels, temperature)
 
     @property
     @abstractmethod

@@ -17,9 +17,10 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from scale_prune.families import auto_model, classifies
 from scale_prune.zero3.ds_check import refusal
 
 KIBIBYTE = 1024
@@ -147,19 +148,28 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in where)
 
 
-def load_model(path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model straight into ZeRO-3 shards, in the precision of the ds_config. A collective.
+def load_model(
+    path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """Load a model straight into ZeRO-3 shards, in the precision of the ds_config. A collective.
+
+    Args:
+        path: Hugging Face folder or hub name.
+        ds_config: without "auto" values.
+        trust_remote_code: run code that comes with the model.
+        config: takes the place of the folder's; a classifier that is new to an encoder begins at random.
 
     Raises:
         ValueError: its weights are missing, damaged or of another shape, as some rank sees it.
     """
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))
-    options = {"dtype": precision(ds_config), "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    load: Any = AutoModelForCausalLM.from_pretrained
+    options: dict[str, Any] = {"dtype": precision(ds_config), "trust_remote_code": trust_remote_code}
     model, problem = None, ""
     try:
-        model, found = load(path, **options)
-        if missing := sorted(found["missing_keys"]):
+        config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        load = auto_model(config).from_pretrained
+        model, found = load(path, config=config, output_loading_info=True, **options)
+        if missing := sorted(name for name in found["missing_keys"] if not _may_begin(model, name)):
             problem = f"{len(missing)} of them are missing and would be random, {missing[0]} for one"
     except Exception as error:  # a broken file raises whatever its content comes to
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNREADABLE):
@@ -169,6 +179,12 @@ def load_model(path: str, ds_config: dict[str, Any], *, trust_remote_code: bool 
     _raise_together(f"--model {path}: its weights cannot be loaded: {problem}" if problem else "")
     assert model is not None
     return model
+
+
+def _may_begin(model: PreTrainedModel, name: str) -> bool:
+    """Tell whether a parameter belongs to the classifier of an encoder, which is there to be trained."""
+    inner = f"{model.base_model_prefix}."
+    return classifies(model.config) and (not name.startswith(inner) or name.startswith(f"{inner}pooler."))
 
 
 def _raise_together(problem: str) -> None:

@@ -1,0 +1,184 @@
+"""Labelled texts, for encoders: each text is one example, its label is learnt.
+
+Shape letters: E examples, B of them in a forward pass, T tokens of the longest of these, C classes (1 for a number).
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, mse_loss
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from scale_prune.batches import dealt
+from scale_prune.config import Config
+from scale_prune.forms import Template, columns_of, templates_of
+from scale_prune.inputs import SELF, Inputs, check_tokens
+from scale_prune.rows import Split, Text, load_text, tokenised
+from scale_prune.tasks.examples import refuse_empty, selected, short_enough
+from scale_prune.tasks.label_metrics import measured
+from scale_prune.tasks.labels import Labels, of_model, of_rows
+from scale_prune.tasks.task import Measured, MicroBatch, Step, Task
+from scale_prune.zero3 import Runtime
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Tokenised texts of one split with their labels.
+
+    Attributes:
+        texts: tokens with the tokenizer's special ones, one tensor an example.
+        labels: (E,) int64 numbers of classes, or float32.
+        padding: the token that fills up shorter texts.
+    """
+
+    texts: list[Tensor]
+    labels: Tensor
+    padding: int
+
+    def fingerprint(self) -> str:
+        """Return a hash of all tokens, of where they are cut, and of the labels."""
+        found = hashlib.sha256(np.array([len(tokens) for tokens in self.texts]).tobytes())
+        for part in (torch.cat(self.texts), self.labels):
+            found.update(part.numpy().tobytes())
+        return found.hexdigest()
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Put examples into a batch: input_ids and attention_mask, int64 (B, T), and labels (B,)."""
+        texts = [self.texts[row].long() for row in rows]
+        return {
+            "input_ids": pad_sequence(texts, batch_first=True, padding_value=self.padding),
+            "attention_mask": pad_sequence([torch.ones_like(each) for each in texts], batch_first=True),
+            "labels": self.labels[list(rows)],
+        }
+
+
+class Classification(Task):
+    """The task of labelling texts; `splits` says which are needed. All ranks make it together.
+
+    The classes are the model's own where it is a classifier already, else those of the training labels.
+
+    Raises:
+        ValueError: the data cannot be used, or model, teacher and data have different classes.
+    """
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, inputs: Inputs, runtime: Runtime, splits: Sequence[Split]) -> None:
+        super().__init__(inputs, runtime)
+        texts = {split: read(inputs.config, split) for split in splits}
+        self.labels = labels_for(inputs, texts[splits[0]])
+        with runtime.main_first():
+            self.data = {
+                split: prepare(inputs.config, text, inputs.tokenizer, self.labels) for split, text in texts.items()
+            }
+        check_tokens({split: int(torch.cat(each.texts).max()) for split, each in self.data.items()}, inputs)
+        self.fingerprints = {split: each.fingerprint() for split, each in self.data.items()}
+        config = copy.deepcopy(inputs.model_config)
+        self.labels.put_into(config)
+        self.inputs = replace(inputs, model_config=config)
+        self.model_config = config
+
+    @property
+    def training_tokens(self) -> Tensor:
+        """All texts."""
+        return torch.cat(self.data["train"].texts)
+
+    def steps(self, accumulation: int, first_step: int) -> Iterator[Step]:
+        """Yield padded texts; all passes have as many examples, so that a mean of means is the mean."""
+        data = self.data["train"]
+        lengths = torch.tensor([len(text) for text in data.texts])
+        shape = (accumulation, self.runtime.world_size, self.inputs.micro_batch_size)
+        for chosen in dealt(len(data.texts), shape, seed=self.config.training.seed, first_step=first_step):
+            passes = [MicroBatch(inputs=data.collate(rows)) for rows in chosen[:, self.runtime.rank].tolist()]
+            yield Step(micro_batches=passes, tokens=int(lengths[chosen].sum()))
+
+    @torch.no_grad()
+    def measure(self, engine: Any, *, thorough: bool) -> Measured:
+        """Return the metrics of the labels; there is no perplexity."""
+        engine.eval()
+        data, batch, device = self.data["validation"], self.inputs.micro_batch_size, self.runtime.device
+        count = min(self.config.task.eval_examples or len(data.texts), len(data.texts))
+        logits = torch.zeros(count, max(1, len(self.labels.classes)), dtype=torch.float64)
+        for start in range(0, count, batch * self.runtime.world_size):
+            first = start + self.runtime.rank * batch
+            own = range(min(first, count), min(first + batch, count))
+            inputs = data.collate(own or [0])  # a rank without examples must take part
+            found = engine(**{name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}).logits
+            logits[own.start : own.stop] = found[: len(own)].double().cpu()
+        engine.empty_partition_cache()  # as after every evaluation
+        return Measured(perplexity=None, metrics=measured(self.runtime.add_over_ranks(logits), data.labels[:count]))
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Return T^2 * KL(teacher || student), a mean over the texts; of numbers the mean squared difference."""
+        if not self.labels.classes:
+            return mse_loss(student.float(), teacher.float())
+        found, wanted = (log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+        return temperature**2 * kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def read(config: Config, split: Split) -> Text:
+    """Open the rows of one split."""
+    return load_text(config.data, split, columns_of(config.task), config.task.label_column)
+
+
+def labels_for(inputs: Inputs, text: Text) -> Labels:
+    """Return the classes of a run, or of an evaluation.
+
+    Args:
+        inputs: the model, and the teacher's name.
+        text: the training rows; of an evaluation, which has a classifier, the validation rows.
+
+    Raises:
+        ValueError: model, teacher and data have different classes, or there is a teacher that cannot have any.
+    """
+    training, teacher = inputs.config.training, inputs.config.distillation.teacher
+    own, there = of_model(inputs.model_config), of_rows(text)
+    if own is not None and (not own.classes) != (not there.classes):
+        kinds = {True: "classes", False: "numbers"}
+        raise ValueError(
+            f"--model {training.model} predicts {kinds[bool(own.classes)]}, but column {text.label!r} of {text.name} "
+            f"holds {kinds[bool(there.classes)]}"
+        )
+    labels = own or there
+    if teacher is not None:
+        config = inputs.model_config
+        if teacher != SELF:
+            config = AutoConfig.from_pretrained(teacher, trust_remote_code=training.trust_remote_code)
+        if of_model(config) != labels:
+            raise ValueError(f"--teacher {teacher} is no classifier of the {len(labels.classes)} classes of the data")
+    return labels
+
+
+def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Labelled:
+    """Tokenise the texts of one split, with the tokenizer's special tokens.
+
+    Raises:
+        ValueError: a label is missing or unknown, a text is empty or too long, or the tokenizer has no token to pad
+            with.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad_token, which fills up the shorter texts of a batch")
+    encoded = labels.encode(text)
+    (template,) = templates_of(config.task)
+    tokens = tokenised(text, partial(_encode, tokenizer=tokenizer, template=template), ("prompt",))["prompt"]
+    refuse_empty(config, text, {"prompt": tokens})
+    kept = short_enough(config, text, {"text": tokens})
+    return Labelled(selected(tokens, kept), encoded[torch.from_numpy(kept)], int(tokenizer.pad_token_id))
+
+
+def _encode(
+    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> dict[str, list[list[int]]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    texts = [template.fill(row) for row in rows]
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    # A text of blanks alone is an empty one, and is refused as such.
+    return {"prompt": [own if text.strip() else [] for own, text in zip(ids, texts, strict=True)]}

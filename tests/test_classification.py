@@ -1,0 +1,210 @@
+"""Labelled texts and encoders, by the command itself: learnt, measured, pruned in every layout, loaded again."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import SENTENCE, arguments, errors_of, outcome, outcomes, report_of
+from distributed import run_ranks
+from models import tiny_config, tiny_model
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from scale_prune import evaluate
+from scale_prune.embedded import train_tokenizer
+from scale_prune.tasks.label_metrics import measured
+
+pytestmark = pytest.mark.distributed
+
+CLASSES = ("fast", "layer", "neuron")
+TASK = {
+    "task": "classification",
+    "prompt_template": "{sentence}",
+    "block_size": 28,
+    "learning_rate": 0.01,
+    "remaining": 0.4,
+    "max_steps": 9,
+    "train_batch_size": 6,
+}
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """Write texts that begin with the name of their class, and a number that follows from it."""
+    rng, words = random.Random(seed), SENTENCE.split()
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["sentence", "label", "number"])
+        for _ in range(count):
+            name = rng.choice(CLASSES)
+            text = " ".join([name] * 3 + rng.choices(words, k=rng.randint(0, 5)))
+            table.writerow([text, name, CLASSES.index(name) + rng.random() / 2])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with data and with encoders that are no classifiers yet."""
+    work = tmp_path_factory.mktemp("work")
+    write_rows(work / "train.csv", 60, seed=0)
+    write_rows(work / "validation.csv", 31, seed=1)
+    tokenizer = train_tokenizer([SENTENCE] * 9, 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    for model_type in ("bert", "roberta"):
+        tokenizer.save_pretrained(work / model_type)
+        without: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = tiny_config(model_type, vocab_size=len(tokenizer), num_labels=2, pad_token_id=0, **without)
+        encoder = AutoModel.from_config(config)
+        for parameter in encoder.parameters():
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        encoder.save_pretrained(work / model_type)
+    return work
+
+
+def flags(work: Path, output: Path, model: str = "bert", **settings: Any) -> list[str]:
+    files = {"train_file": work / "train.csv", "validation_file": work / "validation.csv", "model": work / model}
+    return arguments(work, output, **files | TASK | settings)
+
+
+def predicted(folder: Path, rows: Path, column: str) -> tuple[Tensor, list[str]]:
+    """Return a plain model's outputs, one text at a time without padding, and the labels."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with rows.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    with torch.no_grad():
+        outputs = [model(**tokenizer(row["sentence"], return_tensors="pt")).logits[0] for row in table]
+    return torch.stack(outputs), [row[column] for row in table]
+
+
+LAYOUTS = [
+    ("bert", "gum", {"layout": "per_layer"}),
+    ("roberta", "movement", {"layout": "pad", "scope": "global"}),
+    ("roberta", "random", {"scope": "per_group"}),
+]
+
+
+@pytest.mark.parametrize(("model", "criterion", "more"), LAYOUTS, ids=[criterion for _, criterion, _ in LAYOUTS])
+def test_a_pruned_classifier_is_measured_as_anyone_can(
+    model: str, criterion: str, more: dict[str, Any], work: Path
+) -> None:
+    output = work / criterion
+    assert [code for code, _ in run_ranks(outcome, 2, flags(work, output, model, criterion=criterion, **more))] == [
+        0,
+        0,
+    ]
+    report = report_of(output)
+    assert (report["task"], set(report["perplexity"].values())) == ("classification", {None})
+    found = report["metrics"]
+    assert set(found) == {"dense", "masked", "compacted", "exported"}
+    assert found["exported"] == pytest.approx(found["masked"], rel=1e-4)
+    assert found["exported"]["accuracy"] > found["dense"]["accuracy"]
+    logits, names = predicted(output / "pruned", work / "validation.csv", "label")
+    config = json.loads((output / "pruned" / "config.json").read_text())
+    assert config["id2label"] == {str(index): name for index, name in enumerate(CLASSES)}
+    guessed = [CLASSES[index] for index in logits.argmax(-1).tolist()]
+    assert found["exported"]["accuracy"] == pytest.approx(100 * accuracy_score(names, guessed))
+    assert "AutoModelForSequenceClassification" in (output / "pruned" / "README.md").read_text()
+    assert sum(report["widths"]) == sum(int(0.4 * 17) for _ in range(3)) if more.get("scope") == "per_group" else True
+
+
+def test_numbers_are_predicted_by_rank_correlation_and_evaluate_agrees(work: Path) -> None:
+    output, result = work / "numbers", work / "evaluation.json"
+    assert run_ranks(outcome, 1, flags(work, output, criterion="sensitivity", label_column="number"))[0][0] == 0
+    found = report_of(output)["metrics"]["exported"]
+    assert list(found) == ["loss", "spearman"]
+    values, numbers = predicted(output / "pruned", work / "validation.csv", "number")
+    assert found["spearman"] == pytest.approx(100 * spearmanr(values[:, 0], list(map(float, numbers))).statistic)
+    words = ["--model", output / "pruned", "--task", "classification", "--prompt_template", "{sentence}"]
+    words += ["--label_column", "number", "--validation_file", work / "validation.csv", "--block_size", 28]
+    words += ["--trust_remote_code", "--output", result]
+    run_ranks(evaluate.main, 2, list(map(str, words)))
+    again = json.loads(result.read_text())["models"]["numbers"]
+    assert again == pytest.approx(found | {"perplexity": None}, rel=1e-4)
+
+
+def test_ranks_do_not_matter_and_a_classifier_teaches_itself_and_goes_on(work: Path) -> None:
+    settings: dict[str, Any] = {"criterion": "movement", "save_every": 5}
+    assert run_ranks(outcome, 1, flags(work, work / "one", **settings, max_steps=10))[0][0] == 0
+    assert run_ranks(outcome, 2, flags(work, work / "two", **settings, max_steps=10))[0][0] == 0
+    assert (work / "one" / "kept.json").read_bytes() == (work / "two" / "kept.json").read_bytes()
+    one, two = (report_of(work / name)["metrics"]["exported"]["loss"] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+    resumed = flags(work, work / "three", **settings, max_steps=10, resume=work / "two/checkpoints/step-00000005")
+    assert run_ranks(outcome, 2, resumed)[0][0] == 0
+    assert report_of(work / "three")["metrics"] == report_of(work / "two")["metrics"]
+    taught = flags(work, work / "taught", model="one/pruned", teacher="self", trust_remote_code=True, max_steps=4)
+    assert run_ranks(outcome, 1, taught)[0][0] == 0
+    dense = report_of(work / "taught")["metrics"]["dense"]
+    assert dense == pytest.approx(report_of(work / "one")["metrics"]["exported"], rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_metrics_are_those_of_their_packages(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(41, classes, generator=generator), torch.arange(41) % classes
+    guessed, found = logits.argmax(-1), measured(logits, labels)
+    assert found["loss"] == pytest.approx(float(-logits.log_softmax(-1)[torch.arange(41), labels].mean()))
+    assert found["accuracy"] == 100 * accuracy_score(labels, guessed)
+    assert found["macro_f1"] == 100 * f1_score(labels, guessed, average="macro")
+    assert found["matthews"] == 100 * matthews_corrcoef(labels, guessed)
+    assert measured(torch.ones(41, 1), labels.float())["spearman"] == 0.0
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def write_bad(work: Path) -> None:
+    rows = {
+        "no_label.csv": ["a,fast", "b,", "c,layer"],
+        "one_class.csv": ["a,fast", "b,fast"],
+        "unknown.csv": ["a,fast", "b,slow"],
+    }
+    for name, lines in rows.items():
+        (work / name).write_text("\n".join(["sentence,label", *lines]) + "\n")
+    lists = [{"sentence": "a", "label": ["x"]}, {"sentence": "b", "label": ["y"]}]
+    (work / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"label_column": "intent"}, "has no column 'intent', its columns are sentence, label, number"),
+    ({"train_file": "lists.jsonl"}, "holds list of string, not a label (string or number)"),
+    ({"task": "lm", "prompt_template": None}, "--task lm does not go with --model"),
+    ({"completion_template": "{label}"}, "--completion_template belongs to a task with completions"),
+    ({"model": "gpt"}, "--task classification does not go with --model"),
+]
+BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"train_file": "no_label.csv"}, "row 2 of {}/no_label.csv has no label in column 'label'"),
+    ({"train_file": "one_class.csv"}, "one_class.csv has the label fast only, at least 2 are needed"),
+    (
+        {"validation_file": "unknown.csv"},
+        "row 2 of {}/unknown.csv has the unknown label 'slow', known are fast, layer, neuron, in column 'label'",
+    ),
+    ({"teacher": "self"}, "--teacher self is no classifier of the 3 classes of the data"),
+]
+
+
+def bad_flags(work: Path, settings: dict[str, Any]) -> list[str]:
+    named = {k: work / v if k.endswith("_file") or k == "model" else v for k, v in settings.items()}
+    words = flags(work, work / "never", **named)
+    return [word for word in words if word not in ("--prompt_template", "None")] if None in named.values() else words
+
+
+def test_bad_input_ends_in_one_message(work: Path) -> None:
+    write_bad(work)
+    tokenizer = AutoTokenizer.from_pretrained(work / "bert")
+    tokenizer.save_pretrained(work / "gpt")
+    tiny_model("gpt_neo", vocab_size=len(tokenizer)).save_pretrained(work / "gpt")
+    found = run_ranks(outcomes, 1, [bad_flags(work, settings) for settings, _ in BAD])[0]
+    for (_, expected), (code, stderr) in zip(BAD, found, strict=True):
+        assert code == 2, expected
+        assert expected in errors_of(stderr)[0]
+    for settings, expected in BAD_ROWS:
+        (code, stderr), (other_code, other_stderr) = run_ranks(outcome, 2, bad_flags(work, settings))
+        assert (code, other_code, errors_of(other_stderr)) == (2, 2, [])
+        assert expected.format(work) in errors_of(stderr)[0]
+    assert not (work / "never").exists()
