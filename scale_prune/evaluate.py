@@ -1,4 +1,4 @@
-"""The command that measures finished models: `launch/evaluate.py --model FOLDER [--baseline FOLDER] ...`."""
+"""The command that measures finished models: `launch/evaluate.py --model FOLDER [--task TASK] [--latency]`."""
 
 import argparse
 import gc
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from scale_prune import harness
 from scale_prune.cli import parse_some, user_errors
+from scale_prune.config import CLASSIFICATION
 from scale_prune.finished_models import add_models, positive, read_models
 from scale_prune.inputs import Inputs
 from scale_prune.latency import speeds
@@ -29,7 +30,19 @@ SETTINGS = (
     *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
     *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
 )
-DESCRIPTION = "Measure the perplexity of models on a validation text, and how fast they generate."
+DESCRIPTION = "Measure how good models are at a task on validation data, and how fast they generate."
+SPEED = {
+    "prefill_ms": "prefill, ms",
+    "ms_per_token": "a token, ms",
+    "tokens_per_second": "tokens a second",
+    "parameters": "parameters",
+    "flops_per_token": "FLOPs a token",
+    "weight_bytes": "bytes of weights",
+    "peak_bytes": "peak bytes",
+}
+"""What the table calls the numbers of a model's speed."""
+
+LM_EVAL = "lm_eval"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +52,9 @@ def main(argv: Sequence[str]) -> None:
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
         inputs = read_models(own, config, explicit, world_size, "validation")
+        if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:
+            asked = "--latency" if own.latency else "--lm_eval"
+            raise ValueError(f"{asked} needs models that write text, not encoders of --task {CLASSIFICATION}")
         if own.latency:
             _check_positions(inputs, own)
         tasks = harness.tasks_of(own, world_size)
@@ -46,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
             report: dict[str, dict[str, Any]] = {name: _measured(each, runtime) for name, each in inputs.items()}
             if tasks is not None:
                 for name, each in inputs.items():
-                    report[name]["lm_eval"] = tasks.measure(each, runtime)
+                    report[name][LM_EVAL] = tasks.measure(each, runtime)
             if own.latency and runtime.is_main:
                 _add_speeds(report, inputs, own, runtime.device)
             if runtime.is_main:
@@ -125,25 +141,17 @@ def _write(report: dict[str, dict[str, Any]], baseline: str | None, own: argpars
         write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
     print(f"\n{table}")
     if own.lm_eval:
-        print(harness.as_table({name: each["lm_eval"] for name, each in report.items()}))
+        print(harness.as_table({name: each[LM_EVAL] for name, each in report.items()}))
 
 
 def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:
     """Lay the models out, one row each; with a baseline its ratios stand in brackets."""
-    columns = {
-        "perplexity": "perplexity",
-        "prefill_ms": "prefill, ms",
-        "ms_per_token": "a token, ms",
-        "tokens_per_second": "tokens a second",
-        "parameters": "parameters",
-        "flops_per_token": "FLOPs a token",
-        "weight_bytes": "bytes of weights",
-        "peak_bytes": "peak bytes",
-    }
+    metrics = [key for each in report.values() for key in each if key not in (*SPEED, LM_EVAL)]
+    columns = {key: key for key in metrics} | SPEED
     shown = [key for key in columns if any(each.get(key) is not None for each in report.values())]
     lines = [f"| model | {' | '.join(columns[key] for key in shown)} |", "|---|" + "---:|" * len(shown)]
     for name, each in report.items():
-        cells = [_cell(each[key], report[baseline][key] if baseline else None) for key in shown]
+        cells = [_cell(each.get(key), report[baseline].get(key) if baseline else None) for key in shown]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if baseline:
         lines += ["", f"In brackets: ratio to {baseline}."]
@@ -152,6 +160,8 @@ def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: float, dense: float | None) -> str:
+def _cell(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return ""
     number = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
     return f"{number} ({value / dense:.3f})" if dense else number

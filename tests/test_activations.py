@@ -50,7 +50,7 @@ def sample(model: Any, size: int, **inputs: Any) -> list[Tensor]:
     return sampler.take(1)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if not FAMILIES[name].classifies])
 def test_all_tokens_are_caught_once_in_every_family(model_type: str) -> None:
     model, ids = steady_model(model_type), tokens(BATCH, LENGTH)
     expected = all_activations(model, input_ids=ids)

@@ -141,6 +141,7 @@ def test_evaluate_measures_the_folder_as_the_run_did(finished: Path, work: Path)
         words += [f"--{name}", TASK[name]]
     words += ["--validation_file", work / "validation.csv", "--micro_batch_size", 2]
     run_ranks(evaluate.main, 2, [str(word) for word in words])
+    assert "| model | perplexity | bleu | rouge1 |" in evaluate.as_table(json.loads(result.read_text())["models"], None)
     found, report = json.loads(result.read_text())["models"], report_of(finished)
     for name, stage in (("out", "exported"), ("model", "dense")):
         assert found[name].pop("perplexity") == pytest.approx(report["perplexity"][stage], rel=1e-5)

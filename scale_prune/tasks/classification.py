@@ -74,7 +74,7 @@ class Classification(Task):
     def __init__(self, inputs: Inputs, runtime: Runtime, splits: Sequence[Split]) -> None:
         super().__init__(inputs, runtime)
         texts = {split: read(inputs.config, split) for split in splits}
-        self.labels = labels_for(inputs, texts[splits[0]])
+        self.labels = labels_for(inputs, texts[splits[0]], training_follows="train" in splits)
         with runtime.main_first():
             self.data = {
                 split: prepare(inputs.config, text, inputs.tokenizer, self.labels) for split, text in texts.items()
@@ -129,18 +129,21 @@ def read(config: Config, split: Split) -> Text:
     return load_text(config.data, split, columns_of(config.task), config.task.label_column)
 
 
-def labels_for(inputs: Inputs, text: Text) -> Labels:
+def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
     """Return the classes of a run, or of an evaluation.
 
     Args:
         inputs: the model, and the teacher's name.
         text: the training rows; of an evaluation, which has a classifier, the validation rows.
+        training_follows: False for an evaluation, which needs a classifier.
 
     Raises:
         ValueError: model, teacher and data have different classes, or there is a teacher that cannot have any.
     """
     training, teacher = inputs.config.training, inputs.config.distillation.teacher
     own, there = of_model(inputs.model_config), of_rows(text)
+    if own is None and not training_follows:
+        raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
     if own is not None and (not own.classes) != (not there.classes):
         kinds = {True: "classes", False: "numbers"}
         raise ValueError(
