@@ -16,21 +16,21 @@ import datasets
 import torch
 from tokenizers import BertWordPieceTokenizer
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 MAX_TOKENS = 128
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> BertTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> BertTokenizer:
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
     trained.save_model(str(folder))
-    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=MAX_TOKENS)
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def build_model(tokenizer: BertTokenizerFast, classes: list[str], args: argparse.Namespace) -> Any:
+def build_model(tokenizer: BertTokenizer, classes: list[str], args: argparse.Namespace) -> Any:
     torch.manual_seed(args.seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
