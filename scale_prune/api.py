@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scale_prune.config import PruningConfig
 from scale_prune.embedding import tied_output
 from scale_prune.export import write_model
-from scale_prune.families import unit_groups
+from scale_prune.families import auto_model, unit_groups
 from scale_prune.pruner import Pruner
 from scale_prune.pruner_state import facts_of, pruner_slices, restore
 from scale_prune.report import model_card, write_atomically
@@ -144,7 +144,9 @@ def save(
         groups=groups,
         layout=layout,
         tokenizer=tokenizer,
-        card=model_card({"model": config.name_or_path}, groups=groups, layout=layout),
+        card=model_card(
+            {"model": config.name_or_path}, groups=groups, layout=layout, loader=auto_model(config).__name__
+        ),
         is_writer=backend.rank == 0,
         tied_output=tied_output(engine.module),
     )

@@ -107,9 +107,7 @@ def templates_of(spec: TaskConfig) -> tuple[Template, ...]:
 
 
 def columns_of(spec: TaskConfig) -> tuple[str, ...]:
-    """Return the columns that a task reads, none where it reads running text."""
-    if spec.task not in FORMS:
-        return ()
+    """Return the columns that a task's templates name; none for running text, which has no templates."""
     return tuple(dict.fromkeys(column for template in templates_of(spec) for column in template.columns))
 
 

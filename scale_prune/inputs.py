@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from scale_prune.config import CLASSIFICATION, TASKS, Config
+from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import auto_model, classifies, positions_of
-from scale_prune.forms import FORMS, columns_of, label_of, with_templates
+from scale_prune.forms import columns_of, label_of, with_templates
 from scale_prune.pruner import check_min_kept
 from scale_prune.rows import SPLITS, Split, Text, load_text
 from scale_prune.units import sketch_units
@@ -118,7 +118,13 @@ def _read_model_config(reading: Reading) -> None:
 
 
 def _check_task(reading: Reading) -> None:
-    """Refuse a task that a model of this kind is not made for."""
+    """Refuse a task that a model of this kind is not made for, or that has no text column."""
+    text_column, templates = reading.config.data.text_column, columns_of(reading.config.task)
+    if templates and text_column != DataConfig().text_column:
+        raise ValueError(
+            f"--text_column {text_column} belongs to --task lm; --task {reading.config.task.task} reads the columns "
+            f'that --prompt_template names, as in --prompt_template "{{{text_column}}}"'
+        )
     if reading.model_config is None:
         return
     task, encoder = reading.config.task.task, classifies(reading.model_config)
@@ -204,13 +210,14 @@ def _read_validation_text(reading: Reading) -> None:
 
 def _read_text(reading: Reading, split: Split) -> None:
     data = reading.config.data
-    if split not in reading.splits or (reading.config.task.task in FORMS and not reading.config.task.prompt_template):
-        return  # or a dry run, in which the templates are not valid
+    task, columns = reading.config.task, columns_of(reading.config.task)
+    if split not in reading.splits or (task.task != "lm" and not columns):
+        return  # or a dry run, in which other mistakes have kept the templates from being filled in
     if reading.config.training.model is None and data.dataset is None and data.train_file is None:
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
         data = replace(data, dataset=None, dataset_config=None, train_file=None)
-    reading.texts[split] = load_text(data, split, columns_of(reading.config.task), label_of(reading.config.task))
+    reading.texts[split] = load_text(data, split, columns, label_of(task))
 
 
 CHECKS: tuple[Callable[[Reading], None], ...] = (

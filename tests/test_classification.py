@@ -177,6 +177,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"task": "lm", "prompt_template": None}, "--task lm does not go with --model"),
     ({"completion_template": "{label}"}, "--completion_template belongs to a task with completions"),
     ({"model": "gpt"}, "--task classification does not go with --model"),
+    (
+        {"text_column": "sentence"},
+        "--text_column sentence belongs to --task lm; --task classification reads the columns",
+    ),
 ]
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"train_file": "no_label.csv"}, "row 2 of {}/no_label.csv has no label in column 'label'"),
