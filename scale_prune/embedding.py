@@ -131,7 +131,7 @@ def _group(model: nn.Module, name: str) -> UnitGroup:
         output=name,
         kind="component",
         cost=width + tokens,
-        dense_cost=width * tokens,
+        matrix_cost=width * tokens,
     )
 
 

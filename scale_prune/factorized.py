@@ -82,7 +82,7 @@ def _group(model: nn.Module, name: str) -> UnitGroup:
         output=name,
         kind="component",
         cost=d_in + d_out,
-        dense_cost=d_in * d_out,
+        matrix_cost=d_in * d_out,
     )
 
 

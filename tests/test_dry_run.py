@@ -117,7 +117,7 @@ def test_mistakes_that_a_run_would_meet_late_are_found(work: Path, monkeypatch: 
     short = {"train_file": files(work)["short.txt"], "max_steps": 5, "update_every": 10, "world_size": 60}
     code, errors = dry(work, train_batch_size=60, **short)
     assert code == 2
-    for piece in ("short.txt has ", "chooses masks only once", "60 ranks are more than the 51 neurons"):
+    for piece in ("short.txt has ", "chooses masks only once", "60 ranks are more than the 51 units"):
         assert [error for error in errors if piece in error], piece
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     code, (error,) = dry(work, save_every=2)

@@ -47,7 +47,7 @@ class UnitGroup:
             holds both factors.
         kind: what the units are.
         cost: what one unit counts in the budget: a neuron 1, a component its parameters, D_in + D_out.
-        dense_cost: what the whole group counts: its neurons, or the D_in * D_out parameters of the matrix.
+        matrix_cost: what the matrix of components counts, its D_in * D_out parameters; None for neurons.
     """
 
     name: str
@@ -57,11 +57,12 @@ class UnitGroup:
     output: str
     kind: Kind = "neuron"
     cost: int = 1
-    dense_cost: int = 0
+    matrix_cost: int | None = None
 
-    def __post_init__(self) -> None:
-        if not self.dense_cost:
-            object.__setattr__(self, "dense_cost", self.num_units * self.cost)
+    @property
+    def dense_cost(self) -> int:
+        """What the group counts in the dense model: its matrix, or all its neurons."""
+        return self.num_units * self.cost if self.matrix_cost is None else self.matrix_cost
 
 
 def remaining_fraction(groups: Sequence[UnitGroup], widths: Sequence[int]) -> float:
