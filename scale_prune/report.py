@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scale_prune.core.groups import UnitGroup
 
-PACKAGES = ("scale_prune", "torch", "deepspeed", "transformers", "datasets")
+PACKAGES = ("scale_prune", "torch", "deepspeed", "transformers", "datasets", "rouge-score", "sacrebleu", "scikit-learn")
 
 
 def versions() -> dict[str, str]:

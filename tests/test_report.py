@@ -44,6 +44,18 @@ def test_the_report_is_strict_json(tmp_path: Path, exported: float, written: flo
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
 
 
+def test_metrics_stand_beside_the_perplexity_or_in_its_place(tmp_path: Path) -> None:
+    none = dict.fromkeys(("dense", "masked", "compacted", "exported"))
+    metrics = {"dense": {"accuracy": 80.0, "loss": 0.5}, "exported": {"accuracy": 60.0, "loss": math.nan}}
+    write_report(tmp_path, report(25.0) | {"perplexity": none, "metrics": metrics})
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read["metrics"]["exported"] == {"accuracy": 60.0, "loss": None}
+    text = (tmp_path / "report.md").read_text()
+    assert "| accuracy | 80.000 | 60.000 | 0.750 |" in text
+    assert "perplexity" not in text.lower()
+    assert "| accuracy | 80.000 |" in as_markdown(report(25.0) | {"metrics": metrics})
+
+
 def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
     text = as_markdown(report(25.0))
     assert "| parameters | 2,000 | 1,000 | 0.500 |" in text
