@@ -37,12 +37,17 @@ def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write report.md, then report.json, which says that the run is complete.
 
-    A perplexity that is not finite is null in report.json: JSON knows neither infinity nor NaN.
+    A perplexity or metric that is not finite is null in report.json: JSON knows neither infinity nor NaN.
     """
     write_atomically(folder / "report.md", as_markdown(report))
-    finite = {name: v if v is None or math.isfinite(v) else None for name, v in report["perplexity"].items()}
-    text = json.dumps({**report, "perplexity": finite}, indent=2, allow_nan=False)
+    metrics = {stage: _finite(values) for stage, values in report.get("metrics", {}).items()}
+    finite = {**report, "perplexity": _finite(report["perplexity"]), "metrics": metrics}
+    text = json.dumps(finite, indent=2, allow_nan=False)
     write_atomically(folder / "report.json", text + "\n")
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: v if v is None or math.isfinite(v) else None for name, v in values.items()}
 
 
 def write_atomically(path: Path, text: str) -> None:

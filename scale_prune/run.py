@@ -359,6 +359,7 @@ class Run:
             "task": config.task.task,
             "perplexity": {"recovered": None, **self.quality.perplexities},
             "metrics": self.quality.metrics,
+            "dropped_examples": dict(self.task.dropped),
             "seconds": {"total": time.monotonic() - self.started, **self.seconds, **pruner.seconds},
             "embedding": cluster_sizes(pruner.groups, pruner.widths),
             "step_seconds": tenths(self.step_seconds),

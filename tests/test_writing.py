@@ -108,6 +108,7 @@ def test_the_report_has_the_metrics_of_what_was_generated(finished: Path) -> Non
     assert perplexity["masked"] == pytest.approx(perplexity["exported"], rel=1e-5)
     assert perplexity["exported"] < perplexity["dense"]
     assert 0 < report["tokens"] < STEPS * BATCH * 28
+    assert 0 < report["dropped_examples"]["train"] < 30
     events = EventAccumulator(str(finished / "tensorboard")).Reload()
     assert events.Scalars("validation/rougeL")[0].value == pytest.approx(report["metrics"]["dense"]["rougeL"], rel=1e-5)
 

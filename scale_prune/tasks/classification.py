@@ -37,11 +37,13 @@ class Labelled:
         texts: tokens with the tokenizer's special ones, one tensor an example.
         labels: (E,) int64 numbers of classes, or float32.
         padding: the token that fills up shorter texts.
+        dropped: rows that were left out because they are longer than a block.
     """
 
     texts: list[Tensor]
     labels: Tensor
     padding: int
+    dropped: int
 
     def fingerprint(self) -> str:
         """Return a hash of all tokens, of where they are cut, and of the labels."""
@@ -81,6 +83,7 @@ class Classification(Task):
             }
         check_tokens({split: int(torch.cat(each.texts).max()) for split, each in self.data.items()}, inputs)
         self.fingerprints = {split: each.fingerprint() for split, each in self.data.items()}
+        self.dropped = {split: each.dropped for split, each in self.data.items()}
         config = copy.deepcopy(inputs.model_config)
         self.labels.put_into(config)
         self.inputs = replace(inputs, model_config=config)
@@ -174,7 +177,12 @@ def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labe
     tokens = tokenised(text, partial(_encode, tokenizer=tokenizer, template=template), ("prompt",))["prompt"]
     refuse_empty(config, text, {"prompt": tokens})
     kept = short_enough(config, text, {"text": tokens})
-    return Labelled(selected(tokens, kept), encoded[torch.from_numpy(kept)], int(tokenizer.pad_token_id))
+    return Labelled(
+        texts=selected(tokens, kept),
+        labels=encoded[torch.from_numpy(kept)],
+        padding=int(tokenizer.pad_token_id),
+        dropped=len(text.rows) - len(kept),
+    )
 
 
 def _encode(

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +53,7 @@ class Measured:
     Attributes:
         perplexity: on the validation text; None for a task that predicts no tokens.
         metrics: other numbers by name; empty where they were not asked for.
-        generated: what it writes for each validation prompt.
+        generated: what it writes for the first validation prompts.
     """
 
     perplexity: float | None
@@ -75,11 +76,13 @@ class Task(ABC):
     Attributes:
         fingerprints: hashes of what each split is, by its name.
         options: arguments of every forward pass that learns or measures.
+        dropped: examples of each split that were left out because they are longer than a block.
         model_config: takes the place of the model's own when it is loaded; None leaves it.
     """
 
     options: ClassVar[dict[str, Any]] = {"use_cache": False}
     fingerprints: Mapping[str, str]
+    dropped: Mapping[str, int] = MappingProxyType({})
     model_config: PretrainedConfig | None = None
 
     def __init__(self, inputs: Inputs, runtime: Runtime) -> None:

@@ -39,6 +39,7 @@ class Writing(Task):
         check_tokens({split: int(torch.cat(parts).max()) for split, parts in tokens.items()}, inputs)
         check_positions(inputs, self.questions)
         self.fingerprints = {split: each.fingerprint() for split, each in self.examples.items()}
+        self.dropped = {split: each.dropped for split, each in self.examples.items()}
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -85,7 +86,7 @@ class Writing(Task):
         metrics: dict[str, float] = {}
         for name in FORMS[self.config.task.task].metrics:
             metrics |= METRICS[name](generated, references)
-        return Measured(perplexity=perplexity, metrics=metrics, generated=generated)
+        return Measured(perplexity=perplexity, metrics=metrics, generated=generated[:SHOWN])
 
     def samples(self, generated: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         """Return the first prompts, their references, and what was written."""
