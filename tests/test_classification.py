@@ -85,6 +85,9 @@ LAYOUTS = [
     ("bert", "gum", {"layout": "per_layer"}),
     ("roberta", "movement", {"layout": "pad", "scope": "global"}),
     ("roberta", "random", {"scope": "per_group"}),
+    ("bert", "flop", {"targets": "mlp,attention,embedding"}),
+    ("roberta", "neuron_l0", {}),
+    ("bert", "magnitude", {}),
 ]
 
 
