@@ -4,14 +4,14 @@ Shape letters: V_i tokens of a cluster, C_i its components, D model width.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from scale_prune.core.groups import Member, UnitGroup
-from scale_prune.factorized import full_shape
+from scale_prune.core.groups import UnitGroup
+from scale_prune.factorized import component_group
+from scale_prune.modeling_factorized import ClusteredEmbedding, ClusteredOutput
 
 CLUSTERS = ".clusters."
 """Part of the name of every cluster's group."""
@@ -41,52 +41,6 @@ class Cluster(nn.Module):
         return linear(inner, self.up) if as_output else inner @ self.down
 
 
-class ClusteredEmbedding(nn.Module):
-    """Token ids to embeddings. All clusters are used in every forward pass, as the ranks must do the same.
-
-    Args:
-        clusters: the clusters.
-        sizes: tokens of each.
-        place: (V,) int64, where each token stands in the line of all clusters.
-    """
-
-    def __init__(self, clusters: Sequence[Cluster], sizes: Sequence[int], place: Tensor) -> None:
-        super().__init__()
-        self.clusters = nn.ModuleList(clusters)
-        self.bounds = [*pairwise(accumulate(sizes, initial=0))]
-        self.register_buffer("place", place)
-        self.place: Tensor
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return (..., D) for (...) ids."""
-        places, found = self.place[ids], None
-        for cluster, (first, last) in zip(self.clusters, self.bounds, strict=True):
-            inside = (places >= first) & (places < last)
-            part = cluster(places[inside] - first, as_output=False)
-            found = part.new_zeros(*ids.shape, part.shape[-1]) if found is None else found
-            found = found.masked_scatter(inside[..., None], part)
-        assert found is not None
-        return found
-
-
-class ClusteredOutput(nn.Module):
-    """Logits by a clustered embedding, which it does not own.
-
-    Args:
-        table: the embedding.
-    """
-
-    def __init__(self, table: ClusteredEmbedding) -> None:
-        super().__init__()
-        self.__dict__["table"] = table  # no submodule: its parameters are the embedding's
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., V) for (..., D)."""
-        table: ClusteredEmbedding = self.__dict__["table"]
-        parts = [cluster(x, as_output=True) for cluster in table.clusters]
-        return torch.cat(parts, -1)[..., table.place]
-
-
 def put_clusters(model: nn.Module, names: Sequence[str], clusters: Sequence[Cluster], tokens: Sequence[Tensor]) -> None:
     """Replace a model's embedding, and the output that is tied to it.
 
@@ -114,25 +68,7 @@ def tied_output(model: nn.Module) -> str:
 def cluster_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
     """List the components of a model's clusters, one group a cluster."""
     names = [name for name, module in model.named_modules() if isinstance(module, Cluster)]
-    return tuple(_group(model, name) for name in names)
-
-
-def _group(model: nn.Module, name: str) -> UnitGroup:
-    module = model.get_submodule(name)
-    (components, width), (tokens, _) = full_shape(module.down), full_shape(module.up)
-    return UnitGroup(
-        name=name,
-        layer=0,
-        num_units=components,
-        members=(
-            Member(name=f"{name}.down", shape=(components, width), dim=0, role="in"),
-            Member(name=f"{name}.up", shape=(tokens, components), dim=1, role="out"),
-        ),
-        output=name,
-        kind="component",
-        cost=width + tokens,
-        matrix_cost=width * tokens,
-    )
+    return tuple(component_group(model, name, 0) for name in names)
 
 
 def cluster_sizes(groups: Sequence[UnitGroup], widths: Sequence[int]) -> list[dict[str, int]]:

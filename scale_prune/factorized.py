@@ -65,15 +65,16 @@ def component_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
 
     Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
     """
-    return tuple(_group(model, name) for name in factorized_names(model))
+    return tuple(component_group(model, name, next(_numbers(name), 0)) for name in factorized_names(model))
 
 
-def _group(model: nn.Module, name: str) -> UnitGroup:
+def component_group(model: nn.Module, name: str, layer: int) -> UnitGroup:
+    """Describe the components of a module with the factors `down` and `up`, in a layer."""
     module = model.get_submodule(name)
     (components, d_in), (d_out, _) = full_shape(module.down), full_shape(module.up)
     return UnitGroup(
         name=name,
-        layer=next(_numbers(name), 0),
+        layer=layer,
         num_units=components,
         members=(
             Member(name=f"{name}.down", shape=(components, d_in), dim=0, role="in"),

@@ -5,6 +5,7 @@ Written beside a pruned model's weights, for `from_pretrained(folder, trust_remo
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,7 +23,9 @@ class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
         for name, rank in told.get("factorized", {}).items():
             _put(self, name, _factors(self.get_submodule(name), rank))
         if clusters := told.get("factorized_embedding"):
-            table = ClusteredEmbedding(config.hidden_size, clusters["sizes"], clusters["ranks"])
+            sizes, ranks = clusters["sizes"], clusters["ranks"]
+            made = [Cluster(config.hidden_size, size, rank) for size, rank in zip(sizes, ranks, strict=True)]
+            table = ClusteredEmbedding(made, sizes, torch.arange(sum(sizes)))
             for name, module in zip(clusters["names"], (table, ClusteredOutput(table)), strict=False):
                 _put(self, name, module)
         self.post_init()
@@ -45,15 +48,16 @@ class Cluster(nn.Module):
 class ClusteredEmbedding(nn.Module):
     """Token ids to embeddings, by clusters of tokens; `place` says where a token stands in the line of all clusters."""
 
-    def __init__(self, width: int, sizes: list[int], ranks: list[int]) -> None:
+    def __init__(self, clusters: Sequence[nn.Module], sizes: Sequence[int], place: Tensor) -> None:
         super().__init__()
-        self.clusters = nn.ModuleList(Cluster(width, size, rank) for size, rank in zip(sizes, ranks, strict=True))
+        self.clusters = nn.ModuleList(clusters)
         self.bounds = [*pairwise(accumulate(sizes, initial=0))]
-        self.register_buffer("place", torch.arange(sum(sizes)))
+        self.register_buffer("place", place)
 
     def forward(self, ids: Tensor) -> Tensor:
         places: Tensor = self.get_buffer("place")[ids]
         found = None
+        # All clusters, whichever tokens there are: under ZeRO-3 every rank must do the same.
         for cluster, (first, last) in zip(self.clusters, self.bounds, strict=True):
             inside = (places >= first) & (places < last)
             part = cluster(places[inside] - first, as_output=False)

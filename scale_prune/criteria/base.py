@@ -5,6 +5,7 @@ and updates state for some units, whichever they are. A new criterion is a new f
 distinguishes it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -146,7 +147,7 @@ class Criterion:
         return self.config.initial_rank or full_rank(shape)
 
 
-class GatedCriterion(Criterion):
+class GatedCriterion(Criterion, ABC):
     """A criterion whose units are multiplied by gates that it trains.
 
     Attributes:
@@ -160,10 +161,11 @@ class GatedCriterion(Criterion):
         """Return the learning rate of the gates."""
         return self.config.gate_learning_rate or self.travel / schedule.descent_steps
 
+    @abstractmethod
     def parameter(self, state: State) -> Tensor:
         """Return what the gates are made of, (U,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
         """Return the (N,) gates of a training step.
 
@@ -171,11 +173,10 @@ class GatedCriterion(Criterion):
             parameter: (N,).
             noise: (N,) uniform in (0, 1).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def final_gates(self, parameter: Tensor) -> Tensor:
         """Return the (N,) gates that the units which remain are exported with."""
-        raise NotImplementedError
 
     def test_time_gates(self, parameter: Tensor) -> Tensor:
         """Return the (N,) gates of one group in an evaluation before the target is reached."""
