@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         folder = Path(own.output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
-        inputs = read_models(own, config, explicit, world_size, "train")
+        inputs = read_models(own, config, explicit, world_size, "train", needs_groups=True)
         with joined(rank) as runtime:
             found = {name: _analysed(each, own, runtime) for name, each in inputs.items()}
             if runtime.is_main:

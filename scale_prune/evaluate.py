@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
-        inputs = read_models(own, config, explicit, world_size, "validation")
+        inputs = read_models(own, config, explicit, world_size, "validation", needs_groups=False)
         if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:
             asked = "--latency" if own.latency else "--lm_eval"
             raise ValueError(f"{asked} needs models that write text, not encoders of --task {CLASSIFICATION}")

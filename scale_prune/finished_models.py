@@ -17,7 +17,13 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def read_models(
-    own: argparse.Namespace, config: Config, explicit: frozenset[str], world_size: int, split: Split
+    own: argparse.Namespace,
+    config: Config,
+    explicit: frozenset[str],
+    world_size: int,
+    split: Split,
+    *,
+    needs_groups: bool,
 ) -> dict[str, Inputs]:
     """Read and check the inputs of every model, the baseline first.
 
@@ -27,6 +33,7 @@ def read_models(
         explicit: names of the settings that the user gave.
         world_size: number of ranks.
         split: the text that is needed.
+        needs_groups: False where any model will do, also one that cannot be pruned.
 
     Raises:
         ValueError: a model is there twice, or an input cannot be used.
@@ -34,7 +41,11 @@ def read_models(
     named = names_of(own.model, own.baseline)
     return {
         name: read_inputs(
-            replace(config, training=replace(config.training, model=path)), explicit, world_size, splits=(split,)
+            replace(config, training=replace(config.training, model=path)),
+            explicit,
+            world_size,
+            splits=(split,),
+            needs_groups=needs_groups,
         )
         for name, path in named.items()
     }

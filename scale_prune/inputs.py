@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig
+from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, TrainingConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.ds_config import load, resolve
@@ -21,7 +21,7 @@ from scale_prune.families import auto_model, classifies, positions_of
 from scale_prune.forms import columns_of, label_of, with_templates
 from scale_prune.pruner import check_min_kept
 from scale_prune.rows import SPLITS, Split, Text, load_text
-from scale_prune.units import sketch_units
+from scale_prune.units import FACTORIZED, sketch_units
 from scale_prune.zero3 import ds_check
 
 SELF = "self"
@@ -54,7 +54,14 @@ class Inputs:
         return int(self.ds_config["train_micro_batch_size_per_gpu"])
 
 
-def read_inputs(config: Config, explicit: frozenset[str], world_size: int, splits: Sequence[Split] = SPLITS) -> Inputs:
+def read_inputs(
+    config: Config,
+    explicit: frozenset[str],
+    world_size: int,
+    splits: Sequence[Split] = SPLITS,
+    *,
+    needs_groups: bool = True,
+) -> Inputs:
     """Read and check a run's inputs; nothing is written, no weights are loaded, no process talks to another.
 
     Args:
@@ -62,11 +69,12 @@ def read_inputs(config: Config, explicit: frozenset[str], world_size: int, split
         explicit: names of the settings that the user gave.
         world_size: number of ranks.
         splits: the texts that are needed.
+        needs_groups: False where the model is only used, not pruned, so that any model will do.
 
     Raises:
         ValueError: one of them cannot be used; the message says which, why and what would be valid.
     """
-    reading = Reading(config=config, explicit=explicit, world_size=world_size, splits=splits)
+    reading = Reading(config=config, explicit=explicit, world_size=world_size, splits=splits, needs_groups=needs_groups)
     for check in CHECKS:
         check(reading)
     return reading.inputs()
@@ -81,6 +89,7 @@ class Reading:
         explicit: names of the settings that the user gave.
         world_size: number of ranks.
         splits: the texts that are needed.
+        needs_groups: False where the model is only used, not pruned.
         model_config: the model's own configuration.
         tokenizer: the model's tokenizer.
         groups: the model's groups.
@@ -92,6 +101,7 @@ class Reading:
     explicit: frozenset[str]
     world_size: int
     splits: Sequence[Split] = SPLITS
+    needs_groups: bool = True
     model_config: PretrainedConfig | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     groups: tuple[UnitGroup, ...] = ()
@@ -171,8 +181,11 @@ def _check_layout(reading: Reading) -> None:
 
 
 def _check_groups(reading: Reading) -> None:
-    if reading.model_config is not None:
-        reading.groups = _groups_of(reading.model_config, reading.config)
+    if reading.model_config is None:
+        return
+    model = _built(reading.model_config, reading.config.training)
+    if reading.needs_groups:
+        reading.groups = sketch_units(model, reading.config.pruning)
         check_min_kept(reading.groups, reading.config.pruning)
 
 
@@ -268,25 +281,27 @@ def fill_in(config: Config) -> Config:
     return replace(config, task=with_templates(config.task), pruning=pruning, output=output)
 
 
-def _groups_of(model_config: PretrainedConfig, config: Config) -> tuple[UnitGroup, ...]:
-    """Return the groups of a model that is not loaded.
+def _built(model_config: PretrainedConfig, training: TrainingConfig) -> PreTrainedModel:
+    """Return a model without weights.
 
     Raises:
         ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
     """
-    training = config.training
-    if model_config.to_dict().get("per_layer_config") and not training.trust_remote_code:
-        raise ValueError(
-            f"--model {training.model} has layers of different widths, which the modelling file in that folder builds; "
-            "give --trust_remote_code to run that file"
-        )
+    told = model_config.to_dict()
+    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTORIZED, "factorised weights")}
+    for key, what in own.items():
+        if told.get(key) and not training.trust_remote_code:
+            raise ValueError(
+                f"--model {training.model} has {what}, which the modelling file in that folder builds; "
+                "give --trust_remote_code to run that file"
+            )
     try:
         with torch.device("meta"):
             model = auto_model(model_config).from_config(model_config, trust_remote_code=training.trust_remote_code)
     except Exception as error:  # whatever an architecture raises at values it cannot be built with
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise ValueError(f"--model {training.model}: no model can be built from its config: {reason}") from error
-    return sketch_units(model, config.pruning)
+    return model
 
 
 def check_weights(folder: Path) -> None:

@@ -316,15 +316,18 @@ def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
     Raises:
         ValueError: the groups' floors of `min_kept` units add up to more than the target keeps.
     """
-    floors = [min(config.min_kept, group.num_units) for group in groups]
+    each = config.min_kept if config.scope == "global" else 1
+    floors = [min(each, group.num_units) for group in groups]
     smallest, total = remaining_fraction(groups, floors), sum(group.num_units for group in groups)
-    if config.scope != "global" or smallest <= config.remaining:
+    if smallest <= config.remaining:
         return
     if groups[0].kind == "component":
         raise ValueError(
-            f"--remaining {config.remaining} cannot be reached: --min_kept {config.min_kept} components of each of the "
-            f"{len(groups)} weights are {smallest:.4f} of their parameters; give at least --remaining {smallest:.4f}"
+            f"--remaining {config.remaining} cannot be reached: {each} component of each of the {len(groups)} weights, "
+            f"the fewest by --min_kept and --scope, are {smallest:.6f} of their parameters together; give more"
         )
+    if config.scope != "global":
+        return
     raise ValueError(
         f"--min_kept {config.min_kept} keeps {sum(floors)} units in {len(groups)} layers, more than the "
         f"{int(config.remaining * total)} of {total} that --remaining {config.remaining} leaves; "

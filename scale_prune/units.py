@@ -16,6 +16,9 @@ from scale_prune.factorized import component_groups, full_shape, put_factors
 from scale_prune.families import family_of, linear_names, unit_groups
 from scale_prune.zero3.factorize import factorize, factorize_embedding, factors_of
 
+FACTORIZED = ("factorized", "factorized_embedding")
+"""Keys of a config that say what the export has left as factors."""
+
 
 def removes_components(pruning: PruningConfig) -> bool:
     """Tell whether a run factorises weights."""
@@ -90,10 +93,11 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
     Raises:
         ValueError: the model has no such targets, is factorised already, or `initial_rank` is more than a full rank.
     """
-    if getattr(model.config, "factorized", None):
+    told = model.config.to_dict()
+    if any(told.get(key) for key in FACTORIZED):
         raise ValueError(
-            f"{len(model.config.factorized)} weights of the model are factorised already, "
-            f"{next(iter(model.config.factorized))} for one; give the model that it was made from"
+            "the model has factorised weights already, which cannot be pruned again; give the model that it was made "
+            "from"
         )
     if not removes_components(pruning):
         return unit_groups(model)

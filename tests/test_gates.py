@@ -199,3 +199,9 @@ def test_a_criterion_of_components_wants_factorised_weights() -> None:
 
     with pytest.raises(ValueError, match=r"'flop' removes components, but no weight .* scale_prune\.prepare"):
         units_of(tiny_model("gpt_neo"), PruningConfig(criterion="flop"))
+
+
+@pytest.mark.parametrize("criterion", ["flop", "flop_agp", "factorize"])
+def test_a_fraction_below_one_component_a_weight_is_refused_with_the_smallest(criterion: str) -> None:
+    with pytest.raises(ValueError, match=r"--remaining 0\.001 cannot be reached: .* are 0\.1\d+ of their parameters"):
+        start(criterion, remaining=0.001)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
+from scale_prune import evaluate
 from scale_prune.stop import STOPPED
 from scale_prune.train import main
 
@@ -107,6 +108,18 @@ def test_gates_go_on_bit_for_bit(work: Path) -> None:
         assert codes(run_ranks(outcome, 2, arguments(work, output, **resumed))) == [0, 0]
         assert_same_run(output, whole)
         assert losses(output) == {made: loss for made, loss in losses(whole).items() if made > step}
+    assert_anyone_can_measure(whole, work)
+
+
+def assert_anyone_can_measure(output: Path, work: Path) -> None:
+    """See that the command for finished models comes to the perplexity that the run has reported of its factors."""
+    result, settings = work / "evaluation.json", report_of(output)["settings"]
+    words = ["--model", output / "pruned", "--trust_remote_code", "--output", result]
+    for name in ("validation_file", "block_size", "eval_tokens"):
+        words += [f"--{name}", settings[name]]
+    run_ranks(evaluate.main, 1, [str(word) for word in words])
+    (found,) = json.loads(result.read_text())["models"].values()
+    assert found["perplexity"] == pytest.approx(report_of(output)["perplexity"]["exported"], rel=1e-5)
 
 
 def without_dropout(work: Path, world_size: int) -> Path:
