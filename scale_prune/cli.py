@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn
 
-from scale_prune.config import Config, concerns, describe
+from scale_prune.config import Config, concerns
 from scale_prune.recipes import NOUNS, check_value, kind_of, nearest, read_recipe, specs
+from scale_prune.settings import describe
 
 DS_CONFIG_HINT = "give the DeepSpeed configuration as --ds_config FILE, scale_prune starts the engine itself"
 HINTS = {"--deepspeed": DS_CONFIG_HINT, "--deepspeed_config": DS_CONFIG_HINT}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_prune.config import BLOCKS, Config, TrainingConfig
+from scale_prune.config import Config, TrainingConfig
 from scale_prune.ds_limits import get, refuse_unsupported
+from scale_prune.settings import BLOCKS
 
 AUTO = "auto"
 BUILTIN = Path(__file__).resolve().parents[1] / "ds_configs"

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 import yaml
 
-from scale_prune.config import check_field, concerns
+from scale_prune.config import concerns
+from scale_prune.settings import check_field
 
 NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 

@@ -13,7 +13,8 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"config", "modeling_per_layer", "modeling_factorized"},
+    {"settings", "modeling_per_layer", "modeling_factorized"},
+    {"config"},
     {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
