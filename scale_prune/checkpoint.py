@@ -56,6 +56,11 @@ class Checkpoint:
         """Optimizer steps that had been made."""
         return int(self.state["step"])
 
+    @property
+    def compacted(self) -> bool:
+        """True where the removed units were gone from the model."""
+        return self.step > int(self.state["pruner"]["step"])
+
     def reader(self) -> SliceReader:
         """Open the slices of all ranks."""
         return SliceReader(sorted(self.folder / name for name in self.files if name.endswith(".safetensors")))

@@ -20,7 +20,7 @@ from scale_prune.config import CLASSIFICATION, PruningConfig
 from scale_prune.core.groups import remaining_fraction
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import budget
-from scale_prune.criteria import CRITERIA, with_defaults
+from scale_prune.criteria import CRITERIA, schedule_of, with_defaults
 from scale_prune.criteria.flop import Flop
 from scale_prune.data import check_length
 from scale_prune.ds_config import DEFAULT, precision
@@ -154,15 +154,9 @@ def _pruning(reading: Reading) -> PruningConfig:
 
 
 def _schedule_of(reading: Reading) -> Schedule:
-    pruning, groups = reading.config.pruning, reading.groups
-    return Schedule(
-        total_steps=reading.config.training.max_steps,
-        target=pruning.remaining,
-        warmup_fraction=pruning.warmup_fraction,
-        cooldown_fraction=pruning.cooldown_fraction,
-        update_every=pruning.update_every,
-        initial=remaining_fraction(groups, [group.num_units for group in groups]) if groups else 1.0,
-    )
+    groups = reading.groups
+    initial = remaining_fraction(groups, [group.num_units for group in groups]) if groups else 1.0
+    return schedule_of(_pruning(reading), reading.config.training.max_steps, initial=initial)
 
 
 def _model(reading: Reading) -> Iterator[str]:
@@ -191,9 +185,8 @@ def _batch(reading: Reading) -> Iterator[str]:
         f"batch: {blocks:,} {rows} = {micro:,} in a forward pass x {accumulation:,} accumulated x "
         f"{reading.world_size:,} ranks; {most}{tokens:,} tokens a step"
     )
-    steps = training.max_steps + training.recovery_steps
-    all_tokens = f"{most}{steps * tokens:,} tokens"
-    yield f"steps: {training.max_steps:,} with pruning, {training.recovery_steps:,} after; {all_tokens}"
+    steps, pruning = training.max_steps + training.recovery_steps, _schedule_of(reading).last_pruning_step
+    yield f"steps: {pruning:,} with pruning, {steps - pruning:,} after; {most}{steps * tokens:,} tokens"
 
 
 def _schedule(reading: Reading) -> Iterator[str]:

@@ -44,7 +44,8 @@ class FactorizedLinear(nn.Module):
         live = gates.detach().nonzero().flatten()
         if len(live) > WORTHWHILE * len(gates):
             return linear(linear(x, self.down) * gates.to(x.dtype), self.up, self.bias)
-        return linear(linear(x, self.down[live]) * gates[live].to(x.dtype), self.up[:, live], self.bias)
+        down, up = self.down.index_select(0, live), self.up.index_select(1, live)
+        return linear(linear(x, down) * gates[live].to(x.dtype), up, self.bias)
 
 
 def put_factors(model: nn.Module, name: str, down: nn.Parameter, up: nn.Parameter) -> None:

@@ -18,10 +18,9 @@ from torch import Tensor
 from scale_prune.activations import ActivationSampler
 from scale_prune.config import PruningConfig
 from scale_prune.core.groups import Member, UnitGroup, UnitLayout, remaining_fraction
-from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import check_finite
 from scale_prune.core.similarity import Similarity
-from scale_prune.criteria import CRITERIA, GatedCriterion, Moment, ShardView, with_defaults
+from scale_prune.criteria import CRITERIA, GatedCriterion, Moment, ShardView, schedule_of, with_defaults
 from scale_prune.gates import Gates
 from scale_prune.gating import Gating
 from scale_prune.seconds import Seconds
@@ -60,14 +59,8 @@ class Pruner:
         config = with_defaults(config)
         self.backend, self.groups, self.config, self.seed = backend, tuple(groups), config, seed
         self.criterion = CRITERIA[config.criterion](config, seed)
-        self.schedule = Schedule(
-            total_steps=total_steps,
-            target=config.remaining,
-            initial=remaining_fraction(self.groups, [group.num_units for group in self.groups]),
-            warmup_fraction=config.warmup_fraction,
-            cooldown_fraction=config.cooldown_fraction,
-            update_every=config.update_every,
-        )
+        initial = remaining_fraction(self.groups, [group.num_units for group in self.groups])
+        self.schedule = schedule_of(config, total_steps, initial=initial)
         check_min_kept(self.groups, config)
         self.layout = UnitLayout(self.groups, backend.world_size)
         self.spans = self.layout.owned_spans(backend.rank)
@@ -213,7 +206,8 @@ class Pruner:
         return self.criterion.share(self.backend.master(member, grad="grad" in self.criterion.needs))
 
     def _update_state(self) -> None:
-        gates_were_on = self.gating is not None and self.step > self.schedule.warmup_steps
+        gated = range(self.schedule.warmup_steps + 1, self.schedule.last_pruning_step + 1)
+        gates_were_on = self.gating is not None and self.step in gated
         if self.pruning and ("grad" in self.criterion.needs or gates_were_on):
             self.state = self.criterion.update(self.state, self._total, self._moment())
 

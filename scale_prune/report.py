@@ -113,7 +113,7 @@ def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mappi
     rows = [_row(name, metrics["dense"][name], value) for name, value in metrics.get("exported", {}).items()]
     if perplexity["exported"] is None:
         return [*rows, ""]
-    stages = {"dense": "dense before training", "masked": "masked at the end", "exported": "exported and re-loaded"}
+    stages = {"dense": "dense before training", "exported": "exported and re-loaded"}
     told = [f"{stages.get(name, name)} {_number(value)}" for name, value in perplexity.items() if value is not None]
     return [
         _row("validation perplexity", perplexity["dense"] or math.nan, perplexity["exported"]),

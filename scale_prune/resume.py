@@ -14,6 +14,7 @@ from scale_prune.checkpoint import Checkpoint, DamagedError, newest_first, newes
 from scale_prune.checkpoint import damage as damage_of
 from scale_prune.config import Config
 from scale_prune.core.shards import FlatSlice
+from scale_prune.criteria import schedule_of
 from scale_prune.ds_limits import get
 from scale_prune.inputs import Inputs
 from scale_prune.pruner import Pruner
@@ -123,15 +124,16 @@ def check_same(checkpoint: Checkpoint, inputs: Inputs) -> list[str]:
 def _check_steps(checkpoint: Checkpoint, config: Config) -> None:
     max_steps, total = config.training.max_steps, config.training.max_steps + config.training.recovery_steps
     before = checkpoint.state["settings"]["max_steps"]
-    if checkpoint.step > before and max_steps != before:
+    if checkpoint.compacted and max_steps != before:
         raise ValueError(
             f"--max_steps {max_steps} is not the run's {before}, and its model is compacted already (step "
             f"{checkpoint.step}); only --recovery_steps can change now"
         )
-    if checkpoint.step > (max_steps if checkpoint.step <= before else total):
+    last = total if checkpoint.compacted else schedule_of(config.pruning, max_steps).last_pruning_step
+    if checkpoint.step > last:
         raise ValueError(
-            f"the run has made {checkpoint.step} steps already, more than --max_steps {max_steps} and "
-            f"--recovery_steps {config.training.recovery_steps}; ask for more of them"
+            f"the run has made {checkpoint.step} steps already, more than the {last} that --max_steps {max_steps} and "
+            f"--recovery_steps {config.training.recovery_steps} leave for them; ask for more"
         )
 
 

@@ -107,13 +107,14 @@ class Run:
         else:
             self._go_on_from(self.checkpoint)
         steps = self.task.steps(self.engine.gradient_accumulation_steps(), self.step)
-        if self.step <= training.max_steps:
-            self._train(steps, training.max_steps)
+        pruned_at, last = self.pruner.schedule.last_pruning_step, training.max_steps + training.recovery_steps
+        if self.step <= pruned_at:
+            self._train(steps, pruned_at)
             self._evaluate("masked")
             self._compact()
             self._evaluate("compacted")
-        if training.recovery_steps:
-            self._train(steps, training.max_steps + training.recovery_steps)
+        if pruned_at < last:
+            self._train(steps, last)
             self._evaluate("recovered")
         pruned_parameters = num_parameters(self.engine.module)
         self._export()
@@ -144,11 +145,10 @@ class Run:
         self.quality.restore(measured)
         restore_pruner(checkpoint, self.pruner)
         self.pruner.seconds.update(measured["pruner_seconds"])
-        recovering = self.step > self.config.training.max_steps
-        if recovering:
+        if checkpoint.compacted:
             self._compact()
         restore_engine(checkpoint, self.backend)
-        if not recovering:
+        if not checkpoint.compacted:
             self.pruner.put_masks_on()
         restore_randomness(checkpoint, self.runtime, self.config.training.seed)
         self.monitor.say(f"going on after step {self.step}, from {checkpoint.folder}")
@@ -204,7 +204,7 @@ class Run:
 
     def _step(self, micro_batches: list[MicroBatch], step: int) -> float:
         """Make one optimizer step and return the loss of the global batch before it."""
-        pruning = step <= self.config.training.max_steps  # not in recovery, when the masked units are gone
+        pruning = step <= self.pruner.schedule.last_pruning_step  # afterwards the masked units are gone
         total = torch.zeros((), dtype=torch.float64)
         for index, micro_batch in enumerate(micro_batches, 1):
             inputs = micro_batch.to(self.runtime.device)

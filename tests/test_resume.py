@@ -100,15 +100,23 @@ def test_the_same_ranks_go_on_bit_for_bit(step: int, whole: Path, work: Path) ->
 
 
 def test_gates_go_on_bit_for_bit(work: Path) -> None:
-    flop, whole = SETTINGS | {"criterion": "flop", "targets": "mlp,attention"}, work / "flop"
+    flop = SETTINGS | {"criterion": "flop", "targets": "mlp,attention", "save_every": 2, "keep_checkpoints": 9}
+    whole = work / "flop"
     assert codes(run_ranks(outcome, 2, arguments(work, whole, **flop))) == [0, 0]
-    for step in (4, 8):  # while gates are drawn, and when the components are gone
+    for step in (4, 6, 8):  # while gates are drawn, when the components are gone, and in recovery
         output = work / f"flop from {step}"
         resumed = flop | {"resume": whole / "checkpoints" / f"step-{step:08d}"}
         assert codes(run_ranks(outcome, 2, arguments(work, output, **resumed))) == [0, 0]
         assert_same_run(output, whole)
         assert losses(output) == {made: loss for made, loss in losses(whole).items() if made > step}
     assert_anyone_can_measure(whole, work)
+    refused = {4: (4, "has made 4 steps already, more than the 3"), 6: (9, "its model is compacted already (step 6)")}
+    for step, (max_steps, expected) in refused.items():
+        checkpoint = whole / "checkpoints" / f"step-{step:08d}"
+        changed = flop | {"max_steps": max_steps, "recovery_steps": 0, "resume": checkpoint}
+        ((code, stderr),) = run_ranks(outcome, 1, arguments(work, work / "refused", **changed))
+        assert (code, len(errors_of(stderr))) == (2, 1)
+        assert expected in stderr
 
 
 def assert_anyone_can_measure(output: Path, work: Path) -> None:
@@ -236,7 +244,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"block_size": 8}, "--block_size 8 is not the run's 16"),
     ({"train_batch_size": 4}, '"train_batch_size": 4, but the run has 6'),
     ({"max_steps": 9}, "--max_steps 9 is not the run's 7, and its model is compacted already"),
-    ({"recovery_steps": 0}, "has made 8 steps already, more than --max_steps 7 and --recovery_steps 0"),
+    ({"recovery_steps": 0}, "has made 8 steps already, more than the 7 that --max_steps 7 and --recovery_steps 0"),
 ]
 
 

@@ -1,5 +1,6 @@
 """The cubic schedule: its formula, its ends, and which steps choose masks."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -90,6 +91,17 @@ def test_masks_are_chosen_at_the_target_and_at_the_end_but_never_while_dense(upd
         assert schedule.updates(schedule.last_descent_step)
         assert schedule.updates(schedule.total_steps)
         assert not any(schedule.updates(step) for step in range(schedule.warmup_steps + 1))
+
+
+@pytest.mark.parametrize("update_every", [1, 7, 10_000])
+def test_what_settles_is_chosen_for_the_last_time_when_the_target_is_reached(update_every: int) -> None:
+    for usual in schedules(update_every=update_every):
+        assert usual.last_pruning_step == usual.total_steps
+        settled = replace(usual, settles=True)
+        assert settled.last_pruning_step == settled.last_descent_step == usual.last_descent_step
+        chosen = [step for step in range(settled.total_steps + 1) if settled.updates(step)]
+        assert chosen == [step for step in range(settled.last_descent_step + 1) if usual.updates(step)]
+        assert replace(settled, target=1.0).last_pruning_step == usual.total_steps
 
 
 def test_plain_fine_tuning_chooses_none() -> None:

@@ -17,6 +17,7 @@ class Schedule:
         cooldown_fraction: fraction of the steps that is spent at the target, in [0, 1).
         update_every: steps between two updates of the masks, at least 1.
         initial: remaining fraction at the start; above 1 where factors are larger than the matrices they stand for.
+        settles: nothing is chosen anew once the target is reached.
     """
 
     total_steps: int
@@ -25,6 +26,7 @@ class Schedule:
     cooldown_fraction: float = 0.3
     update_every: int = 1
     initial: float = 1.0
+    settles: bool = False
 
     @property
     def warmup_steps(self) -> int:
@@ -41,6 +43,11 @@ class Schedule:
         """Steps from the last dense one to the target."""
         return self.last_descent_step - self.warmup_steps
 
+    @property
+    def last_pruning_step(self) -> int:
+        """The step after which units are removed no more, so that the model can be compacted."""
+        return self.last_descent_step if self.settles and self.target < 1 else self.total_steps
+
     def progress(self, step: int) -> float:
         """Return how far the descent is, from 0 (dense) to 1 (at the target), rising fast first: 1 - (1 - x)^3."""
         if step >= self.last_descent_step:
@@ -54,9 +61,9 @@ class Schedule:
 
     def updates(self, step: int) -> bool:
         """Tell whether the masks are chosen anew after `step`; the first step at the target and the last always do."""
-        if self.target == 1.0 or step <= self.warmup_steps:
+        if self.target == 1.0 or not self.warmup_steps < step <= self.last_pruning_step:
             return False
-        return step % self.update_every == 0 or step in (self.last_descent_step, self.total_steps)
+        return step % self.update_every == 0 or step in (self.last_descent_step, self.last_pruning_step)
 
     def learning_rate(self, step: int) -> float:
         """Return the factor in [0, 1] on the scores' learning rate: linear rise over warm-up, then linear decay."""

@@ -5,9 +5,20 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from scale_prune.config import PruningConfig
+from scale_prune.core.schedule import Schedule
 from scale_prune.criteria.base import Criterion, GatedCriterion, Moment, Need, ShardView, State
 
-__all__ = ["CRITERIA", "Criterion", "GatedCriterion", "Moment", "Need", "ShardView", "State", "with_defaults"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "GatedCriterion",
+    "Moment",
+    "Need",
+    "ShardView",
+    "State",
+    "schedule_of",
+    "with_defaults",
+]
 
 
 def _discover() -> dict[str, type[Criterion]]:
@@ -34,3 +45,22 @@ def with_defaults(config: PruningConfig) -> PruningConfig:
         raise ValueError(f"--criterion {config.criterion} is unknown; known are {', '.join(CRITERIA)}")
     defaults = CRITERIA[config.criterion].defaults
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def schedule_of(config: PruningConfig, total_steps: int, *, initial: float = 1.0) -> Schedule:
+    """Return the schedule of a run.
+
+    Args:
+        config: settings of pruning, of a known criterion.
+        total_steps: optimizer steps with pruning, at least 1.
+        initial: remaining fraction at the start.
+    """
+    return Schedule(
+        total_steps=total_steps,
+        target=config.remaining,
+        warmup_fraction=config.warmup_fraction,
+        cooldown_fraction=config.cooldown_fraction,
+        update_every=config.update_every,
+        initial=initial,
+        settles=CRITERIA[config.criterion].settles,
+    )

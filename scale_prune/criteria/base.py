@@ -81,6 +81,7 @@ class Criterion:
         roles: the members that have a share.
         defaults: values of the settings that have none of their own, where the user gives none; every criterion has a
             "scope".
+        settles: what is removed once the target is reached stays the same.
 
     Args:
         config: settings of pruning, without None where `defaults` has a value.
@@ -91,6 +92,7 @@ class Criterion:
     kind: ClassVar[Kind] = "neuron"
     roles: ClassVar[frozenset[Role]] = frozenset({"in", "out"})
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
+    settles: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
@@ -148,13 +150,14 @@ class Criterion:
 
 
 class GatedCriterion(Criterion, ABC):
-    """A criterion whose units are multiplied by gates that it trains.
+    """A criterion whose units are multiplied by gates that it trains until the target is reached.
 
     Attributes:
         travel: how far the parameter of a gate can move while the target is approached, at the usual learning rate.
     """
 
     needs = frozenset({"gate"})
+    settles = True
     travel: ClassVar[float]
 
     def gate_rate(self, schedule: Schedule) -> float:
