@@ -52,6 +52,18 @@ def test_the_gated_criteria_are_there() -> None:
     assert set(GATED) == {"flop", "flop_agp", "neuron_l0"}
 
 
+@pytest.mark.parametrize(("factors", "ordered"), [("svd", 1), ("random", 0)])
+def test_gates_start_in_the_order_of_singular_values_where_there_are_any(factors: str, ordered: int) -> None:
+    pruner = start("flop", factors=factors, initial_drop_rate=0.05)
+    middle = hard_concrete.log_alpha_of(0.05)
+    for log_alpha in pruner.state["log_alpha"].split([group.num_units for group in pruner.groups]):
+        expected = middle + ordered * torch.linspace(2.0, -2.0, len(log_alpha))
+        torch.testing.assert_close(log_alpha, expected, rtol=0, atol=0.06)
+        assert log_alpha.unique().numel() == log_alpha.numel()
+    neurons = start("neuron_l0", initial_drop_rate=0.05).state["log_alpha"]
+    torch.testing.assert_close(neurons, torch.full_like(neurons, middle), rtol=0, atol=0.06)
+
+
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "llama", "gpt_neox", "opt", "gptj"])
 def test_factorised_is_dense_at_the_start(model_type: str) -> None:
     dense = tiny_model(model_type)
@@ -64,11 +76,19 @@ def test_factorised_is_dense_at_the_start(model_type: str) -> None:
 
 @pytest.mark.parametrize("criterion", HARD)
 def test_gates_start_at_one_on_average(criterion: str) -> None:
-    pruner = start(criterion, warmup_fraction=0.0)
+    pruner = start(criterion, warmup_fraction=0.0, factors="random")
     assert pruner.gating is not None
     assert isinstance(pruner.criterion, GatedCriterion)
     final = pruner.criterion.final_gates(pruner.gating.parameter)
     torch.testing.assert_close(final, torch.ones_like(final), rtol=0.01, atol=0.0)
+
+
+def test_gates_of_an_svd_start_below_one_for_small_components_alone() -> None:
+    pruner = start("flop", warmup_fraction=0.0)
+    assert pruner.gating is not None
+    for final in pruner.gating.final().values():
+        assert ((final > 0.73) & (final < 1.08)).all()
+        assert (final[: len(final) // 2] > 0.97).all()
     assert gates_of(pruner).std() > 0.01
 
 
