@@ -710,6 +710,135 @@ def other_model_of(hidden_size: int) -> Change:
     return lambda folder: make_model(folder / "model", hidden_size=hidden_size)
 
 
+def component_cases() -> Iterator[Case]:
+    def flop(name: str, flags: str, *changes: Change) -> Case:
+        return Case(f"components: {name}", f"--criterion flop --max_steps 8 {flags}", changes)
+
+    config = "model/config.json"
+    yield flop("unknown target", "--targets mlp,lm_head")
+    yield flop("no target", "--targets ''")
+    yield flop("target twice", "--targets mlp,mlp")
+    yield flop("targets with a blank", "--targets 'mlp, attention'")
+    yield flop("rank above the full one", "--initial_rank 99")
+    yield flop("rank 0", "--initial_rank 0")
+    yield flop("less than one component each", "--remaining 0.001")
+    yield flop("less than one component each, per weight", "--remaining 0.01 --scope per_group")
+    yield flop("floor above the target", "--remaining 0.3 --min_kept 11")
+    yield flop("gates that never close", "--initial_drop_rate 0")
+    yield flop("gates that are never open", "--initial_drop_rate 1")
+    yield flop("huge gate learning rate", "--gate_learning_rate 1e38")
+    yield flop("negative gate learning rate", "--gate_learning_rate -1")
+    yield flop("gate learning rate that is no number", "--gate_learning_rate nan")
+    yield flop("multipliers that stand still", "--lambda_learning_rate 0")
+    yield flop("huge multipliers", "--lambda_learning_rate 1e38")
+    yield flop("warm-up of the target beyond the run", "--target_warmup_fraction 2")
+    yield flop("target at once", "--target_warmup_fraction 0")
+    yield flop("negative l1", "--gate_l1 -1")
+    yield flop("one width for all", "--layout uniform")
+    yield flop("zeros for components", "--layout pad")
+    yield flop("unknown factors", "--factors qr")
+    yield flop("no clusters", "--targets embedding --embedding_clusters 0")
+    yield flop("more clusters than tokens", "--targets embedding --embedding_clusters 1000")
+    yield flop("tied embeddings that are not", "--targets embedding --tie_embeddings", untie)
+    yield flop("factorised already", "", edit(config, "factorized", {"transformer.h.0.mlp.c_fc": 3}))
+    yield flop("one step", "--max_steps 1")
+    yield flop("weights that are not numbers", "", spoil_weight("transformer.h.0.mlp.c_fc.weight", lambda w: w / 0))
+    yield Case("components: targets of a neuron criterion", "--criterion neuron_l0 --max_steps 8 --targets attention")
+    yield Case("components: a checkpoint of neurons", f"{CHECKPOINTED} --criterion flop --resume {CHECKPOINT}")
+
+
+def untie(folder: Path) -> None:
+    edit("model/config.json", "tie_word_embeddings", False)(folder)
+    weights(lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))(folder)
+
+
+def teacher_cases() -> Iterator[Case]:
+    teacher = "--teacher teacher"
+
+    def copied(*changes: Change) -> tuple[Change, ...]:
+        return (lambda folder: shutil.copytree(folder / "model", folder / "teacher"), *changes)
+
+    def of_other_vocabulary(folder: Path) -> None:
+        make_tokenizer(folder / "teacher", 290)
+        make_model(folder / "teacher")
+
+    yield Case("teacher that is missing", "--teacher nowhere")
+    yield Case("teacher that is a file", "--teacher train.txt")
+    yield Case("teacher: empty name", "--teacher ''")
+    yield Case("teacher: of another vocabulary", teacher, copied(of_other_vocabulary))
+    yield Case("teacher: no weights", teacher, copied(remove("teacher/model.safetensors")))
+    yield Case("teacher: truncated weights", teacher, copied(cut("teacher/model.safetensors", 1000)))
+    yield Case("teacher: config is not JSON", teacher, copied(put("teacher/config.json", "{")))
+    yield Case("teacher: unknown type", teacher, copied(edit("teacher/config.json", "model_type", "gpt9")))
+    yield Case("teacher: another width", teacher, copied(lambda folder: make_model(folder / "teacher", 32)))
+    yield Case("teacher: alpha above 1", "--teacher self --distill_alpha 1.5")
+    yield Case("teacher: alpha that is no number", "--teacher self --distill_alpha nan")
+    yield Case("teacher: temperature 0", "--teacher self --distill_temperature 0")
+    yield Case("teacher: infinite temperature", "--teacher self --distill_temperature inf")
+    yield Case("teacher: alpha without a teacher", "--distill_alpha 0.3")
+
+
+def task_cases() -> Iterator[Case]:
+    header, row = "mr,ref,label,number", "the model learns,a neuron drops,yes,0.5"
+    rows = "\n".join([header, *[row, "the layer,prunes fast,no,1.5"] * 20]) + "\n"
+    tasked = "--train_file rows.csv --validation_file rows.csv --eval_examples 2 --max_new_tokens 4"
+
+    def written(name: str, flags: str = "", content: str = rows, *changes: Change) -> Case:
+        return Case(f"task: {name}", f"--task data_to_text {tasked} {flags}", (put("rows.csv", content), *changes))
+
+    def labelled(name: str, flags: str = "", content: str = rows, *changes: Change) -> Case:
+        told = f"--task classification --model encoder --prompt_template {{mr}} {tasked} {flags}"
+        return Case(f"task: labels, {name}", told, (make_encoder, put("rows.csv", content), *changes))
+
+    yield Case("task: unknown", "--task translation")
+    yield Case("task: template without a task", "--prompt_template '{text}'")
+    yield Case("task: rows of text alone", "--task data_to_text")
+    yield written("as it should be")
+    yield written("unknown column", "--prompt_template '{meaning}'")
+    yield written("template without a column", "--prompt_template 'say:'")
+    yield written("template with an open brace", "--completion_template '{ref'")
+    yield written("template with a number", "--completion_template '{0}'")
+    yield written("template with an attribute", "--completion_template '{ref.x}'")
+    yield written("empty template", "--prompt_template ''")
+    yield written("empty completions", content=rows.replace("a neuron drops", ""))
+    yield written("no completions at all", content=f"{header}\nthe model,,yes,1\n")
+    yield written("prompt longer than a block", content=rows.replace("the model", "the model " * 40))
+    yield written("prompt longer than a block, dropped", "--long_examples drop", rows.replace("the", "the " * 40))
+    yield written("unknown way with long ones", "--long_examples skip")
+    yield written("more new tokens than positions", "--max_new_tokens 1000")
+    yield written("no new tokens", "--max_new_tokens 0")
+    yield written("no beams", "--num_beams 0")
+    yield written("more beams than tokens", "--num_beams 5000")
+    yield written("batch of no prompts", "--generation_batch_size 0")
+    yield written("huge number of examples", f"--eval_examples {10**30}")
+    yield written("header alone", content=f"{header}\n")
+    yield written("binary", "", "\0" * 500)
+    yield labelled("as it should be")
+    yield labelled("model that is no encoder", "--model model")
+    yield labelled("unknown column", "--label_column class")
+    yield labelled("numbers", "--label_column number")
+    yield labelled("one class", content=rows.replace("no,1.5", "yes,1.5"))
+    yield labelled("missing here and there", content=rows.replace("no,1.5", ",1.5"))
+    yield labelled("missing everywhere", content=rows.replace("no,1.5", ",1").replace("yes,", ","))
+    yield labelled("numbers and words", content=rows.replace("no,1.5", "3,1.5"))
+    yield labelled("column without a task", "--task lm --label_column label")
+    yield labelled("components", "--criterion flop --targets mlp,attention,embedding --max_steps 8")
+    yield labelled("completion", "--completion_template '{ref}'")
+
+
+def make_encoder(folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    shutil.copytree(folder / "model", folder / "encoder", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    size = len(AutoTokenizer.from_pretrained(folder / "encoder"))
+    config = BertConfig(
+        vocab_size=size, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(folder / "encoder")
+
+
 def launcher_cases() -> Iterator[Case]:
     yield Case("launcher: misspelt flag", "--remainin 0.5")
     yield Case("launcher: truncated weights", "", (cut("model/model.safetensors", 1000),))
@@ -982,6 +1111,9 @@ def main() -> None:
             *(("data", case) for case in data_cases()),
             *(("output", case) for case in output_cases()),
             *(("checkpoint", case) for case in checkpoint_cases()),
+            *(("components", case) for case in component_cases()),
+            *(("teacher", case) for case in teacher_cases()),
+            *(("task", case) for case in task_cases()),
             *(("launcher", case) for case in launcher_cases()),
         ]
         tried = list(outcomes(listed))

@@ -112,21 +112,22 @@ def _neighbours(found: Found) -> Any:
 
 
 def _kept(dense: Sequence[GroupAnalysis], baseline: str, kept: Mapping[str, Mapping[str, Sequence[int]]]) -> Any:
-    """Draw the dense model's neurons by sensitivity and similarity, those that a run kept above those it removed."""
-    figure, axes = plt.subplots(1, len(kept), figsize=(5.2 * len(kept), 4.8), sharex=True, sharey=True, squeeze=False)
+    """Draw the dense model's neurons by sensitivity and similarity, and which share of them each run kept."""
+    figure, axes = plt.subplots(
+        1, len(kept), figsize=(5.2 * len(kept) + 1, 4.8), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
     sensitivity = torch.cat([group.sensitivity for group in dense]).clamp(min=1e-12)
     uniqueness = 1 - torch.cat([group.similarity for group in dense])
     for axis, (name, indices) in zip(axes[0], kept.items(), strict=True):
-        stays = torch.cat([_mask(group, indices[group.name]) for group in dense])
-        for mask, label, colour in ((~stays, "removed", "0.7"), (stays, "kept", COLOURS[0])):
-            axis.scatter(sensitivity[mask], uniqueness[mask], s=4, color=colour, label=label, linewidths=0)
-        axis.set_xscale("log")
-        axis.set_title(name)
+        stays = torch.cat([_mask(group, indices[group.name]) for group in dense]).float()
+        scale = {"xscale": "log", "gridsize": 40, "cmap": "RdYlBu", "vmin": 0, "vmax": 1}
+        cells = axis.hexbin(sensitivity.numpy(), uniqueness.numpy(), C=stays.numpy(), **scale)
+        axis.set_title(f"{name}, {stays.mean():.0%} kept")
         axis.set_xlabel("sensitivity, |w dL/dw|")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("1 - mean |cosine| to the other neurons")
-    figure.suptitle(f"Neurons of {baseline}: which ones each run kept")
-    _legend_below(figure, axes[0][0])
+    figure.suptitle(f"Neurons of {baseline}: which share of them each run kept")
+    figure.colorbar(cells, ax=list(axes[0]), label="share kept of the neurons in a cell")
     return figure
 
 

@@ -41,7 +41,25 @@ class Cluster(nn.Module):
         return linear(inner, self.up) if as_output else inner @ self.down
 
 
-def put_clusters(model: nn.Module, names: Sequence[str], clusters: Sequence[Cluster], tokens: Sequence[Tensor]) -> None:
+class SketchedEmbedding(ClusteredEmbedding):
+    """A clustered embedding of fake tensors, which cannot say how many tokens fall into a cluster.
+
+    Every cluster looks all tokens up, so that what it takes is at most what it seems to.
+    """
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return (..., D) of no values for (...) token ids."""
+        parts = [cluster(ids.flatten(), as_output=False) for cluster in self.clusters]
+        return torch.stack(parts).sum(0).view(*ids.shape, -1)
+
+
+def put_clusters(
+    model: nn.Module,
+    names: Sequence[str],
+    clusters: Sequence[Cluster],
+    tokens: Sequence[Tensor],
+    kind: type[ClusteredEmbedding] = ClusteredEmbedding,
+) -> None:
     """Replace a model's embedding, and the output that is tied to it.
 
     Args:
@@ -49,11 +67,12 @@ def put_clusters(model: nn.Module, names: Sequence[str], clusters: Sequence[Clus
         names: of the embedding, and of the output if it is tied.
         clusters: the clusters.
         tokens: the tokens of each.
+        kind: the class of what takes the embedding's place.
     """
     line = torch.cat(list(tokens))
     place = torch.empty_like(line)
     place[line] = torch.arange(len(line), device=line.device)
-    table = ClusteredEmbedding(clusters, [len(each) for each in tokens], place)
+    table = kind(clusters, [len(each) for each in tokens], place)
     for name, module in zip(names, (table, ClusteredOutput(table)), strict=False):
         parent, _, child = name.rpartition(".")
         training = model.get_submodule(name).training

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core.frequency import frequency_clusters, zipf_counts
+from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import full_rank
 from scale_prune.criteria import CRITERIA, Criterion
-from scale_prune.embedding import Cluster, cluster_groups, put_clusters
+from scale_prune.embedding import Cluster, SketchedEmbedding, cluster_groups, put_clusters
 from scale_prune.factorized import component_groups, full_shape, put_factors
 from scale_prune.families import family_of, linear_names, unit_groups
 from scale_prune.zero3.factorize import factorize, factorize_embedding, factors_of
@@ -54,8 +54,9 @@ def prepare_units(
 def clusters_of(model: PreTrainedModel, pruning: PruningConfig, token_counts: Tensor | None) -> list[Tensor]:
     """Return the tokens of each cluster of the target embedding."""
     size = full_shape(model.get_input_embeddings().weight)[0]
-    counts = zipf_counts(size) if token_counts is None else token_counts
-    return frequency_clusters(counts, pruning.embedding_clusters)
+    if token_counts is None:
+        return zipf_clusters(size, pruning.embedding_clusters)
+    return frequency_clusters(token_counts, pruning.embedding_clusters)
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
@@ -129,7 +130,7 @@ def _put_empty_clusters(model: PreTrainedModel, pruning: PruningConfig, criterio
         Cluster(*_empty_factors(f"{names[0]}, cluster {index}", (len(each), weight.shape[1]), criterion, weight))
         for index, each in enumerate(tokens)
     ]
-    put_clusters(model, names, clusters, [each.to(weight.device) for each in tokens])
+    put_clusters(model, names, clusters, [each.to(weight.device) for each in tokens], SketchedEmbedding)
 
 
 def _empty_factors(name: str, shape: tuple[int, int], criterion: Criterion, like: Tensor) -> list[nn.Parameter]:

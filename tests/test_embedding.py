@@ -9,12 +9,13 @@ from models import VOCABULARY, logits, tiny_model, tokens
 from torch import nn
 
 from scale_prune.config import PruningConfig
-from scale_prune.core.frequency import frequency_clusters, zipf_counts
+from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.low_rank import svd_factors
 from scale_prune.embedding import Cluster, cluster_groups, cluster_sizes, put_clusters
 from scale_prune.units import embedding_names, sketch_units
 
 COUNTS = torch.tensor([5, 0, 9, 1, 1, 30, 2, 0])
+ZIPF = torch.tensor([10**9 // (token + 1) for token in range(101)])
 
 
 @pytest.mark.parametrize(
@@ -33,12 +34,18 @@ def test_clusters_hold_like_shares_of_the_text_frequent_tokens_first(
 
 
 @pytest.mark.parametrize("num_clusters", [1, 2, 5, 50])
-@pytest.mark.parametrize("counts", [COUNTS, zipf_counts(101), torch.zeros(7, dtype=torch.int64)])
+@pytest.mark.parametrize("counts", [COUNTS, ZIPF, torch.zeros(7, dtype=torch.int64)])
 def test_every_token_is_in_one_cluster(counts: torch.Tensor, num_clusters: int) -> None:
     clusters = frequency_clusters(counts, num_clusters)
     assert 1 <= len(clusters) <= num_clusters
     assert torch.cat(clusters).sort().values.tolist() == list(range(len(counts)))
     assert all(len(each) for each in clusters)
+
+
+@pytest.mark.parametrize("num_clusters", [1, 3, 8, 500])
+def test_an_unknown_text_is_taken_to_have_tokens_in_the_order_of_their_frequency(num_clusters: int) -> None:
+    expected = [each.tolist() for each in frequency_clusters(ZIPF, num_clusters)]
+    assert [each.tolist() for each in zipf_clusters(len(ZIPF), num_clusters)] == expected
 
 
 def clustered(model: Any, counts: torch.Tensor) -> Any:
@@ -63,7 +70,7 @@ def test_clusters_of_full_rank_change_nothing(model_type: str) -> None:
 
 
 def test_a_cluster_without_a_token_in_the_batch_takes_part_all_the_same() -> None:
-    model = clustered(tiny_model("gpt_neo"), zipf_counts(VOCABULARY))
+    model = clustered(tiny_model("gpt_neo"), ZIPF[:VOCABULARY])
     ids = torch.zeros(1, 5, dtype=torch.int64)
     model(ids).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

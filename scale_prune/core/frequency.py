@@ -3,7 +3,9 @@
 Shape letters: V tokens of the vocabulary.
 """
 
-from itertools import pairwise
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -23,12 +25,20 @@ def frequency_clusters(counts: Tensor, num_clusters: int) -> list[Tensor]:
     Source: the adaptive embeddings of arXiv 1809.10853, whose clusters are given by hand there.
     """
     order = counts.argsort(descending=True, stable=True)
-    share = counts[order].double().cumsum(0) / counts.sum().clamp(min=1)
-    ends = [int((share < (cluster + 1) / num_clusters).sum()) + 1 for cluster in range(num_clusters - 1)]
-    bounds = sorted({0, *(min(end, len(order)) for end in ends), len(order)})
-    return [order[first:last] for first, last in pairwise(bounds)]
+    return list(order.split(_sizes(counts[order].tolist(), num_clusters)))
 
 
-def zipf_counts(size: int) -> Tensor:
-    """Return (V,) counts in proportion to 1 / rank, for a text that is not known yet."""
-    return (1e9 / torch.arange(1, size + 1)).long()
+def zipf_clusters(size: int, num_clusters: int) -> list[Tensor]:
+    """Cut the vocabulary into clusters for a text that is not known yet: counts in proportion to 1 / (token + 1).
+
+    Nothing is read from tensors, so fake ones will do.
+    """
+    return list(torch.arange(size).split(_sizes([1e9 // (token + 1) for token in range(size)], num_clusters)))
+
+
+def _sizes(counts: Sequence[float], num_clusters: int) -> list[int]:
+    """Return the sizes of clusters that add up to about the same count each, for counts in descending order."""
+    sums, total = list(accumulate(counts)), max(sum(counts), 1)
+    ends = [bisect_left(sums, total * (cluster + 1) / num_clusters) + 1 for cluster in range(num_clusters - 1)]
+    bounds = sorted({0, *(min(end, len(counts)) for end in ends), len(counts)})
+    return [last - first for first, last in pairwise(bounds)]
