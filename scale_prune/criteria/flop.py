@@ -30,15 +30,19 @@ from scale_prune.criteria.base import GatedCriterion, Moment, State
 
 SPREAD = 0.01
 SPREAD_BY_SIZE = 2.0
-MULTIPLIERS_TRAVEL = 40.0
 MULTIPLIERS = ("l1", "l2")
 
 
 class Flop(GatedCriterion):
-    """Keep the components whose gates want to stay open under the budget."""
+    """Keep the components whose gates want to stay open under the budget.
+
+    Attributes:
+        multipliers_travel: how far l1 and l2 can move while the target is approached, at the usual learning rate.
+    """
 
     kind: ClassVar[Kind] = "component"
     travel = 20.0
+    multipliers_travel: ClassVar[float] = 40.0
     defaults: ClassVar[dict[str, Any]] = {"scope": "global"}
 
     @property
@@ -84,8 +88,12 @@ class Flop(GatedCriterion):
     def _ascend(self, state: State, name: str, gradient: float, schedule: Schedule) -> State:
         given = torch.full_like(state[name], gradient)
         step, mean, square = adam_step(given, state[f"{name}_mean"], state[f"{name}_square"], state["count"] + 1)
-        value = state[name] + (self.config.lambda_learning_rate or MULTIPLIERS_TRAVEL / schedule.descent_steps) * step
+        value = state[name] + self.multipliers_rate(schedule) * step
         return {name: value, f"{name}_mean": mean, f"{name}_square": square}
+
+    def multipliers_rate(self, schedule: Schedule) -> float:
+        """Return the learning rate of l1 and l2."""
+        return self.config.lambda_learning_rate or self.multipliers_travel / schedule.descent_steps
 
     def wanted(self, moment: Moment) -> float:
         """Return the remaining fraction that the gates should amount to now."""

@@ -10,3 +10,4 @@ class NeuronL0(Flop):
     """Keep the neurons whose gates want to stay open under the budget."""
 
     kind = "neuron"
+    multipliers_travel = 20.0
