@@ -781,7 +781,7 @@ def teacher_cases() -> Iterator[Case]:
 def task_cases() -> Iterator[Case]:
     header, row = "mr,ref,label,number", "the model learns,a neuron drops,yes,0.5"
     rows = "\n".join([header, *[row, "the layer,prunes fast,no,1.5"] * 20]) + "\n"
-    tasked = "--train_file rows.csv --validation_file rows.csv --eval_examples 2 --max_new_tokens 4"
+    tasked = "--block_size 28 --train_file rows.csv --validation_file rows.csv --eval_examples 2 --max_new_tokens 4"
 
     def written(name: str, flags: str = "", content: str = rows, *changes: Change) -> Case:
         return Case(f"task: {name}", f"--task data_to_text {tasked} {flags}", (put("rows.csv", content), *changes))
@@ -818,7 +818,7 @@ def task_cases() -> Iterator[Case]:
     yield labelled("unknown column", "--label_column class")
     yield labelled("numbers", "--label_column number")
     yield labelled("one class", content=rows.replace("no,1.5", "yes,1.5"))
-    yield labelled("missing here and there", content=rows.replace("no,1.5", ",1.5"))
+    yield labelled("missing here and there", content=f"{rows}the model,a neuron,,2\n")
     yield labelled("missing everywhere", content=rows.replace("no,1.5", ",1").replace("yes,", ","))
     yield labelled("numbers and words", content=rows.replace("no,1.5", "3,1.5"))
     yield labelled("column without a task", "--task lm --label_column label")
@@ -831,10 +831,12 @@ def make_encoder(folder: Path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     shutil.copytree(folder / "model", folder / "encoder", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder / "encoder")
     torch.manual_seed(0)
-    size = len(AutoTokenizer.from_pretrained(folder / "encoder"))
     config = BertConfig(
-        vocab_size=size, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        vocab_size=len(tokenizer), hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
     )
     BertModel(config).save_pretrained(folder / "encoder")
 

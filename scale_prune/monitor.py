@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+LARGEST = 1e19  # what histograms of TensorBoard have room for
 CELL = 12  # pixels a layer and a point in time take in the heat map
 COLOURS = torch.tensor([[68, 1, 84], [33, 145, 140], [253, 231, 37]], dtype=torch.float32)  # 0, 0.5, 1
 
@@ -51,7 +52,8 @@ class Monitor:
         self.history.append(kept)
         for layer, (share, score) in enumerate(zip(kept, scores, strict=True)):
             self.writer.add_scalar(f"kept/layer_{layer:02d}", float(share), step)
-            self.writer.add_histogram(f"scores/layer_{layer:02d}", score.float().cpu(), step)
+            shown = score.float().cpu().clamp(-LARGEST, LARGEST)
+            self.writer.add_histogram(f"scores/layer_{layer:02d}", shown, step)
         self.writer.add_image("kept/layers_over_time", heat_map(torch.stack(self.history, 1)), step)
 
     def say(self, message: str) -> None:

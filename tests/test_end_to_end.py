@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -294,6 +296,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(work: Path) -> None:
     flags = arguments(work, work / "nan", learning_rate=1e30, warmup_fraction=0.9, cooldown_fraction=0.0)
     ranks = run_ranks(outcome, 2, flags)
     assert_stopped(ranks, "the loss is nan", work / "nan", 4)
+
+
+def test_weights_that_are_not_finite_are_not_factorised(work: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(work / "model")
+    model.get_parameter("transformer.h.1.mlp.c_fc.weight").data[0, :2] = math.inf
+    shutil.copytree(work / "model", work / "infinite")
+    model.save_pretrained(work / "infinite")
+    flags = arguments(work, work / "never", model=work / "infinite", criterion="flop")
+    (code, stderr), (other_code, other_stderr) = run_ranks(outcome, 2, flags)
+    assert (code, other_code) == (2, 2)
+    (error,) = errors_of(stderr)
+    assert re.search(r"2 of \d+ elements of transformer\.h\.1\.mlp\.c_fc\.weight are not finite", error)
+    assert errors_of(other_stderr) == []
+    assert "Traceback" not in stderr + other_stderr
+    assert not (work / "never").exists()
 
 
 def outcome_with_a_broken_gradient(flags: list[str], step: int) -> tuple[int, str]:

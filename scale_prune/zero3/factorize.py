@@ -57,6 +57,9 @@ def factorize(
         components: turns the (D_out, D_in) shape of a weight into its number of components.
         factors: makes the factors, on the device of the weight.
         transposed: weights are stored (in, out).
+
+    Raises:
+        ValueError: a weight has elements that are not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for first in range(0, len(names), world_size):
@@ -74,9 +77,24 @@ def _whole(model: nn.Module, name: str, transposed: bool, *, wanted: bool) -> Te
     """Return a (D_out, D_in) weight where it is wanted, nothing elsewhere. A collective."""
     weight: Any = model.get_submodule(name).weight
     with deepspeed.zero.GatheredParameters([weight]):
+        _check_finite(weight, name)
         if not wanted:
             return torch.empty(0)
         return (weight.detach().T if transposed else weight.detach()).float().clone()
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    """Refuse a gathered weight that has no singular values; all ranks see the same.
+
+    Raises:
+        ValueError: some of its elements are not finite.
+    """
+    broken = int((~weight.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {weight.numel()} elements of {name}.weight are not finite, so it cannot be factorised; "
+            "give a model whose weights are all numbers"
+        )
 
 
 def _put(
@@ -112,12 +130,16 @@ def factorize_embedding(
         tokens: int64, the tokens of each cluster.
         components: turns the (V_i, D) shape of a cluster's table into its number of components.
         factors: makes the factors.
+
+    Raises:
+        ValueError: the embedding has elements that are not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     weight: Any = model.get_submodule(names[0]).weight
     width = full_shape(weight)[1]
     own = {}
     with deepspeed.zero.GatheredParameters([weight]):
+        _check_finite(weight, names[0])
         for index in range(rank, len(tokens), world_size):
             table = weight[tokens[index].to(weight.device)].float()
             own[index] = factors(f"{names[0]}.{index}", table, components((len(table), width)))
