@@ -30,7 +30,7 @@ TICKS_APART = 0.08
 """Fraction of an axis that two ticks need between them to be read."""
 
 PANELS = {
-    "measured": ("Quality against neurons left", "MLP neurons left, % of the dense model", 100.0),
+    "measured": ("Quality against what is left", "% of the neurons, or of the factorised weights' parameters", 100.0),
     "parameters": ("Quality against size", "parameters of the pruned model, millions", 1e-6),
     "latency": ("Quality against speed", "time of a generated token, milliseconds", 1.0),
 }

@@ -317,8 +317,8 @@ def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
         return
     if groups[0].kind == "component":
         raise ValueError(
-            f"--remaining {config.remaining} cannot be reached: {each} component of each of the {len(groups)} weights, "
-            f"the fewest by --min_kept and --scope, are {smallest:.6f} of their parameters together; give more"
+            f"--remaining {config.remaining} cannot be reached: {each} of the components of each of the {len(groups)} "
+            f"weights, the fewest by --min_kept and --scope, are {smallest:.6f} of their parameters together; give more"
         )
     if config.scope != "global":
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.distillation import Teacher
@@ -32,6 +32,7 @@ from scale_prune.stop import STOPPED, StopSignal
 from scale_prune.tasks import MicroBatch, Step, Task
 from scale_prune.units import prepare_units
 from scale_prune.zero3 import Runtime, Zero3Backend, compact_engine, num_parameters
+from scale_prune.zero3.randomness import random_state, set_random_state
 from scale_prune.zero3.runtime import inference_engine, load_model, precision, release, training_engine
 
 
@@ -57,13 +58,7 @@ class Run:
         self.stopping = False
         self.resumed_at: list[int] = []
         training = self.config.training
-        set_seed(training.seed)
-        model = load_model(
-            str(training.model),
-            inputs.ds_config,
-            trust_remote_code=training.trust_remote_code,
-            config=task.model_config,
-        )
+        model = self._load()
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.writer = ModelWriter(inputs, getattr(model, "generation_config", None), runtime)
@@ -103,7 +98,7 @@ class Run:
         """
         training = self.config.training
         if self.checkpoint is None:
-            self._evaluate("dense")
+            self._measure_start()
         else:
             self._go_on_from(self.checkpoint)
         steps = self.task.steps(self.engine.gradient_accumulation_steps(), self.step)
@@ -120,6 +115,17 @@ class Run:
         self._export()
         stored_parameters = self._reload()
         return self._report(self.dense_parameters, pruned_parameters, stored_parameters)
+
+    def _load(self) -> PreTrainedModel:
+        """Load the model as it was given; weights that it lacks, of a classifier, are drawn from the run's seed."""
+        training = self.config.training
+        set_seed(training.seed)
+        return load_model(
+            str(training.model),
+            self.inputs.ds_config,
+            trust_remote_code=training.trust_remote_code,
+            config=self.task.model_config,
+        )
 
     def _load_teacher(self) -> Teacher | None:
         training, wanted = self.config.training, self.config.distillation.teacher
@@ -290,6 +296,20 @@ class Run:
         """Measure the model on the validation data, under the engine as it is."""
         with self.seconds.measure("evaluation"):
             self.quality.measure(self.engine, self.step, name)
+
+    def _measure_start(self) -> None:
+        """Measure the dense model, and the one that training starts from, if its weights are factorised."""
+        if self.groups[0].kind == "neuron":
+            self._evaluate("dense")
+            return
+        randomness = random_state()
+        dense = inference_engine(self._load(), self.inputs.ds_config)
+        set_random_state(randomness)
+        with self.seconds.measure("evaluation"):
+            self.quality.measure(dense, self.step, "dense")
+        dense.empty_partition_cache()
+        release(dense)
+        self._evaluate("factorized")
 
     # --- the smaller model -----------------------------------------------------------------------------------
 

@@ -313,6 +313,19 @@ def test_weights_that_are_not_finite_are_not_factorised(work: Path) -> None:
     assert not (work / "never").exists()
 
 
+@pytest.mark.parametrize(("criterion", "is_the_same"), [("factorize", False), ("flop", True)])
+def test_dense_is_before_the_weights_are_factorised(
+    criterion: str, is_the_same: bool, report: dict[str, Any], work: Path
+) -> None:
+    output = work / f"start-{criterion}"
+    settings = {"criterion": criterion, "remaining": 0.3, "max_steps": 4, "warmup_fraction": 0.3}  # no gates at first
+    ranks = run_ranks(outcome, 2, arguments(work, output, **settings))
+    assert [code for code, _ in ranks] == [0, 0]
+    found = report_of(output)["perplexity"]
+    assert found["dense"] == pytest.approx(report["perplexity"]["dense"], rel=1e-5)
+    assert (found["factorized"] == pytest.approx(found["dense"], rel=1e-4)) == is_the_same
+
+
 def outcome_with_a_broken_gradient(flags: list[str], step: int) -> tuple[int, str]:
     """Run with a gradient that is NaN in one step, although the loss is finite."""
     load = run.load_model
