@@ -28,7 +28,6 @@ nearest neighbour; explained variance.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -140,8 +139,10 @@ def analyse(
         world_size=runtime.world_size,
         seed=training.seed,
     )
-    for number, micro_batches in enumerate(islice(steps, batches)):
-        measuring.step(engine, micro_batches, number)
+    for micro_batches in steps:
+        measuring.step(engine, micro_batches)
+        if measuring.steps == batches:
+            break
     found = list(measuring.results(runtime))
     release(engine)
     return found
@@ -163,41 +164,42 @@ class Measuring:
         self.products = {
             s.index: Products(s.group.num_units, s.first, s.last, self.samples[s.index]) for s in self.spans
         }
-        self.criterion = SENSITIVITY(inputs.config.pruning, inputs.config.training.seed)
-        in_pass = inputs.micro_batch_size * inputs.config.data.block_size
-        if sampling.tokens is not None:
-            in_pass = min(in_pass, -(-sampling.tokens // (backend.world_size * backend.accumulation_steps)))
-        self.sampler = ActivationSampler(backend.module, groups, in_pass)
+        self.seed = inputs.config.training.seed
+        self.criterion = SENSITIVITY(inputs.config.pruning, self.seed)
+        self.sampler = ActivationSampler(backend, groups, sampling.tokens)
         self.sensitivity = torch.zeros(self.layout.per_rank, device=backend.device)
         self.steps = 0
 
-    def step(self, engine: Any, micro_batches: list[Tensor], number: int) -> None:
-        """Take in one batch; the weights stay as they are."""
-        self.sampler.arm(number)
+    def step(self, engine: Any, micro_batches: list[Tensor]) -> None:
+        """Take in one batch, unless its gradients overflow in fp16; the weights stay as they are."""
+        self.sampler.arm(self.seed, self.steps)
         for micro_batch in micro_batches:
             input_ids = micro_batch.to(self.backend.device)
             engine.backward(engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
-            if self.backend.at_boundary():
-                self._take_gradients()
+            totals = self._totals() if self.backend.at_boundary() else None
             engine.step()
-        self._take_activations(self.sampler.take(len(micro_batches)))
-        self.steps += 1
+        if self.backend.step_applied():
+            assert totals is not None
+            self.sensitivity += totals.abs()
+            self._take_activations()
+            self.steps += 1
+        self.sampler.disarm()
 
     @torch.no_grad()
-    def _take_gradients(self) -> None:
+    def _totals(self) -> Tensor:
+        """Return the owned units' sums of w * dL/dw."""
         line = torch.zeros(self.layout.padded, device=self.backend.device)
         for index, group in enumerate(self.groups):
             for member in group.members:
                 line[self.layout.slice_of(index)] += self._share(member)
-        self.sensitivity += self.backend.reduce_scatter(line).abs()
+        return self.backend.reduce_scatter(line)
 
     def _share(self, member: Member) -> Tensor:
         return self.criterion.share(self.backend.master(member, grad=True)).float()
 
     @torch.no_grad()
-    def _take_activations(self, sampled: list[Tensor]) -> None:
-        for index, own_tokens in enumerate(sampled):
-            activations = self.backend.all_gather(own_tokens)
+    def _take_activations(self) -> None:
+        for index, activations in enumerate(self.sampler.take()):
             if index in self.products:
                 self.products[index].update(activations)
 

@@ -184,6 +184,12 @@ def _check_groups(reading: Reading) -> None:
     if reading.model_config is None:
         return
     model = _built(reading.model_config, reading.config.training)
+    dropped = getattr(reading.model_config, "layerdrop", 0)
+    if reading.needs_groups and dropped and reading.world_size > 1:
+        raise ValueError(
+            f"--model {reading.config.training.model} drops layers by chance (layerdrop {dropped:g}), other ones on "
+            'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
+        )
     if reading.needs_groups:
         reading.groups = sketch_units(model, reading.config.pruning)
         check_min_kept(reading.groups, reading.config.pruning)

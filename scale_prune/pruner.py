@@ -76,8 +76,7 @@ class Pruner:
             Similarity(s.group.num_units, s.first, s.last, kind=config.similarity, weight=config.similarity_weight)
             for s in self.spans
         ]
-        per_pass = -(-config.similarity_tokens // (backend.world_size * backend.accumulation_steps))
-        self._sampler = ActivationSampler(backend.module, self.groups, per_pass)
+        self._sampler = ActivationSampler(backend, self.groups, config.similarity_tokens)
         self._total = torch.zeros(self.num_owned, device=backend.device)
         self._at_boundary = False
         self.pruning = config.remaining < 1
@@ -113,10 +112,9 @@ class Pruner:
         if not self._at_boundary:
             return
         self.step += 1
-        sampled = self._sampler.take(self.backend.accumulation_steps) if self._sampling else []
         if self.backend.step_applied():
             with self.seconds.measure("similarity"):
-                self._update_similarity(sampled)
+                self._update_similarity()
             with self.seconds.measure("scoring"):
                 self._update_state()
         if self.schedule.updates(self.step):
@@ -144,7 +142,7 @@ class Pruner:
         self._sampling = due and self.pruning and "activation" in self.criterion.needs
         self._sampler.disarm()
         if self._sampling:
-            self._sampler.arm((self.seed * 1_000_003 + self.step) * 1_000_003 + self.backend.rank)
+            self._sampler.arm(self.seed, self.step)
 
     def put_masks_on(self) -> None:
         """Zero the removed units in the working copy and see that it holds. A collective.
@@ -243,12 +241,13 @@ class Pruner:
 
     # --- similarity ----------------------------------------------------------------------------------------------
 
-    def _update_similarity(self, sampled: Sequence[Tensor]) -> None:
+    def _update_similarity(self) -> None:
         """Gather the sampled activations one group at a time; each rank computes the rows of the units it owns."""
+        if not self._sampling:
+            return
         owned = {span.index: (span, rows) for span, rows in zip(self.spans, self.similarities, strict=True)}
-        for index, own_tokens in enumerate(sampled):
-            activations = self.backend.all_gather(own_tokens)
-            if index in owned:
+        for index, activations in enumerate(self._sampler.take()):
+            if index in owned and len(activations):
                 span, rows = owned[index]
                 self.similarity[span.place] = rows.update(activations, self.masks[index])
 

@@ -77,7 +77,7 @@ class Run:
             self.backend, self.groups, self.config.pruning, total_steps=training.max_steps, seed=training.seed
         )
         self.teacher = self._load_teacher()
-        set_seed(training.seed + runtime.rank)
+        set_seed((training.seed + runtime.rank) % 2**32)  # numpy takes no larger one
         if checkpoint is not None:
             check_model_and_text(checkpoint, self.pruner, task.fingerprints)
         open_output(self.config, checkpoint, runtime)

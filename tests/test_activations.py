@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_backend import InMemoryBackend, steady_model, token_blocks, train
+from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, token_blocks, train
 from models import LAYERS, VOCABULARY, WIDTH, tiny_model, tokens
 from torch import Tensor, nn
 
@@ -42,12 +42,16 @@ def num_hooks(model: Any) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
+def sampler_of(model: Any, size: int | None, **place: Any) -> ActivationSampler:
+    return ActivationSampler(InMemoryBackend(model, **place), unit_groups(model), size)
+
+
 def sample(model: Any, size: int, **inputs: Any) -> list[Tensor]:
     """Sample one training pass, forward and backward."""
-    sampler = ActivationSampler(model, unit_groups(model), size)
-    sampler.arm(seed=5)
+    sampler = sampler_of(model, size)
+    sampler.arm(5, 0)
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
-    return sampler.take(1)
+    return list(sampler.take())
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if not FAMILIES[name].classifies])
@@ -84,8 +88,7 @@ def test_padding_is_left_out() -> None:
     expected = all_activations(model, input_ids=ids, attention_mask=attention_mask)
     found = sample(model, BATCH * LENGTH, input_ids=ids, attention_mask=attention_mask)
     for rows, h in zip(found, expected, strict=True):
-        assert not rows[10:].any(), "places without a token are zeros"
-        torch.testing.assert_close(in_order(rows[:10]), in_order(h[real]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(in_order(rows), in_order(h[real]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_of_another_shape_is_no_padding() -> None:
@@ -102,12 +105,12 @@ def test_the_same_tokens_are_taken_in_every_layer_and_the_seed_decides_which() -
         picks.append([int((h - row).abs().sum(1).argmin()) for row in rows])
     assert picks == [picks[0]] * LAYERS
     assert len(set(picks[0])) == 5
-    sampler = ActivationSampler(model, unit_groups(model), 5)
+    sampler = sampler_of(model, 5)
     chosen = set()
-    for seed in range(5):
-        sampler.arm(seed)
+    for seed, step in ((0, 0), (0, 1), (1, 0), (20240101, 0), (2**32 - 1, 10**9)):
+        sampler.arm(seed, step)
         model(input_ids=ids)
-        chosen.add(tuple(sampler.take(1)[0][:, 0].tolist()))
+        chosen.add(tuple(next(sampler.take())[:, 0].tolist()))
     assert len(chosen) == 5
 
 
@@ -115,30 +118,65 @@ def test_passes_without_gradient_do_not_count() -> None:
     model, ids = steady_model("gpt_neo"), tokens(BATCH, LENGTH)
     other = tokens(BATCH, LENGTH, seed=1)
     plain = sample(model, 5, input_ids=ids)
-    sampler = ActivationSampler(model, unit_groups(model), 5)
-    sampler.arm(seed=5)
+    sampler = sampler_of(model, 5)
+    sampler.arm(5, 0)
     with torch.no_grad():
         model(input_ids=other)
     model(input_ids=ids).logits.sum().backward()
     with torch.inference_mode():
         model(input_ids=other)
-    found = sampler.take(1)
-    assert all(torch.equal(one, two) for one, two in zip(plain, found, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(plain, sampler.take(), strict=True))
 
 
-def test_every_pass_of_a_step_is_sampled() -> None:
-    model = steady_model("gpt_neo")
-    sampler = ActivationSampler(model, unit_groups(model), 5)
-    sampler.arm(seed=0)
-    parts = [tokens(BATCH, LENGTH, seed=seed) for seed in range(3)]
-    for ids in parts:
-        model(input_ids=ids)
-    expected = [all_activations(model, input_ids=ids)[0] for ids in parts]
-    rows = sampler.take(3)[0]
-    assert rows.shape == (15, WIDTH)
-    for index, h in enumerate(expected):
-        distances = torch.cdist(rows[5 * index : 5 * index + 5], h)
-        assert distances.amin(1).max() < 1e-4
+# (ranks, accumulation steps) that divide six rows; None takes every token, 5 fewer than there are rows.
+CUTS = [(1, 1), (1, 2), (1, 6), (2, 1), (2, 3), (3, 2), (6, 1)]
+
+
+@pytest.mark.parametrize("size", [None, 5, 6, 17, 40, 1000])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_sample_does_not_depend_on_how_the_global_batch_is_cut(padding: str, size: int | None) -> None:
+    ids, lengths = tokens(6, LENGTH), (7, 3, 1, 7, 5, 2)
+    mask = torch.stack([(torch.arange(LENGTH) < length).long() for length in lengths])
+    mask = mask.flip(1) if padding == "left" else mask
+    state = steady_model("llama").state_dict()
+
+    def sampled(exchange: Exchange, rank: int, passes: int) -> list[Tensor]:
+        model: Any = steady_model("llama")
+        model.load_state_dict(state)
+        sampler = sampler_of(model, size, exchange=exchange, rank=rank, accumulation_steps=passes)
+        sampler.arm(3, 8)
+        shape = (passes, exchange.world_size, -1, LENGTH)
+        for part, real in zip(ids.view(shape)[:, rank], mask.view(shape)[:, rank], strict=True):
+            model(input_ids=part, attention_mask=real)
+        return list(sampler.take())
+
+    found = {}
+    for world_size, passes in CUTS:
+        ranks = run_ranks(lambda exchange, rank, passes=passes: sampled(exchange, rank, passes), world_size)
+        assert all(torch.equal(one, other) for rank in ranks for one, other in zip(rank, ranks[0], strict=True))
+        rows = [group[group.any(1)] for group in ranks[0]]
+        found[world_size, passes] = [in_order(group) for group in rows]
+    for groups in found.values():
+        for group, expected in zip(groups, found[1, 1], strict=True):
+            torch.testing.assert_close(group, expected, rtol=1e-4, atol=1e-5)
+    # Of 25 tokens that are no padding: each row gives its part, or all that it has.
+    fewest, most = {None: (25, 25), 5: (5, 5), 6: (6, 6), 17: (14, 15), 40: (23, 25), 1000: (25, 25)}[size]
+    assert fewest <= len(found[1, 1][0]) <= most
+
+
+def test_layers_that_are_dropped_by_chance_are_left_out() -> None:
+    """OPT skips whole layers while it trains; a group may be without a sample on some ranks, or on all."""
+    model: Any = tiny_model("opt", layerdrop=0.5, dropout=0.0).train()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        sampler = sampler_of(model, 5)
+        sampler.arm(0, seed)
+        model(input_ids=tokens(BATCH, LENGTH))
+        found = [len(rows) for rows in sampler.take()]
+        assert set(found) <= {0, 5}
+        if 0 in found and 5 in found:
+            return
+    raise AssertionError("no layer was dropped")
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -1,6 +1,7 @@
 """What an analysis says of every neuron, against the definitions on the whole model, on one rank and on two."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command import BLOCK, errors_of, make_work
+from deepspeed.accelerator import get_accelerator
 from distributed import run_ranks
 from models import LAYERS, WIDTH
 from outcomes import outcome_of
@@ -40,9 +42,11 @@ def config_of(work: Path) -> Config:
     return Config.from_flat({"model": str(work / "model"), "block_size": BLOCK, "train_batch_size": BATCH, **texts})
 
 
-def analysed(work: Path, sampling: Sampling | None = None) -> list[dict[str, Any]]:
+def analysed(work: Path, sampling: Sampling | None = None, fp16: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     runtime = Runtime.start()
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed thinks that a CPU cannot
     inputs = read_inputs(config_of(work), frozenset(), runtime.world_size)
+    inputs = replace(inputs, ds_config=inputs.ds_config | ({"bf16": {"enabled": False}, "fp16": fp16} if fp16 else {}))
     blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
     return [
         vars(group) | {"uniqueness": group.uniqueness}
@@ -105,6 +109,15 @@ def test_every_number_is_that_of_its_definition(world_size: int, work: Path) -> 
             assert group["sampled"].all()
             assert group["explained"].shape == (WIDTH,)
             assert 0 < float(group["explained"].mean()) < 1
+
+
+def test_batches_whose_gradients_overflow_in_fp16_do_not_count(work: Path) -> None:
+    """The loss scale starts far too high, and is halved until the gradients fit."""
+    (found,) = run_ranks(analysed, 1, work, None, {"enabled": True, "initial_scale_power": 30, "hysteresis": 1})
+    for group, whole in zip(found, expected(work), strict=True):
+        # Not the same batches as without overflow, so of the same size only.
+        assert 0.3 < float(group["sensitivity"].sum() / whole["sensitivity"].sum()) < 3
+        assert group["sensitivity"].isfinite().all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

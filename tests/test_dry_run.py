@@ -1,5 +1,6 @@
 """The check before the queue: everything that is wrong at once, figures without weights, nothing written."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_mistakes_that_a_run_would_meet_late_are_found(work: Path, monkeypatch: 
     code, (error,) = dry(work, save_every=2)
     assert code == 2
     assert "is on a disk with 1,000 B free, the run needs" in error
+
+
+def test_layers_dropped_by_chance_are_refused_on_more_than_one_rank(work: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(work / "model", tmp_path / "opt")
+    tiny_config("opt", vocab_size=300, layerdrop=0.25).save_pretrained(model)
+    assert dry(work, model=model, world_size=1) == (0, [])
+    code, (error,) = dry(work, model=model, world_size=2)
+    assert code == 2
+    assert "drops layers by chance (layerdrop 0.25), other ones on every rank" in error
 
 
 def test_a_checkpoint_that_is_none_is_found(work: Path) -> None:

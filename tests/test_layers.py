@@ -21,8 +21,8 @@ LAYERS = (
     {"factorized"},
     {"embedding"},
     {"export_factors"},
-    {"shard_backend", "activations", "data", "export", "estimate", "rehearsal", "comparison", "gates"},
-    {"gating", "sweep_cells"},
+    {"shard_backend", "data", "export", "estimate", "rehearsal", "comparison", "gates"},
+    {"gating", "activations", "sweep_cells"},
     {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
     {"pruner_state", "units"},
     {"inputs", "api", "checkpoint", "distillation", "ranks"},

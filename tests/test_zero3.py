@@ -167,16 +167,20 @@ def assert_same_units(masks: Tensor, others: Tensor, scores: Tensor) -> None:
 
 def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
-    settings = [*(pruning(criterion) for criterion in CRITERIA), pruning("gum", similarity="running")]
+    # A step has 42 tokens: all of them are sampled, some, or fewer than there are rows.
+    gum = [pruning("gum", similarity_tokens=10), pruning("gum", similarity="running", similarity_tokens=5)]
+    settings = [*(pruning(criterion) for criterion in CRITERIA), pruning("gum", similarity="running"), *gum]
     expected = [chosen_in_memory(path, each) for each in settings]
     for world_size in (1, 2, 3):
-        for accumulation in (1, 2) if world_size == 1 else (1,):
-            cases = [(path, each, ds_config(accumulation=accumulation)) for each in settings]
-            for rank in run_ranks(call_each, world_size, chosen, cases):
-                for (masks, scores), (others, other_scores) in zip(rank, expected, strict=True):
-                    for group in zip(masks, others, scores, strict=True):
-                        assert_same_units(*group)
-                    torch.testing.assert_close(torch.cat(scores), torch.cat(other_scores), rtol=1e-3, atol=1e-5)
+        cut = [(each, accumulation) for each in settings for accumulation in ((1, 2) if world_size == 1 else (1,))]
+        cut += [(each, 6 // world_size) for each in gum]
+        cases = [(path, each, ds_config(accumulation=accumulation)) for each, accumulation in cut]
+        for rank in run_ranks(call_each, world_size, chosen, cases):
+            for (masks, scores), (each, _) in zip(rank, cut, strict=True):
+                others, other_scores = expected[settings.index(each)]
+                for group in zip(masks, others, scores, strict=True):
+                    assert_same_units(*group)
+                torch.testing.assert_close(torch.cat(scores), torch.cat(other_scores), rtol=1e-3, atol=1e-5)
 
 
 # --- fp16, on a CPU that DeepSpeed thinks cannot --------------------------------------------------------------------
