@@ -1,5 +1,6 @@
 """Sampled activations: every real token once, whatever is recomputed, padded or evaluated meanwhile."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_the_sample_does_not_depend_on_how_the_global_batch_is_cut(padding: str,
 
     found = {}
     for world_size, passes in CUTS:
-        ranks = run_ranks(lambda exchange, rank, passes=passes: sampled(exchange, rank, passes), world_size)
+        ranks = run_ranks(partial(sampled, passes=passes), world_size)
         assert all(torch.equal(one, other) for rank in ranks for one, other in zip(rank, ranks[0], strict=True))
         rows = [group[group.any(1)] for group in ranks[0]]
         found[world_size, passes] = [in_order(group) for group in rows]
