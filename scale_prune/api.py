@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.config import PruningConfig
+from scale_prune.criteria import check_uniqueness
 from scale_prune.embedding import tied_output
 from scale_prune.export import write_model
 from scale_prune.families import auto_model, unit_groups
@@ -63,6 +64,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     Raises:
         ValueError: the stage is not 3, the architecture is unknown, the MLPs are frozen, or the settings cannot be met.
     """
+    check_uniqueness(config)
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
     backend.check(groups)

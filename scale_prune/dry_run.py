@@ -20,12 +20,12 @@ from scale_prune.config import CLASSIFICATION, PruningConfig
 from scale_prune.core.groups import remaining_fraction
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import budget
-from scale_prune.criteria import CRITERIA, schedule_of, with_defaults
+from scale_prune.criteria import CRITERIA, check_uniqueness, schedule_of, with_defaults
 from scale_prune.criteria.flop import Flop
 from scale_prune.data import check_length
 from scale_prune.ds_config import DEFAULT, precision
 from scale_prune.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
-from scale_prune.inputs import CHECKS, Reading
+from scale_prune.inputs import CHECKS, Reading, unused_settings
 from scale_prune.job import Job
 from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
@@ -56,10 +56,11 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
     reading = Reading(config=config, explicit=explicit, world_size=world_size)
     if config.training.model is None:
         reading.model_config = embedded.model_config()
-    for check in (_check_output, _glance, *CHECKS, _check_same, _check_lengths, _check_updates, _check_ranks):
+    later = (_check_same, _check_lengths, _check_updates, _check_ranks)
+    for check in (_check_output, _glance, _check_uniqueness, *CHECKS, *later):
         with mistakes.noted():
             check(reading)
-    sections: tuple[Callable[[Reading], Iterator[str]], ...] = (_model, _batch, _schedule)
+    sections: tuple[Callable[[Reading], Iterator[str]], ...] = (_model, _batch, _unused, _schedule)
     lines = [line for section in sections for line in section(reading)]
     if reading.groups and reading.ds_config:
         try:
@@ -86,6 +87,11 @@ def _check_output(reading: Reading) -> None:
 
 def _glance(reading: Reading) -> None:
     reading.config = with_batch_of(glance(reading.config), reading.config)
+
+
+def _check_uniqueness(reading: Reading) -> None:
+    if glance(reading.config) is None:
+        check_uniqueness(reading.config.pruning)
 
 
 def _check_same(reading: Reading) -> None:
@@ -187,6 +193,11 @@ def _batch(reading: Reading) -> Iterator[str]:
     )
     steps, pruning = training.max_steps + training.recovery_steps, _schedule_of(reading).last_pruning_step
     yield f"steps: {pruning:,} with pruning, {steps - pruning:,} after; {most}{steps * tokens:,} tokens"
+
+
+def _unused(reading: Reading) -> Iterator[str]:
+    if line := unused_settings(reading.config):
+        yield line
 
 
 def _schedule(reading: Reading) -> Iterator[str]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, TrainingConfig
 from scale_prune.core.groups import UnitGroup
-from scale_prune.criteria import CRITERIA, with_defaults
+from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.ds_config import load, resolve
 from scale_prune.export import check_layout, resolve_layout
 from scale_prune.families import auto_model, classifies, positions_of
@@ -285,6 +285,17 @@ def fill_in(config: Config) -> Config:
     layout = resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
     output = replace(config.output, layout=layout)
     return replace(config, task=with_templates(config.task), pruning=pruning, output=output)
+
+
+def unused_settings(config: Config) -> str:
+    """Return a line about settings that were given and change nothing, empty where there are none."""
+    flat, defaults, task = config.flat(), Config().flat(), config.task.task
+    names = [] if config.distillation.teacher else ["distill_alpha", "distill_temperature"]
+    names += ["max_new_tokens", "num_beams", "generation_batch_size"] if task in ("lm", CLASSIFICATION) else []
+    names += ["long_examples", "eval_examples"] if task == "lm" else []
+    found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
+    listed = ", ".join(f"--{name} {value}" for name, value in found.items())
+    return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""
 
 
 def _built(model_config: PretrainedConfig, training: TrainingConfig) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import Any
 
 from scale_prune.comparison_rows import NO_METHOD
 from scale_prune.config import Config
-from scale_prune.criteria import CRITERIA, with_defaults
+from scale_prune.criteria import CRITERIA, check_uniqueness, with_defaults
 from scale_prune.export import resolve_layout
 from scale_prune.folders import RECIPE, REPORT
 from scale_prune.labels import differing, short
@@ -160,7 +160,10 @@ def _cell(path: str, folder: Path, given: Mapping[str, Any]) -> Cell:
         config = Config.from_flat(settings)
         pruning = with_defaults(config.pruning)
         resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
-        return Cell(folder=folder, settings=settings, config=replace(config, pruning=pruning))
+        cell = Cell(folder=folder, settings=settings, config=replace(config, pruning=pruning))
+        if not (cell.is_done or cell.is_begun):
+            check_uniqueness(pruning)
+        return cell
     except ValueError as error:
         raise ValueError(f"--config {path}, cell {folder.name}: {error}") from error
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from scale_prune.cli import dry_run_ranks, parse, user_errors
 from scale_prune.config import Config
-from scale_prune.criteria import CRITERIA
+from scale_prune.criteria import CRITERIA, check_uniqueness
 from scale_prune.dry_run import dry_run
 from scale_prune.ds_config import load
 from scale_prune.embedded import build
 from scale_prune.folders import REPORT
-from scale_prune.inputs import fill_in, read_inputs
+from scale_prune.inputs import fill_in, read_inputs, unused_settings
 from scale_prune.output import check_output, drop_old_output, is_complete
 from scale_prune.ranks import joined, launched_as
 from scale_prune.report import write_report
@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
             with redirect_stdout(None if rank else sys.stdout):
                 print(f"the run in {config.output.output_dir} is complete, there is nothing to go on with", flush=True)
             return
+        if checkpoint is None:
+            check_uniqueness(config.pruning)
         if config.training.model is not None:
             inputs = read_inputs(with_batch_of(checkpoint, config), explicit, world_size)
             if checkpoint is not None:
@@ -104,6 +106,8 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
             runtime.say(line)
     elif config.checkpoint.resume is not None:
         runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
+    if line := unused_settings(config):
+        runtime.say(line)
     task = make_task(inputs, runtime)
     run = Run(task.inputs, runtime, task, checkpoint, stop)
     try:

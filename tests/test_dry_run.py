@@ -81,6 +81,13 @@ def test_the_memory_of_components_is_known(targets: str, work: Path, capsys: pyt
     assert "memory is not known" not in printed
 
 
+def test_what_nothing_uses_is_said(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"gate_l1": 0.5, "min_kept": 2, "score_learning_rate": 0.01, "distill_alpha": 0.3, "num_beams": 2}
+    assert dry(work, criterion="movement", **settings) == (0, [])
+    said = "nothing uses --min_kept 2, --gate_l1 0.5, --distill_alpha 0.3, --num_beams 2 in this run, of --criterion"
+    assert said in capsys.readouterr().out
+
+
 def test_every_bad_input_is_found(work: Path) -> None:
     paths = files(work) | {"bad": work / "bad"}
     for settings, expected in BAD:

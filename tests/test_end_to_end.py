@@ -203,6 +203,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "gum", "remaining": 0.3, "min_kept": 6}, "--min_kept 6 keeps 18 units in 3 layers"),
     ({"warmup_fraction": 0.6, "cooldown_fraction": 0.6}, "their sum must be at most 1"),
     ({"criterion": "gum", "layout": "uniform"}, "--layout uniform cannot hold the widths"),
+    ({"criterion": "movement", "uniqueness": 3}, "--uniqueness 3.0 does nothing under --criterion movement"),
     ({"block_size": 32}, "--block_size 32 is more than the 31 positions"),
     ({"train_file": "nowhere.txt"}, "nowhere.txt is missing"),
     ({"train_file": "empty.txt"}, "empty.txt cannot be read: it is empty"),

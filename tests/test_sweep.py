@@ -143,6 +143,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"remaining": [0.5, 1.5]}, "cell remaining_1.5: --remaining 1.5 is out of range"),
     ({"criterion": ["gum", "gums"]}, "cell gums: --criterion gums is unknown"),
     ({"layout": "uniform", "criterion": ["random", "gum"]}, "cell gum: --layout uniform cannot hold the widths"),
+    ({"criterion": ["gum", "movement"], "uniqueness": 3.0}, "cell movement: --uniqueness 3.0 does nothing under"),
     ({"seed": [1, 1]}, "two cells are the same run, seed_1"),
     ({"cells": [{"criterion": "gum"}, {"criterion": "gum", "scope": "global"}]}, "the same run, gum and gum-global"),
     ({"cells": [{"seed": 1}, {"seed": 1, "log_every": 5}]}, "two cells are the same run, "),

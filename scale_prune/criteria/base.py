@@ -23,6 +23,9 @@ from scale_prune.core.shards import unit_sum
 Need = Literal["weight", "grad", "activation", "gate"]
 State = dict[str, Tensor]
 
+OF_COMPONENTS = frozenset({"targets", "factors", "initial_rank", "embedding_clusters", "tie_embeddings"})
+"""Settings of how weights are factorised."""
+
 
 @dataclass(frozen=True)
 class ShardView:
@@ -81,6 +84,7 @@ class Criterion:
         roles: the members that have a share.
         defaults: values of the settings that have none of their own, where the user gives none; every criterion has a
             "scope".
+        settings: the settings that change its result, beside the scope, the schedule and what remains.
         settles: what is removed once the target is reached stays the same.
 
     Args:
@@ -92,6 +96,7 @@ class Criterion:
     kind: ClassVar[Kind] = "neuron"
     roles: ClassVar[frozenset[Role]] = frozenset({"in", "out"})
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
+    settings: ClassVar[frozenset[str]] = frozenset({"min_kept", "width_multiple", "update_every"})
     settles: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:

@@ -14,13 +14,14 @@ from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.core.low_rank import full_rank
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import budget
-from scale_prune.criteria.base import Criterion
+from scale_prune.criteria.base import OF_COMPONENTS, Criterion
 
 
 class Factorize(Criterion):
     """Keep the components that the factorisation has left."""
 
     kind: ClassVar[Kind] = "component"
+    settings = OF_COMPONENTS - {"initial_rank"}
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return the rank that the target allows, at least 1."""

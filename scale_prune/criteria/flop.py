@@ -26,7 +26,7 @@ from scale_prune.core.adam import adam_step
 from scale_prune.core.groups import Kind, UnitGroup, UnitSpan
 from scale_prune.core.low_rank import generator_of
 from scale_prune.core.schedule import Schedule
-from scale_prune.criteria.base import GatedCriterion, Moment, State
+from scale_prune.criteria.base import OF_COMPONENTS, GatedCriterion, Moment, State
 
 SPREAD = 0.01
 SPREAD_BY_SIZE = 2.0
@@ -44,6 +44,11 @@ class Flop(GatedCriterion):
     travel = 20.0
     multipliers_travel: ClassVar[float] = 40.0
     defaults: ClassVar[dict[str, Any]] = {"scope": "global"}
+    settings = (
+        OF_COMPONENTS
+        | {"min_kept", "width_multiple"}
+        | {"gate_learning_rate", "lambda_learning_rate", "target_warmup_fraction", "initial_drop_rate"}
+    )
 
     @property
     def _start(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scale_prune.core.adam import adam_step
 from scale_prune.core.groups import Kind, UnitSpan
-from scale_prune.criteria.base import GatedCriterion, Moment, ShardView, State
+from scale_prune.criteria.base import OF_COMPONENTS, Criterion, GatedCriterion, Moment, ShardView, State
 
 
 class FlopAgp(GatedCriterion):
@@ -23,6 +23,7 @@ class FlopAgp(GatedCriterion):
     needs = frozenset({"gate", "weight"})
     travel = 0.5
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
+    settings = Criterion.settings | OF_COMPONENTS | {"gate_learning_rate", "gate_l1"}
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Start gates at 1, their moments at 0."""

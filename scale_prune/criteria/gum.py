@@ -16,3 +16,10 @@ class Gum(Movement):
 
     needs = frozenset({"grad", "activation"})
     defaults: ClassVar[dict[str, Any]] = {"scope": "global", "regularization": 1.0, "uniqueness": 10.0}
+    settings = Movement.settings | {
+        "uniqueness",
+        "similarity",
+        "similarity_every",
+        "similarity_tokens",
+        "similarity_weight",
+    }

@@ -27,6 +27,7 @@ class Movement(Criterion):
 
     needs = frozenset({"grad"})
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group", "regularization": 0.0, "uniqueness": 0.0}
+    settings = Criterion.settings | {"score_learning_rate", "score_optimizer", "regularization"}
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's part of the units' w * dL/dw, (N,)."""

@@ -3,6 +3,7 @@
 Source: arXiv 1910.04732, the baseline "neuron pruning with L0".
 """
 
+from scale_prune.criteria.base import OF_COMPONENTS
 from scale_prune.criteria.flop import Flop
 
 
@@ -10,4 +11,5 @@ class NeuronL0(Flop):
     """Keep the neurons whose gates want to stay open under the budget."""
 
     kind = "neuron"
+    settings = Flop.settings - OF_COMPONENTS
     multipliers_travel = 20.0
