@@ -7,6 +7,11 @@ What moves between ranks, with M units in all, G groups and T sampled tokens:
                      reduce-scatter and all-gather of the read-back                            8 M bytes an update
                      all-gather of sampled activations, one group at a time                    T * N numbers a sample
 
+The float32 master stays dense. A masked unit's gradient is exactly 0, so its master makes the optimizer's own steps on
+a gradient of 0 and no others: what is left of its momentum, with Adam's usual betas over some 20 steps and in all at
+most about 9 steps' worth, and weight decay, a factor of 1 - learning rate * decay a step. A unit that returns has the
+weights that these have made of those it left with.
+
 Parameters never move. A rank holds scores and their optimizer state of M / W units, masks of all (M bytes).
 """
 
