@@ -1,5 +1,6 @@
 """The life of a pruning run without DeepSpeed: counts, masks that hold, scores that do not depend on the ranks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from scale_prune.config import PruningConfig
 from scale_prune.core.groups import Member, UnitGroup
-from scale_prune.criteria import CRITERIA, ShardView
+from scale_prune.criteria import CRITERIA, Criterion, ShardView, unused
 from scale_prune.families import unit_groups
 from scale_prune.pruner import Pruner
 
@@ -151,7 +152,45 @@ def test_units_that_are_zero_from_the_start_are_no_failure() -> None:
     assert not pruner.masks[1][[2, 5]].any()
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_a_masked_units_master_moves_by_left_over_momentum_and_decay_alone(weight_decay: float) -> None:
+    """AdamW's own steps on a gradient of 0; in all 9 steps' worth of momentum and the decay."""
+    backend, pruner = start("random", cooldown_fraction=0.7)
+    options: Any = backend.optimizer.param_groups[0]
+    options["weight_decay"] = weight_decay
+    rate, (fall, square_fall) = options["lr"], options["betas"]
+    train(backend, pruner, BLOCKS, 4)
+
+    def masked() -> Iterator[list[Tensor]]:
+        for group, mask in zip(pruner.groups, pruner.masks, strict=True):
+            for member in group.members:
+                master = backend.masters[member.name]
+                state = backend.optimizer.state[master]
+                yield [each.movedim(member.dim, 0)[~mask] for each in (master, state["exp_avg"], state["exp_avg_sq"])]
+
+    before = list(masked())
+    train(backend, pruner, BLOCKS, STEPS - 4)
+    for (weight, mean, square), (found, *_) in zip(before, masked(), strict=True):
+        expected = weight
+        for step in range(5, STEPS + 1):
+            mean, square = fall * mean, square_fall * square
+            size = (square / (1 - square_fall**step)).sqrt() + options["eps"]
+            expected = expected * (1 - rate * weight_decay) - rate * mean / (1 - fall**step) / size
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        moved = (found - weight).abs().max()
+        assert 0 < moved < 9 * rate + (STEPS - 4) * rate * weight_decay * weight.abs().max()
+
+
 # --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_updated_with_the_similarity_of_their_own_step() -> None:
+    backend, pruner = start("gum", similarity_every=1, score_optimizer="sgd")
+    before = pruner.state
+    train(backend, pruner, BLOCKS, 1)
+    assert pruner.similarity.any()
+    expected = pruner.criterion.update(before, pruner._total, pruner._moment())
+    assert torch.equal(pruner.state["score"], expected["score"])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -238,6 +277,45 @@ def test_where_everything_remains_nothing_is_done(criterion: str) -> None:
     assert all(torch.equal(backend.masters[name], master) for name, master in plain.masters.items())
     assert (pruner.step, pruner.remaining, pruner.pruning) == (3, 1.0, False)
     assert not any(module._forward_pre_hooks for module in backend.module.modules())
+
+
+CHANGED: dict[str, Any] = {
+    "score_learning_rate": 0.3,
+    "score_optimizer": "sgd",
+    "regularization": 7.0,
+    "uniqueness": 30.0,
+    "similarity": "running",
+    "similarity_every": 2,
+    "similarity_tokens": 5,
+    "similarity_weight": 0.2,
+    "min_kept": 6,
+    "width_multiple": 4,
+    "update_every": 4,
+    "initial_rank": 3,
+    "gate_learning_rate": 0.03,
+    "lambda_learning_rate": 0.3,
+    "target_warmup_fraction": 0.1,
+    "initial_drop_rate": 0.3,
+    "gate_l1": 3.0,
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_criterion_is_changed_by_the_settings_that_it_declares_and_by_no_other(criterion: str) -> None:
+    def outcome(**settings: Any) -> list[Tensor]:
+        backend, pruner = start(criterion, **{"scope": "global", "similarity_every": 1, **settings})
+        train(backend, pruner, BLOCKS, STEPS)
+        return [*pruner.state.values(), *pruner.masks, *backend.masters.values()]
+
+    def same(some: list[Tensor], others: list[Tensor]) -> bool:
+        return all(map(torch.equal, some, others))
+
+    usual, own = outcome(), CRITERIA[criterion].settings
+    changed = CHANGED | ({} if criterion in NEURONS else {"min_kept": 2})
+    assert same(outcome(**{name: value for name, value in changed.items() if name not in own}), usual)
+    special = (own - Criterion.settings) & changed.keys()
+    assert [name for name in special if same(outcome(**{name: changed[name]}), usual)] == []
+    assert unused(config(criterion, **changed)).keys() >= changed.keys() - own
 
 
 # --- what is refused and reported ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_local_fp32_param
+from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_fp32_param
 from distributed import run_ranks
 from engines import (
     ALL_GATHERED,
@@ -26,7 +26,7 @@ from engines import (
     saved_model,
     start,
 )
-from memory_backend import InMemoryBackend, train, zeros
+from memory_backend import InMemoryBackend, members_by_unit, train, zeros
 from models import WIDTH, prepared_units
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -55,11 +55,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
+def momentum(engine: Any, name: str) -> Tensor:
+    found: Tensor = safe_get_full_optimizer_state(engine.module.get_parameter(name), "exp_avg")
+    return found
+
+
 def masks_hold(path: Path, settings: PruningConfig, config: dict[str, Any]) -> dict[str, Any]:
     """Train, read everything back after every step, evaluate now and then."""
     engine, pruner = start(path, config, settings)
     members = [member.name for group in pruner.groups for member in group.members]
     masks: list[Tensor] = []
+    momenta: list[Tensor] = []
     statuses: set[str] = set()
 
     def silent(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -69,6 +75,9 @@ def masks_hold(path: Path, settings: PruningConfig, config: dict[str, Any]) -> d
         statuses.update(engine.module.get_parameter(name).ds_status.name for name in members)
         masks.append(torch.cat(pruner.masks))
         assert torch.equal(torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~masks[-1])
+        momenta.append(torch.cat(members_by_unit(partial(momentum, engine), pruner.groups)))
+        for mask, old in zip(masks[-2:-1], momenta[-2:-1], strict=True):
+            torch.testing.assert_close(momenta[-1][~mask], 0.9 * old[~mask])  # as on a gradient of 0
         if pruner.step % 2 == 0:
             logits(engine)
 
@@ -197,21 +206,24 @@ def allow_fp16() -> None:
 
 def first_totals(path: Path, config: dict[str, Any], criterion: str) -> tuple[float, Tensor]:
     allow_fp16()
-    engine, pruner = start(path, config, pruning(criterion))
+    engine, pruner = start(path, config, pruning(criterion, warmup_fraction=0.0))
+    engine.train()
     ids = BLOCKS.block(0)[None]
     engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
     pruner.after_backward()
     return float(engine.optimizer.loss_scale), pruner._total
 
 
-@pytest.mark.parametrize("criterion", ["movement", "sensitivity"])
-def test_gradients_are_read_unscaled(criterion: str, folder: Path) -> None:
+def test_gradients_are_read_unscaled(folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
-    cases = [(path, config, criterion) for config in (ds_config(), half(10), half(2))]
-    for (_, exact), *scaled in run_ranks(call_each, 2, first_totals, cases):
-        assert [scale for scale, _ in scaled] == [1024.0, 4.0]
-        for _, rough in scaled:
-            torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.01 * float(exact.abs().max()))
+    criteria = ("movement", "sensitivity", "neuron_l0", "flop_agp")
+    cases = [(path, config, criterion) for criterion in criteria for config in (ds_config(), half(10), half(2))]
+    for rank in run_ranks(call_each, 2, first_totals, cases):
+        for (_, exact), *scaled in zip(*[iter(rank)] * 3, strict=True):
+            assert [scale for scale, _ in scaled] == [1024.0, 4.0]
+            assert exact.any()
+            for _, rough in scaled:
+                torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.01 * float(exact.abs().max()))
 
 
 def overflow(path: Path, scale_power: int) -> dict[str, Any]:

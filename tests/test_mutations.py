@@ -1,0 +1,158 @@
+"""What the tests notice: each mutation of the package, a mistake that is easy to make, fails the tests named beside it.
+
+Run with `bash launch/test.sh -m mutations`. A new formula gets a line here, so that the test of it is known to bite.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GATES = "test_gates.py::test_gates_equal_autograd_through_the_loss_and_its_penalties"
+MOVEMENT = "test_movement.py::test_movement_equals_autograd_through_an_explicit_mask"
+UNSCALED = "test_zero3.py::test_gradients_are_read_unscaled"
+GLOBAL = "test_selection.py::test_global_keeps_exactly_the_budget_and_the_highest"
+MAGNITUDE = "test_criteria.py::test_magnitude_is_the_norm_of_all_weights_of_a_neuron"
+SENSITIVITY = "test_criteria.py::test_sensitivity_is_the_mean_of_absolute_first_order_changes_while_live"
+COSINE = "test_similarity.py::test_first_sample_equals_the_loop_over_pairs"
+DIVERGENCE = "test_distillation.py::test_it_is_the_mean_over_predicted_tokens"
+REBUILD = "test_rebuild.py::test_the_smaller_engine_goes_on_where_the_masked_one_was"
+
+IN_ORDER = """\
+            with self.seconds.measure("similarity"):
+                self._update_similarity(sampled)
+            with self.seconds.measure("scoring"):
+                self._update_state()
+"""
+SWAPPED = """\
+            with self.seconds.measure("scoring"):
+                self._update_state()
+            with self.seconds.measure("similarity"):
+                self._update_similarity(sampled)
+"""
+MASKED_BETWEEN = """\
+        else:
+            with self.seconds.measure("masking"):
+                self._apply_masks()
+"""
+
+
+class Mutation(NamedTuple):
+    """A file of the package, a text that it has once, what takes its place, and a test that then fails."""
+
+    file: str
+    original: str
+    mutated: str
+    test: str
+
+
+# fmt: off
+MUTATIONS = [Mutation(*line) for line in (
+    # gates
+    ("criteria/flop.py", "of_task = total *", "of_task = -total *", GATES),
+    ("criteria/flop.py", "of_budget = -pull *", "of_budget = pull *", GATES),
+    ("criteria/flop.py", "+ self.multipliers_rate(schedule) * step", "- self.multipliers_rate(schedule) * step", GATES),
+    ("criteria/flop.py", "moment.noise) / self._unit", "moment.noise)", GATES),
+    ("criteria/flop_agp.py", 'state["gate"] - rate * step', 'state["gate"] + rate * step', GATES),
+    ("criteria/flop_agp.py", "total + self.config.gate_l1", "total - self.config.gate_l1", GATES),
+    ("core/hard_concrete.py", "(x > 0, 1 - below, below)", "(x > 0, below, 1 - below)",
+     "test_hard_concrete.py::test_the_mean_is_that_of_sampling"),
+    ("core/hard_concrete.py", "(HIGH - LOW) * s * (1 - s)", "(HIGH - LOW) * s",
+     "test_hard_concrete.py::test_the_gradient_is_that_of_autograd"),
+    ("gating.py", "manual_seed(self.seed * 1_000_003 + step)", "manual_seed(self.seed * 1_000_003)",
+     "test_gates.py::test_all_ranks_and_a_later_run_draw_the_same_noise_and_every_step_another"),
+    ("pruner.py", "(self.backend.world_size * self.backend.loss_scale)", "self.backend.world_size", UNSCALED),
+    ("zero3/backend.py", "else gradient / self.loss_scale", "else gradient", UNSCALED),
+    # scores
+    ("criteria/movement.py", 'state["score"] - rate * step', 'state["score"] + rate * step', MOVEMENT),
+    ("criteria/movement.py", 'state["score"] - rate * gradient', 'state["score"] + rate * gradient', MOVEMENT),
+    ("criteria/movement.py", "(1 + self.config.uniqueness", "(1 - self.config.uniqueness",
+     "test_movement.py::test_the_score_penalty_is_the_derivative_of_the_regulariser"),
+    ("core/adam.py", "(mean / (1 - BETAS[0] ** count))", "mean", MOVEMENT),
+    ("criteria/sensitivity.py", "(total.abs() - ", "(total - ", SENSITIVITY),
+    ("criteria/magnitude.py", "view.weight.square()", "view.weight.abs()", MAGNITUDE),
+    ("criteria/magnitude.py", 'state["total"].sqrt()', 'state["total"]', MAGNITUDE),
+    ("core/similarity.py", "cosines.diagonal(offset=first).zero_()", "cosines.diagonal(offset=first)", COSINE),
+    ("core/similarity.py", "cosines @ live.to(cosines.dtype)", "cosines.sum(1)", COSINE),
+    ("activations.py", 'self._padding = kwargs.get("attention_mask")', "self._padding = None",
+     "test_activations.py::test_padding_is_left_out"),
+    ("pruner.py", IN_ORDER, SWAPPED,
+     "test_pruner.py::test_scores_are_updated_with_the_similarity_of_their_own_step"),
+    ("pruner.py", "if self.backend.step_applied():", "if True:",
+     "test_pruner.py::test_a_skipped_step_changes_no_score"),
+    # shards, masks, compaction
+    ("core/shards.py", "start // inner % num_units", "0",
+     "test_shards.py::test_shares_add_up_to_the_sum_of_each_unit"),
+    ("core/shards.py", "[skipped : skipped + count]", "[:count]",
+     "test_shards.py::test_expanding_gives_each_element_its_unit"),
+    ("core/selection.py", "scores.argsort(descending=True, stable=True)[:count]",
+     "len(scores) - 1 - scores.flip(0).argsort(descending=True, stable=True)[:count]",
+     "test_selection.py::test_among_equals_the_first_are_kept"),
+    ("core/selection.py", "<= allowed", "< allowed", GLOBAL),
+    ("core/selection.py", "max(int(remaining * total + 1e-6), 1)", "max(round(remaining * total), 1)",
+     "test_selection.py::test_budget"),
+    ("core/schedule.py", "1.0 - (1.0 - x) ** 3", "1.0 - (1.0 - x) ** 2",
+     "test_schedule.py::test_remaining_by_the_formula"),
+    ("pruner.py", MASKED_BETWEEN, "",
+     "test_pruner.py::test_after_every_step_exactly_the_masked_units_are_zero_and_the_master_is_dense"),
+    ("zero3/rebuild.py", "safe_get_full_optimizer_state(param, kind)",
+     "torch.zeros_like(safe_get_full_fp32_param(param))", REBUILD),
+    # losses
+    ("distillation.py", "temperature**2 * total", "total", DIVERGENCE),
+    ("distillation.py", "kl_div(student, teacher,", "kl_div(teacher, student,", DIVERGENCE),
+    ("evaluation.py", "zip(logits, labels[:, 1:], strict=True)", "zip(logits, labels[:, :-1], strict=True)",
+     "test_evaluation.py::test_likelihood_is_that_of_the_definition"),
+    ("tasks/examples.py", "weight=float(counted[rows].sum()) / mean", "weight=1.0",
+     "test_examples.py::test_the_mean_is_over_the_completion_tokens_of_the_global_batch"),
+    ("tasks/examples.py", "[torch.full_like(prompt, IGNORED), learnt]", "[prompt, learnt]",
+     "test_examples.py::test_only_the_completion_is_learnt_by_a_mask_made_by_hand"),
+)]
+# fmt: on
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy of the package, which shadows every other one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *(f"tests/{test}" for test in tests)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for part in ("scale_prune", "tests", "ds_configs"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[f"{line.file}: {line.original.strip()}" for line in MUTATIONS])
+def test_every_mutation_still_has_its_place(mutation: Mutation) -> None:
+    assert (ROOT / "scale_prune" / mutation.file).read_text(encoding="utf-8").count(mutation.original) == 1
+
+
+@pytest.mark.mutations
+def test_without_a_mutation_the_tests_pass(copy: Path) -> None:
+    result = run_tests(copy, sorted({mutation.test for mutation in MUTATIONS}))
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.mutations
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[f"{line.file}: {line.mutated.strip()}" for line in MUTATIONS])
+def test_a_mutation_is_noticed(mutation: Mutation, copy: Path) -> None:
+    path = copy / "scale_prune" / mutation.file
+    path.write_text(path.read_text(encoding="utf-8").replace(mutation.original, mutation.mutated), encoding="utf-8")
+    result = run_tests(copy, [mutation.test])
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:]
