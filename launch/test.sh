@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check the project: style, types, tests. Further arguments go to pytest, e.g. `bash launch/test.sh -m slow`.
-# With -m mutations: only whether the tests notice mistakes that are put into a copy of the package, about 5 minutes.
+# With -m mutations: only whether the tests notice mistakes that are put into a copy of the package, about 7 minutes.
 # With --faults: only the tests that kill ranks, fill disks and cut off hosts, which take about 15 minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

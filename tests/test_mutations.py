@@ -23,11 +23,12 @@ MAGNITUDE = "test_criteria.py::test_magnitude_is_the_norm_of_all_weights_of_a_ne
 SENSITIVITY = "test_criteria.py::test_sensitivity_is_the_mean_of_absolute_first_order_changes_while_live"
 COSINE = "test_similarity.py::test_first_sample_equals_the_loop_over_pairs"
 DIVERGENCE = "test_distillation.py::test_it_is_the_mean_over_predicted_tokens"
+PLACES = "test_activations.py::test_the_sample_does_not_depend_on_how_the_global_batch_is_cut"
 REBUILD = "test_rebuild.py::test_the_smaller_engine_goes_on_where_the_masked_one_was"
 
 IN_ORDER = """\
             with self.seconds.measure("similarity"):
-                self._update_similarity(sampled)
+                self._update_similarity()
             with self.seconds.measure("scoring"):
                 self._update_state()
 """
@@ -35,7 +36,7 @@ SWAPPED = """\
             with self.seconds.measure("scoring"):
                 self._update_state()
             with self.seconds.measure("similarity"):
-                self._update_similarity(sampled)
+                self._update_similarity()
 """
 MASKED_BETWEEN = """\
         else:
@@ -81,8 +82,10 @@ MUTATIONS = [Mutation(*line) for line in (
     ("criteria/magnitude.py", 'state["total"].sqrt()', 'state["total"]', MAGNITUDE),
     ("core/similarity.py", "cosines.diagonal(offset=first).zero_()", "cosines.diagonal(offset=first)", COSINE),
     ("core/similarity.py", "cosines @ live.to(cosines.dtype)", "cosines.sum(1)", COSINE),
-    ("activations.py", 'self._padding = kwargs.get("attention_mask")', "self._padding = None",
+    ("activations.py", "return mask.bool().cpu()", "return torch.ones_like(mask).bool().cpu()",
      "test_activations.py::test_padding_is_left_out"),
+    ("activations.py", "default_rng((*self._seed, first_row + row))", "default_rng((*self._seed, row))", PLACES),
+    ("activations.py", "turns[first_row + row]", "turns[row]", PLACES),
     ("pruner.py", IN_ORDER, SWAPPED,
      "test_pruner.py::test_scores_are_updated_with_the_similarity_of_their_own_step"),
     ("pruner.py", "if self.backend.step_applied():", "if True:",
