@@ -40,18 +40,33 @@ SHAPE: dict[str, tuple[type, ...]] = {
 }
 
 
-def problem_of(state: dict[str, Any]) -> str | None:
-    """Return what is wrong with a state, None where it has everything."""
+def problem_of_pruner(facts: Any) -> str | None:
+    """Return what is wrong with what a pruner remembers, None where it has everything."""
+    return _problem_of_shape({"pruner": facts}, "pruner")
+
+
+def _problem_of_shape(state: dict[str, Any], within: str = "") -> str | None:
     for path, kinds in SHAPE.items():
         value = get(state, path)
-        if type(value) not in kinds:
+        if path.startswith(within) and type(value) not in kinds:
             return f'has {str(value)[:60]!r} as "{path}", it must be {" or ".join(kind.__name__ for kind in kinds)}'
+    return None
+
+
+def problem_of(state: dict[str, Any]) -> str | None:
+    """Return what is wrong with a state, None where it has everything."""
+    if problem := _problem_of_shape(state):
+        return problem
     if state["step"] < 1:
         return f"has made {state['step']} steps"
     for options in state["engine"]["options"]:
-        if type(get(options, "lr")) not in NUMBER:
-            return f'has {str(options)[:60]!r} in "engine.options", it must have a number as "lr"'
-    for name, scalar in state["engine"]["scalars"].items():
-        if type(get(scalar, "tensor") if isinstance(scalar, dict) else scalar) not in (*NUMBER, bool):
-            return f'has {str(scalar)[:60]!r} as "engine.scalars.{name}", it must be a number'
+        betas = get(options, "betas") or []
+        if type(betas) is not list or any(type(each) not in NUMBER for each in (get(options, "lr"), *betas)):
+            return (
+                f'has {str(options)[:60]!r} in "engine.options", it must have a number as "lr" and numbers as "betas"'
+            )
+    for path in ("engine.scalars", "engine.loss_scaler", "pruner.scalars"):
+        for name, held in get(state, path).items():
+            if type(get(held, "tensor") if isinstance(held, dict) else held) not in (*NUMBER, bool):
+                return f'has {str(held)[:60]!r} as "{path}.{name}", it must be a number'
     return None

@@ -23,6 +23,9 @@ from scale_prune.zero3.backend import Zero3Backend
 
 MASTER = "master"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# What changes while an engine trains; everything else about them is a setting, which the new engine has itself.
+OPTIONS = ("lr", "betas")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def facts_of(backend: Zero3Backend) -> dict[str, Any]:
@@ -39,9 +42,9 @@ def facts_of(backend: Zero3Backend) -> dict[str, Any]:
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "moments": moments,
         "scalars": {key: _plain(value) for key, value in state.items() if key not in moments},
-        "options": [{key: _plain(group[key]) for key in ("lr", "betas") if key in group} for group in _groups(backend)],
+        "options": [{key: _plain(group[key]) for key in OPTIONS if key in group} for group in _groups(backend)],
         "scheduler": None if scheduler is None else {k: _plain(v) for k, v in scheduler.state_dict().items()},
-        "loss_scaler": _numbers(engine.optimizer.loss_scaler),
+        "loss_scaler": _only(SCALER, vars(engine.optimizer.loss_scaler)),
     }
 
 
@@ -71,7 +74,7 @@ def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str
 
     Args:
         backend: the engine, with the optimizer and scheduler of the other one.
-        facts: of `facts_of`.
+        facts: of `facts_of`, perhaps out of a file that anybody has written; names that it should not have are ignored.
         read: (kind, name, start, count) -> the (count,) values.
     """
     engine = backend.engine
@@ -87,12 +90,12 @@ def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str
             else:
                 safe_set_local_optimizer_state(param, values, kind)
     if facts["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(dict(facts["scheduler"]))
+        engine.lr_scheduler.load_state_dict(_only(engine.lr_scheduler.state_dict(), facts["scheduler"]))
     # A scheduler writes the rate after a step, for the next one; its state alone does not bring it back.
     for group, options in zip(_groups(backend), facts["options"], strict=True):
-        group.update(options)
-    for attribute, value in facts["loss_scaler"].items():
-        setattr(engine.optimizer.loss_scaler, attribute, value)
+        group.update(_only(OPTIONS, options))
+    scaler = engine.optimizer.loss_scaler
+    vars(scaler).update(_only(set(SCALER) & vars(scaler).keys(), facts["loss_scaler"]))
     for name in COUNTERS:
         setattr(engine, name, facts["counters"][name])
 
@@ -158,5 +161,5 @@ def _optimizers_own(value: Any, device: torch.device) -> Any:
     return torch.tensor(value["tensor"], dtype=torch.float32, device=device) if isinstance(value, dict) else value
 
 
-def _numbers(held: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(held).items() if isinstance(value, int | float)}
+def _only(allowed: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in allowed if name in values}
