@@ -5,14 +5,17 @@ loop's own checkpoints.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scale_prune.checkpoint_state import problem_of_pruner
 from scale_prune.config import PruningConfig
 from scale_prune.criteria import check_uniqueness
 from scale_prune.embedding import tied_output
@@ -26,6 +29,7 @@ from scale_prune.units import components_of, prepare_units, removes_components, 
 from scale_prune.zero3 import Zero3Backend, compact_engine
 
 STATE = "pruner.json"
+_uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner
 
 
 def prepare(
@@ -68,6 +72,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
     backend.check(groups)
+    _uncompacted.add(engine)
     return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
 
 
@@ -83,7 +88,8 @@ def save_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
     rank = pruner.backend.rank
     write_slices(Path(folder) / f"pruner-{rank:05d}.safetensors", dict(pruner_slices(pruner)))
     if rank == 0:
-        write_atomically(Path(folder) / STATE, json.dumps(facts_of(pruner)))
+        more = {"world_size": pruner.backend.world_size, "engine_steps": pruner.backend.steps_made()}
+        write_atomically(Path(folder) / STATE, json.dumps(facts_of(pruner) | more))
 
 
 def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
@@ -94,13 +100,26 @@ def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
         folder: as for `save_state`.
 
     Raises:
-        ValueError: the groups of the model are not those of the folder.
+        ValueError: the groups of the model are not those of the folder, the engine's checkpoint is of another step, or
+            the folder holds something else.
     """
-    facts = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / STATE} is not valid JSON") from error
+    if problem := problem_of_pruner(facts):
+        raise ValueError(f"{Path(folder) / STATE} {problem}")
     groups = {group.name: group.num_units for group in pruner.groups}
     if facts["groups"] != groups:
         raise ValueError(f"{folder} is of a model with the groups {facts['groups']}, this one has {groups}")
-    with SliceReader(sorted(Path(folder).glob("pruner-*.safetensors"))) as reader:
+    made = pruner.backend.steps_made()
+    if made != facts.get("engine_steps", made):
+        raise ValueError(
+            f"{folder} is of the time when the engine had made {facts['engine_steps']} steps, but it has made {made}; "
+            "load the engine's checkpoint of that step first"
+        )
+    files = sorted(Path(folder).glob("pruner-*.safetensors"))  # more than were written, if there were more ranks once
+    with SliceReader(files[: facts.get("world_size")]) as reader:
         restore(pruner, facts, reader.read)
     pruner.put_masks_on()
 
@@ -111,8 +130,20 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any]) -> Any:
     Args:
         pruner: from `attach`; it is used up.
         make_engine: builds an engine around a module, as the loop built its own, with the same optimizer.
+
+    Raises:
+        ValueError: the engine has made steps that the pruner was not told of; it is left as it was.
     """
     assert isinstance(pruner.backend, Zero3Backend)
+    pruner.check_steps("pruner.after_backward() and pruner.after_step()")
+    last = pruner.schedule.last_pruning_step
+    if pruner.pruning and pruner.step < last and pruner.backend.rank == 0:
+        warnings.warn(
+            f"compact after {pruner.step} of the {last} steps in which the pruner was to prune, by its total_steps: it "
+            f"keeps {pruner.remaining:.1%}, the target is {pruner.config.remaining:.1%}",
+            stacklevel=2,
+        )
+    _uncompacted.discard(pruner.backend.engine)
     gates = pruner.take_gates_off()
     engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masks_by_name, make_engine, gates)
     return engine
@@ -137,6 +168,8 @@ def save(
         ValueError: the layout cannot hold the widths, or the folder holds something.
     """
     backend = Zero3Backend(engine)
+    if engine in _uncompacted and backend.rank == 0:
+        warnings.warn("saved without `compact`: the removed units are still there, as zeros", stacklevel=2)
     groups = components_of(engine.module) or unit_groups(engine.module)
     config = engine.module.config
     write_model(

@@ -84,6 +84,7 @@ class Pruner:
         self._sampler = ActivationSampler(backend, self.groups, config.similarity_tokens)
         self._total = torch.zeros(self.num_owned, device=backend.device)
         self._at_boundary = False
+        self._steps_seen = backend.steps_made()
         self.pruning = config.remaining < 1
         self._sampling = False
         self.step = 0
@@ -96,7 +97,12 @@ class Pruner:
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Take the units' shares of the step's gradient; call it between `engine.backward` and `engine.step`."""
+        """Take the units' shares of the step's gradient; call it between `engine.backward` and `engine.step`.
+
+        Raises:
+            ValueError: the engine has made a step since the last call of `after_step`.
+        """
+        self.check_steps("pruner.after_step()")
         self._at_boundary = self.backend.at_boundary()
         if not self._at_boundary or not self.pruning:
             return
@@ -111,11 +117,16 @@ class Pruner:
         """Update scores, choose masks where the schedule says so, and put them on the working copy.
 
         Raises:
-            ValueError: scores cannot be ranked.
+            ValueError: scores cannot be ranked; `after_backward` was not called before the engine's step, or the engine
+                has made none.
             RuntimeError: the masks, read back from the working copy, are not what was asked.
         """
+        missing = "pruner.after_step()" if self._at_boundary else "pruner.after_backward()"
+        self.check_steps(missing, expected=int(self._at_boundary))
         if not self._at_boundary:
             return
+        self._at_boundary = False
+        self._steps_seen += 1
         self.step += 1
         if self.backend.step_applied():
             with self.seconds.measure("similarity"):
@@ -131,6 +142,28 @@ class Pruner:
             with self.seconds.measure("masking"):
                 self._apply_masks()
         self.prepare_step()
+
+    def check_steps(self, missing: str, expected: int = 0) -> None:
+        """See that no call of `after_backward` or `after_step` was left out.
+
+        Args:
+            missing: the call that was, where the engine has made more steps than expected.
+            expected: optimizer steps that it should have made since the last call of `after_step`.
+
+        Raises:
+            ValueError: it has made another number of them.
+        """
+        made = self.backend.steps_made() - self._steps_seen
+        if made == expected:
+            return
+        what = (
+            f"engine has made {made} of its steps without {missing}" if made > expected else "engine has made no step"
+        )
+        raise ValueError(
+            f"after the pruner's step {self.step} the {what}; in every pass call engine.backward(loss), "
+            "pruner.after_backward(), engine.step(), pruner.after_step(), in this order, and in a loop that goes on "
+            "scale_prune.load_state() after engine.load_checkpoint()"
+        )
 
     @torch.no_grad()
     def prepare_step(self) -> None:
@@ -150,11 +183,12 @@ class Pruner:
             self._sampler.arm(self.seed, self.step)
 
     def put_masks_on(self) -> None:
-        """Zero the removed units in the working copy and see that it holds. A collective.
+        """Zero the removed units in the working copy and see that it holds; go on from the engine's step. A collective.
 
         Raises:
             RuntimeError: the masks, read back from the working copy, are not what was asked.
         """
+        self._steps_seen = self.backend.steps_made()
         self._apply_masks()
         self._verify_masks()
 

@@ -25,6 +25,9 @@ class ShardBackend(Protocol):
     def at_boundary(self) -> bool:
         """Tell whether the coming step will be an optimizer step, and not only accumulate gradients."""
 
+    def steps_made(self) -> int:
+        """Return how many optimizer steps the engine has made in its life, those that changed nothing included."""
+
     def step_applied(self) -> bool:
         """Tell whether the last optimizer step changed the weights; False where fp16 gradients overflowed."""
 

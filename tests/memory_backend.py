@@ -103,7 +103,7 @@ class InMemoryBackend:
         self.parameters = dict(model.named_parameters())
         self.masters = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, weight_decay=0.0)
-        self.passes = 0
+        self.passes = self.steps = 0
         self.loss_scale = 1.0
         self.overflow = False
 
@@ -126,7 +126,7 @@ class InMemoryBackend:
         """At the boundary, change the master and write the working copy anew; if `overflow` is set, do not."""
         if not self.at_boundary():
             return
-        self.passes = 0
+        self.passes, self.steps = 0, self.steps + 1
         if not self.overflow:
             for name, master in self.masters.items():
                 gradient = self.parameters[name].grad
@@ -141,6 +141,10 @@ class InMemoryBackend:
     def at_boundary(self) -> bool:
         """Tell whether all passes of the step are made."""
         return self.passes == self.accumulation_steps
+
+    def steps_made(self) -> int:
+        """Return how many optimizer steps were made."""
+        return self.steps
 
     def step_applied(self) -> bool:
         """Tell whether the last step changed the weights."""

@@ -1,5 +1,7 @@
 """A loop of one's own that is cut goes on with DeepSpeed's checkpoint of the engine and ours of the pruner."""
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from engines import BLOCKS, STEPS, ds_config, gathered, pruning, saved_model, st
 from memory_backend import train
 from torch import Tensor
 
-from scale_prune import load_state, save_state
+from scale_prune import attach, compact, load_state, save, save_state
 from scale_prune.pruner import Pruner
+from scale_prune.zero3.runtime import training_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -55,10 +58,76 @@ def of_another_model(path: Path, other: Path, folder: Path) -> str:
     _, pruner = start(other, ds_config(), pruning("magnitude"))
     with pytest.raises(ValueError, match="is of a model with the groups") as error:
         load_state(pruner, folder)
+    facts = json.loads((folder / "pruner.json").read_text())
+    for name, value, expected in SPOILT:
+        (folder / "pruner.json").write_text(json.dumps(facts | {name: value}))
+        with pytest.raises(ValueError, match=expected):
+            load_state(pruner, folder)
     return str(error.value)
+
+
+SPOILT = [
+    ("step", "4", "pruner.json has '4' as \"pruner.step\", it must be int"),
+    ("scalars", [], "pruner.json has '\\[\\]' as \"pruner.scalars\", it must be dict"),
+    ("groups", None, "pruner.json has 'None' as \"pruner.groups\", it must be dict"),
+]
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     neo, llama = saved_model(tmp_path, "gpt_neo"), saved_model(tmp_path, "llama")
     (message,) = run_ranks(of_another_model, 1, neo, llama, tmp_path)
     assert "this one has {" in message
+
+
+def forgetful(path: Path, folder: Path) -> dict[str, str]:
+    """Return what is said of loops that leave calls out."""
+    engine, pruner = start(path, ds_config(), pruning("magnitude"))
+    train(engine, pruner, BLOCKS, 2)
+    save_state(pruner, folder)
+    said: dict[str, str] = {}
+
+    def loop(*calls: str) -> None:
+        """Make two steps with some of the calls, then compact, by a new pruner on the engine as it is."""
+        pruner = attach(engine, pruning("magnitude"), total_steps=STEPS)
+        for block in range(2):
+            ids = BLOCKS.block(block)[None]
+            engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+            if "after_backward" in calls:
+                pruner.after_backward()
+            engine.step()
+            if "after_step" in calls:
+                pruner.after_step()
+        compact(pruner, make_engine)
+
+    for missing, calls in {"both": [], "after_backward": ["after_step"], "after_step": ["after_backward"]}.items():
+        with pytest.raises(ValueError, match="without pruner") as error:
+            loop(*calls)
+        said[missing] = str(error.value)
+    engine.step()  # the pass that was broken off
+    pruner = attach(engine, pruning("magnitude"), total_steps=STEPS)
+    with pytest.raises(ValueError, match="load the engine's checkpoint of that step first") as error:
+        load_state(pruner, folder)
+    said["load_checkpoint"] = str(error.value)
+    train(engine, pruner, BLOCKS, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save(engine, folder / "saved")
+        smaller = compact(pruner, make_engine)
+        save(smaller, folder / "compacted")
+    ours = [str(each.message) for each in caught if each.filename == __file__]
+    return said | dict(zip(("compact", "steps"), ours, strict=True))
+
+
+def make_engine(module: Any) -> Any:
+    return training_engine(module, ds_config())
+
+
+def test_a_loop_that_forgets_a_call_is_told(tmp_path: Path) -> None:
+    (said,) = run_ranks(forgetful, 1, saved_model(tmp_path, "gpt_neo"), tmp_path)
+    assert "has made 2 of its steps without pruner.after_backward() and pruner.after_step()" in said["both"]
+    assert "has made 1 of its steps without pruner.after_backward()" in said["after_backward"]
+    assert "has made 1 of its steps without pruner.after_step()" in said["after_step"]
+    assert "when the engine had made 2 steps, but it has made 7" in said["load_checkpoint"]
+    assert said["compact"] == "saved without `compact`: the removed units are still there, as zeros"
+    assert "compact after 2 of the 7 steps" in said["steps"]
+    assert "the target is 40.0%" in said["steps"]

@@ -1,6 +1,8 @@
 """The life of a pruning run without DeepSpeed: counts, masks that hold, scores that do not depend on the ranks."""
 
+import re
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -349,3 +351,40 @@ def test_mean_similarity_is_over_live_units() -> None:
     assert found is not None
     assert found == pytest.approx(float(pruner.similarity[torch.cat(pruner.masks)].mean()))
     assert 0 < found < 1
+
+
+LOOPS = {  # calls of a pass by their initials: after_backward, engine.step, after_step; and what is said of them
+    ("es",): "engine has made 1 of its steps without pruner.after_backward()",
+    ("be",): "engine has made 1 of its steps without pruner.after_step()",
+    ("bse",): "the engine has made no step",
+    ("ebs",): "engine has made 1 of its steps without pruner.after_step()",
+    ("bes", "es"): "engine has made 1 of its steps without pruner.after_backward()",
+    ("bes", "be"): "engine has made 1 of its steps without pruner.after_step()",
+    ("bes", "bes", "e", "e"): "after the pruner's step 1 the engine has made 1 of its steps without",
+    ("bes",): None,
+    ("e", "bes"): None,  # at the boundary alone is enough
+    ("be", "bes"): None,
+}
+
+
+@pytest.mark.parametrize("calls", LOOPS, ids=" ".join)
+def test_a_call_that_a_loop_forgets_is_named(calls: tuple[str, ...]) -> None:
+    backend, pruner = start("magnitude")
+    backend.accumulation_steps, backend.steps = 2, 40  # the engine's own checkpoint is loaded
+    pruner.put_masks_on()
+
+    def loop() -> None:
+        do = {"b": pruner.after_backward, "e": backend.step, "s": pruner.after_step}
+        for index, number in zip(range(8), cycle(range(len(calls))), strict=False):
+            ids = BLOCKS.block(index)[None]
+            backend.backward(backend(input_ids=ids, labels=ids).loss)
+            for call in calls[number]:
+                do[call]()
+
+    expected = LOOPS[calls]
+    if expected is None:
+        loop()
+        assert pruner.step == 4
+        return
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        loop()

@@ -71,6 +71,10 @@ class Zero3Backend:
         """Tell whether the coming step will be an optimizer step."""
         return bool(self.engine.is_gradient_accumulation_boundary())
 
+    def steps_made(self) -> int:
+        """Return how many optimizer steps the engine has made in its life, those that fp16 skipped included."""
+        return int(self.engine.global_steps)
+
     def step_applied(self) -> bool:
         """Tell whether the last optimizer step changed the weights."""
         return bool(self.engine.was_step_applied())
