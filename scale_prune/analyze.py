@@ -37,10 +37,11 @@ def main(argv: Sequence[str]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
         inputs = read_models(own, config, explicit, world_size, "train", needs_groups=True)
+        kept = _kept(inputs)
         with joined(rank) as runtime:
             found = {name: _analysed(each, own, runtime) for name, each in inputs.items()}
             if runtime.is_main:
-                _write(folder, found, inputs, own)
+                _write(folder, found, kept, own)
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
@@ -76,13 +77,10 @@ def _analysed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list
     return analyse(inputs, blocks, own.batches, runtime, Sampling(own.sample_units, own.sample_tokens))
 
 
-def _write(
-    folder: Path, found: dict[str, list[GroupAnalysis]], inputs: dict[str, Inputs], own: argparse.Namespace
-) -> None:
+def _write(folder: Path, found: dict[str, list[GroupAnalysis]], kept: dict[str, Any], own: argparse.Namespace) -> None:
     """Write analysis.json, table.md and the figures; print the table."""
     baseline = next(iter(found)) if own.baseline else None
     table = as_table(found, baseline) + _said(own)
-    kept = _kept({name: str(each.config.training.model) for name, each in inputs.items() if name != baseline})
     with complete_or_absent(folder) as partial:
         sampled = {"sample_units": own.sample_units, "sample_tokens": own.sample_tokens}
         (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline) | sampled), encoding="utf-8")
@@ -103,15 +101,33 @@ def _said(own: argparse.Namespace) -> str:
     return "\n" + " ".join(notes) + "\n" if notes else ""
 
 
-def _kept(models: dict[str, str]) -> dict[str, Any]:
-    """Return which neurons a run kept, for models that lie in the folder of a run."""
-    files = {name: Path(path).resolve().parent / KEPT for name, path in models.items()}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+def _kept(inputs: dict[str, Inputs]) -> dict[str, Any]:
+    """Return which neurons a run kept, for models that lie in the folder of a run.
+
+    Raises:
+        ValueError: what a run has left of it is not JSON.
+    """
+    files = {name: Path(str(each.config.training.model)).resolve().parent / KEPT for name, each in inputs.items()}
+    kept = {}
+    for name, file in files.items():
+        try:
+            if file.is_file():
+                kept[name] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON; mend it, or move it away") from error
+    return kept
 
 
 def _of_same_groups(
     kept: dict[str, Any], found: dict[str, list[GroupAnalysis]], baseline: str | None
 ) -> dict[str, Any]:
-    """Leave out runs that began with another model than the baseline."""
-    names = {group.name for group in found[baseline]} if baseline is not None else set()
-    return {name: indices for name, indices in kept.items() if indices.keys() == names}
+    """Leave out the baseline, and runs that began with another model."""
+    sizes = {group.name: len(group.sensitivity) for group in found[baseline]} if baseline is not None else {}
+
+    def fits(indices: Any) -> bool:
+        if not isinstance(indices, dict) or indices.keys() != sizes.keys():
+            return False
+        units = {name: range(size) for name, size in sizes.items()}
+        return all(isinstance(each, list) and all(i in units[name] for i in each) for name, each in indices.items())
+
+    return {name: indices for name, indices in kept.items() if name != baseline and fits(indices)}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from scale_prune import analyze
 from scale_prune.analysis import GroupAnalysis, Sampling, analyse
 from scale_prune.analysis_report import as_json, summary
+from scale_prune.analyze import _of_same_groups
 from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.config import Config
 from scale_prune.core.redundancy import Products, sample_units
@@ -293,3 +295,11 @@ def test_what_cannot_be_analysed_is_named(work: Path, tmp_path: Path) -> None:
         assert code == 2
         assert message in error, error
     assert not (tmp_path / "a").exists()
+
+
+def test_what_is_kept_of_another_model_is_left_out() -> None:
+    found: Any = {"base": [SimpleNamespace(name="h.0", sensitivity=torch.zeros(5))]}
+    kept: dict[str, Any] = {"base": {"h.0": [0]}, "own": {"h.0": [0, 4]}, "other": {"h.1": [0]}, "wider": {"h.0": [5]}}
+    kept |= {"list": [3], "text": {"h.0": ["0"]}, "number": {"h.0": 3}, "below": {"h.0": [-1]}}
+    assert list(_of_same_groups(kept, found, "base")) == ["own"]
+    assert _of_same_groups(kept, found, None) == {}
