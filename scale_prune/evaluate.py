@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -43,6 +44,7 @@ SPEED = {
 """What the table calls the numbers of a model's speed."""
 
 LM_EVAL = "lm_eval"
+RESULT = ("baseline", "models", "flags", "versions")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+        _check_output(own)
         inputs = read_models(own, config, explicit, world_size, "validation", needs_groups=False)
         if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:
             asked = "--latency" if own.latency else "--lm_eval"
@@ -80,6 +83,19 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each model, the median counts; default: 5")
     harness.add_flags(parser)
     parser.add_argument("--output", metavar="FILE", help="JSON file for the results; default: they are only printed")
+
+
+def _check_output(own: argparse.Namespace) -> None:
+    """Refuse to write the results over anything but earlier ones."""
+    if own.output is None or not os.path.lexists(own.output):
+        return
+    file = Path(own.output)
+    try:
+        earlier = file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() == set(RESULT)
+    except (OSError, ValueError, AttributeError):
+        earlier = False
+    if not earlier:
+        raise ValueError(f"--output {own.output} is there already and no earlier result; give another name")
 
 
 def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
@@ -136,7 +152,7 @@ def _add_speeds(
 def _write(report: dict[str, dict[str, Any]], baseline: str | None, own: argparse.Namespace) -> None:
     table = as_table(report, baseline)
     if own.output:
-        contents = {"baseline": baseline, "models": report, "flags": vars(own), "versions": versions()}
+        contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True))
         Path(own.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
     print(f"\n{table}")

@@ -120,7 +120,7 @@ def locked(folder: Path) -> Iterator[int]:
         ValueError: another sweep, or a run that an earlier one has left, is at work in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -87,8 +87,8 @@ def read_sweep(path: str) -> list[Cell]:
 
     Raises:
         ValueError: the recipe cannot be read; a key is unknown, or one that a sweep cannot have; a list is empty; the
-            settings of a cell are not valid; two cells are the same run or have the same name; or a finished cell has
-            been run with other settings.
+            settings of a cell are not valid; two cells are the same run or have the same name; a file that no sweep has
+            written stands where a cell's recipe would; or a finished cell has been run with other settings.
     """
     common = with_keys(path, read_yaml(path), also=(CELLS,))
     over = _over(path, common.pop(CELLS, [{}]))
@@ -103,6 +103,7 @@ def read_sweep(path: str) -> list[Cell]:
     if (sweep / RECIPE).is_file():
         raise ValueError(f"--config {path}: output_dir {sweep} holds a run, a sweep needs a folder of its own")
     for cell in cells:
+        _check_own_recipe(path, cell)
         _check_done(cell)
     return cells
 
@@ -177,6 +178,21 @@ def _refuse_same(path: str, cells: Sequence[Cell]) -> None:
                 raise ValueError(f"--config {path}: two cells are the same run, {names}")
             if cell.folder == other.folder:
                 raise ValueError(f"--config {path}: two cells would have the same name, {cell.name}")
+
+
+def _check_own_recipe(path: str, cell: Cell) -> None:
+    """Refuse to write a cell's recipe over a file that is not one of a run in the cell's folder."""
+    if not cell.recipe.is_file():
+        return
+    try:
+        output = read_recipe(str(cell.recipe)).get("output_dir", "")
+    except ValueError:
+        output = ""
+    if Path(output).name != cell.name:
+        raise ValueError(
+            f"--config {path}: {cell.recipe} would be written for cell {cell.name}, but is another file already; give "
+            "another output_dir, or move that file"
+        )
 
 
 def _check_done(cell: Cell) -> None:

@@ -96,13 +96,16 @@ def test_names_are_as_short_as_they_can_be() -> None:
     [
         (["--latency", "--prompt_tokens", "30"], "are more than the 31 positions of model"),
         (["--rounds", "0"], "0 is not valid"),
+        (["--output", "{work}/model/config.json"], "model/config.json is there already and no earlier result"),
+        (["--output", "{work}/train.txt"], "train.txt is there already and no earlier result"),
+        (["--output", "{work}"], " is there already and no earlier result"),
         (["--remaining", "0.5"], "unknown argument --remaining"),
         (["--block_size", "50"], "--block_size 50 is more than the 31 positions"),
     ],
 )
 def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exit, user_errors(0):
-        evaluate.main(flags(work, *more))
+        evaluate.main(flags(work, *(word.format(work=work) for word in more)))
     assert exit.value.code == 2
     (error,) = errors_of(capsys.readouterr().err)
     assert message in error

@@ -163,6 +163,17 @@ def test_a_mistake_is_one_message_before_anything_runs(lines: dict[str, Any], ex
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
+def test_a_file_of_another_is_not_taken_for_a_cells_recipe(tmp_path: Path) -> None:
+    recipe, theirs = write(tmp_path, seed=[0]), tmp_path / "sweep" / "seed_0.yaml"
+    theirs.parent.mkdir()
+    for text in ("seed: 3\n", "- not\n- a recipe\n", "output_dir: out\n"):
+        theirs.write_text(text)
+        code, stderr = outcome(recipe, "--launcher", "python")
+        assert code == 2
+        assert f"{theirs} would be written for cell seed_0, but is another file already" in stderr
+        assert theirs.read_text() == text
+
+
 def test_a_launcher_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     code, stderr = outcome(write(tmp_path), "--launcher", "depspeed --num_accelerators 2")
     assert code == 2
