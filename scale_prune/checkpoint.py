@@ -11,6 +11,7 @@ disk. Nothing is pickled.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,12 +21,14 @@ from typing import Any
 
 from scale_prune.checkpoint_state import problem_of
 from scale_prune.core.shards import FlatSlice
-from scale_prune.folders import appears, sync
+from scale_prune.folders import appears, name_beside, sync
 from scale_prune.report import write_atomically
 from scale_prune.slices import SliceReader, portions, write_slices
 from scale_prune.zero3 import Runtime
 
 FOLDER = "checkpoints"
+NEWEST = "newest"
+NAME = r"step-\d{8,}"
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 FILE_BYTES = 2**30
@@ -71,7 +74,7 @@ class Checkpoint:
 
 def newest_first(output: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, the one with the most steps first."""
-    found = [path for path in (output / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    found = [path for path in (output / FOLDER).glob("step-*") if re.fullmatch(NAME, path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
@@ -79,7 +82,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read what a checkpoint says of itself, and see that its files have their sizes; their contents are not read.
 
     Raises:
-        DamagedError: a file is missing, has another size or cannot be read, or it is no checkpoint at all.
+        DamagedError: a file is missing, has another size, cannot be read or lies outside the folder, or it is no
+            checkpoint at all.
     """
     manifest = _read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -91,6 +95,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise DamagedError(f"{MANIFEST} does not say which files there are") from error
     for name, (size, _) in files.items():
         path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            raise DamagedError(f"{name} is not a file of its own folder")
         if not path.is_file():
             raise DamagedError(f"{name} is missing")
         if path.stat().st_size != size:
@@ -148,9 +154,12 @@ def set_newer_aside(output: Path, step: int) -> None:
     """Rename checkpoints of later steps, which the run that goes on from `step` will not come to as they are."""
     for path in newest_first(output):
         if int(path.name.removeprefix("step-")) > step:
-            aside = path.with_name(f"{path.name}.abandoned")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            _abandon(path)
+
+
+def _abandon(folder: Path) -> None:
+    aside = folder.with_name(f"{folder.name}.abandoned")
+    folder.rename(name_beside(folder, "abandoned") if os.path.lexists(aside) else aside)
 
 
 def _check_contents(folder: Path, files: dict[str, tuple[int, str]]) -> None:
@@ -202,7 +211,8 @@ def save(
 
     def begin() -> None:
         for leftover in (output / FOLDER).glob("*.partial"):
-            shutil.rmtree(leftover)
+            if re.fullmatch(NAME, leftover.stem):
+                shutil.rmtree(leftover)
         partial.mkdir(parents=True)
 
     def finish() -> None:
@@ -212,7 +222,8 @@ def save(
             files |= _sums_of(partial, rank)
         write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
         sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step, so damaged, or no newer than this one
+        if os.path.lexists(folder):  # no run comes to a step twice, so it is not of this one
+            _abandon(folder)
         partial.rename(folder)
         sync(folder.parent)
 

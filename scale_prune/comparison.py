@@ -21,7 +21,7 @@ from scale_prune.comparison_rows import (
     rows_of,
 )
 from scale_prune.config import Config
-from scale_prune.folders import RECIPE, REPORT, complete_or_absent
+from scale_prune.folders import RECIPE, REPORT, complete_or_absent, is_set_aside
 
 DESCRIPTION = "Compare finished runs: one table and one figure, with mean and standard deviation over seeds."
 
@@ -73,13 +73,19 @@ def find(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise ValueError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}; give folders of runs")
-        found = [path / REPORT] if (path / REPORT).is_file() else sorted(path.rglob(REPORT))
+        found = [path / REPORT] if (path / REPORT).is_file() else _below(path, REPORT)
         if not found:
             raise ValueError(_no_report(path))
         reports |= {report.resolve(): report for report in found}
-        begun = [recipe.parent for recipe in sorted(path.rglob(RECIPE)) if not (recipe.parent / REPORT).is_file()]
+        begun = [recipe.parent for recipe in _below(path, RECIPE) if not (recipe.parent / REPORT).is_file()]
         unfinished |= {run.resolve(): run for run in begun}
     return list(reports.values()), list(unfinished.values())
+
+
+def _below(path: Path, name: str) -> list[Path]:
+    """Return the files of a name below a folder, but not those of runs that wait to be replaced."""
+    found = sorted(path.rglob(name))
+    return [file for file in found if not any(map(is_set_aside, file.parent.relative_to(path).parts))]
 
 
 def read(path: Path, metric: str = PERPLEXITY) -> FinishedRun:

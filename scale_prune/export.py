@@ -99,6 +99,7 @@ def write_model(
     generation_config: GenerationConfig | None = None,
     tied_output: str = "",
     max_shard_bytes: int = 5 * 2**30,
+    replace: bool = False,
 ) -> None:
     """Write a compacted model for `from_pretrained` of the class by which its family is loaded.
 
@@ -106,7 +107,7 @@ def write_model(
     a time. Other ranks may return before the folder is there.
 
     Args:
-        folder: the folder to make; must not exist, or be empty.
+        folder: the folder to make; must not exist, or be empty, or be one to `replace`.
         config: the model's config; not changed, its width is not read.
         tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
             tensor is copied before the next is asked for.
@@ -119,6 +120,7 @@ def write_model(
         generation_config: written along as it is, if there is one.
         tied_output: name of the output that a clustered embedding is tied to, "" where there is none.
         max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
+        replace: a folder of this name goes when the new one is complete.
 
     Raises:
         ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has no
@@ -131,7 +133,7 @@ def write_model(
             pass
         return
     code = _code_of(written_config)
-    with complete_or_absent(Path(folder)) as partial:
+    with complete_or_absent(Path(folder), replace=replace) as partial:
         if plan is None:
             stored = _in_layout(layout, tensors, groups)
         else:

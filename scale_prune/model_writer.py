@@ -1,6 +1,5 @@
 """A run's model as a Hugging Face folder."""
 
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -35,8 +34,6 @@ class ModelWriter:
         """
         config = self.inputs.config
         folder = Path(config.output.output_dir) / name
-        if self.runtime.is_main:  # one that this run wrote before it was killed, and resumed
-            shutil.rmtree(folder, ignore_errors=True)
         tensors, problem = backend.named_tensors(), ""
         try:
             write_model(
@@ -55,6 +52,7 @@ class ModelWriter:
                 is_writer=self.runtime.is_main,
                 generation_config=self.generation_config,
                 tied_output=tied_output(backend.module),
+                replace=True,  # what this run wrote before it was killed, and resumed
             )
         except (OSError, SafetensorError) as error:
             problem = str(error)

@@ -24,7 +24,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path | None, *, total_steps: int, active: bool, steps_made: int = 0) -> None:
-        purged = steps_made + 1 if steps_made else None
+        purged = steps_made + 1 if steps_made else 0  # step 0 is measured at the start only
         self.writer = SummaryWriter(str(folder), purge_step=purged) if active and folder is not None else None
         self.bar = tqdm(
             initial=steps_made, total=total_steps, unit="step", disable=not active, dynamic_ncols=True, mininterval=1.0

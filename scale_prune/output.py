@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from scale_prune.checkpoint import Checkpoint, set_newer_aside
+from scale_prune.checkpoint import NEWEST, Checkpoint, set_newer_aside
 from scale_prune.config import Config
-from scale_prune.folders import RECIPE, REPORT, appears
+from scale_prune.folders import RECIPE, REPORT, appears, complete_or_absent, is_set_aside, name_beside
 from scale_prune.report import write_atomically
 from scale_prune.zero3 import Runtime
+
+REPLACES = ".replaces"  # names of the folders that a run has set aside
 
 
 def open_output(config: Config, checkpoint: Checkpoint | None, runtime: Runtime) -> None:
@@ -55,19 +57,21 @@ def _check_shared(output: Path, runtime: Runtime) -> None:
 
 def _prepare(config: Config, checkpoint: Checkpoint | None) -> None:
     folder = Path(config.output.output_dir)
-    if checkpoint is None or folder.resolve() not in checkpoint.folder.resolve().parents:
-        _make_output(config)
-    else:
+    if not goes_on(config) and not _is_empty(folder):
+        _replace_output(config, folder.resolve())
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is not None:
         set_newer_aside(folder, checkpoint.step)
-        _write_recipe(config)
+    _write_recipe(config, folder)
 
 
 def check_output(config: Config) -> None:
     """Refuse an output folder that holds something.
 
     Raises:
-        ValueError: the folder holds a run, and neither `overwrite` nor `resume` is on, or it holds something else, or
-            it cannot be written.
+        ValueError: the folder holds a run that is neither to be overwritten nor gone on with, or it holds something
+            else, or it cannot be written or set aside.
     """
     folder = Path(config.output.output_dir)
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
@@ -75,17 +79,33 @@ def check_output(config: Config) -> None:
         what = "cannot be written" if above.is_dir() else "is not a folder"
         raise ValueError(f"--output_dir {folder} cannot be made: {above} {what}")
     try:
-        if not folder.exists() or not any(folder.iterdir()):
+        if _is_empty(folder):
             return
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be read: {error.strerror}") from error
     if not (folder / RECIPE).is_file():
         raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
-    if not config.output.overwrite and config.checkpoint.resume is None:
+    if goes_on(config):
+        return
+    if not config.output.overwrite:
+        other = f", and --resume {config.checkpoint.resume} is not of it" if config.checkpoint.resume else ""
         raise ValueError(
-            f"--output_dir {folder} holds a run already; give another folder, --resume to go on with it, or "
+            f"--output_dir {folder} holds a run already{other}; give another folder, --resume to go on with it, or "
             "--overwrite to replace it"
         )
+    if os.path.ismount(folder) or not os.access(folder.resolve().parent, os.W_OK):
+        raise ValueError(
+            f"--output_dir {folder} cannot be set aside until the new run is complete: its parent cannot be written, "
+            "or it is a disk of its own; give a folder below it"
+        )
+
+
+def goes_on(config: Config) -> bool:
+    """Tell whether the run goes on in its output folder, and does not begin there."""
+    wanted = config.checkpoint.resume
+    if wanted is None or wanted == NEWEST:
+        return wanted == NEWEST
+    return Path(config.output.output_dir).resolve() in Path(wanted).resolve().parents
 
 
 def is_complete(config: Config) -> bool:
@@ -93,27 +113,36 @@ def is_complete(config: Config) -> bool:
     return (Path(config.output.output_dir) / REPORT).is_file()
 
 
-def _make_output(config: Config) -> None:
-    """Make the output folder with the run's settings in it; a run that is to be overwritten waits beside as `.old`."""
-    folder = Path(config.output.output_dir)
-    if is_complete(config):
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        folder.rename(_old(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _write_recipe(config)
+def _is_empty(folder: Path) -> bool:
+    """Tell whether a folder is not there or holds nothing, or only what a run leaves that is killed as it begins."""
+    return not folder.exists() or all(path.name.startswith(f"{RECIPE}.partial-") for path in folder.iterdir())
 
 
-def _write_recipe(config: Config) -> None:
+def _replace_output(config: Config, folder: Path) -> None:
+    """Make the output folder anew; what it holds waits beside it until the run is complete, as what that replaced."""
+    aside = name_beside(folder, "replaced")
+    with complete_or_absent(folder, replace=True) as fresh:
+        _write_recipe(config, fresh)
+        write_atomically(fresh / REPLACES, "\n".join(path.name for path in (aside, *_replaced(folder))))
+        folder.rename(aside)
+
+
+def _write_recipe(config: Config, folder: Path) -> None:
     """Write the settings into the output folder, as a recipe that starts the same run anew."""
     settings = {name: value for name, value in config.flat().items() if value is not None and name != "resume"}
-    write_atomically(Path(config.output.output_dir) / RECIPE, yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(folder / RECIPE, yaml.safe_dump(settings, sort_keys=False))
 
 
-def drop_old_output(config: Config) -> None:
-    """Remove the run that this complete one took the place of."""
-    shutil.rmtree(_old(Path(config.output.output_dir)), ignore_errors=True)
+def drop_replaced(config: Config) -> None:
+    """Remove the runs that this complete one took the place of, and nothing that it has not set aside itself."""
+    folder = Path(config.output.output_dir).resolve()
+    for aside in _replaced(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+    (folder / REPLACES).unlink(missing_ok=True)
 
 
-def _old(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.old")
+def _replaced(folder: Path) -> list[Path]:
+    """Return the folders that the run in a folder has set aside; a name that is not of its making does not count."""
+    note = folder / REPLACES
+    names = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    return [folder.with_name(name) for name in names if is_set_aside(name, folder.name)]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scale_prune.core.groups import UnitGroup
+from scale_prune.folders import whole_or_absent
 
 PACKAGES = ("scale_prune", "torch", "deepspeed", "transformers", "datasets", "rouge-score", "sacrebleu", "scikit-learn")
 
@@ -29,9 +29,8 @@ def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor
     kept = {group.name: mask.nonzero().flatten().tolist() for group, mask in zip(groups, masks, strict=True)}
     write_atomically(folder / "kept.json", json.dumps(kept) + "\n")
     final = {group.name: score.float().cpu().contiguous() for group, score in zip(groups, scores, strict=True)}
-    temporary = folder / "scores.safetensors.partial"
-    save_file(final, temporary)
-    os.replace(temporary, folder / "scores.safetensors")
+    with whole_or_absent(folder / "scores.safetensors") as partial:
+        save_file(final, partial)
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -52,12 +51,8 @@ def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text that is there as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with whole_or_absent(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from scale_prune import pruner_state
-from scale_prune.checkpoint import Checkpoint, DamagedError, newest_first, newest_whole, open_checkpoint, save
+from scale_prune.checkpoint import NEWEST, Checkpoint, DamagedError, newest_first, newest_whole, open_checkpoint, save
 from scale_prune.checkpoint import damage as damage_of
 from scale_prune.config import Config
 from scale_prune.core.shards import FlatSlice
@@ -22,7 +22,6 @@ from scale_prune.report import versions
 from scale_prune.zero3 import Runtime, Zero3Backend, engine_state
 from scale_prune.zero3.randomness import random_state, set_random_state
 
-NEWEST = "newest"
 MAY_CHANGE = frozenset(
     # where things are: the text's tokens are compared, not its path
     {"model", "dataset", "dataset_config", "train_file", "validation_file", "output_dir", "overwrite"}

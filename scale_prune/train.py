@@ -18,7 +18,7 @@ from scale_prune.ds_config import load
 from scale_prune.embedded import build
 from scale_prune.folders import REPORT
 from scale_prune.inputs import fill_in, read_inputs, unused_settings
-from scale_prune.output import check_output, drop_old_output, is_complete
+from scale_prune.output import check_output, drop_replaced, goes_on, is_complete
 from scale_prune.ranks import joined, launched_as
 from scale_prune.report import write_report
 from scale_prune.resume import check_same, choose, glance, with_batch_of
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         load(config.training.ds_config)
         check_output(config)
         checkpoint = glance(config)
-        if config.checkpoint.resume and is_complete(config):
+        if goes_on(config) and is_complete(config):
             with redirect_stdout(None if rank else sys.stdout):
                 print(f"the run in {config.output.output_dir} is complete, there is nothing to go on with", flush=True)
             return
@@ -116,5 +116,5 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
         run.monitor.close()  # so that a message does not stand behind the progress bar
     if runtime.is_main:
         write_report(run.folder, report)
-        drop_old_output(config)
+        drop_replaced(config)
     return report

@@ -12,7 +12,7 @@ import pytest
 from command import errors_of
 from outcomes import outcome_of
 
-from scale_prune.comparison import main, read
+from scale_prune.comparison import find, main, read
 from scale_prune.comparison_rows import PLAIN, FinishedRun, labels, ratio_of, rows_of, spread
 from scale_prune.config import Config
 
@@ -78,6 +78,14 @@ def test_runs_of_the_same_seed_count_once(tmp_path: Path) -> None:
     perplexity = row.spread("quality")
     assert perplexity is not None
     assert (perplexity.mean, perplexity.std) == (13.0, pytest.approx(8**0.5))
+
+
+def test_a_run_that_waits_to_be_replaced_does_not_count(tmp_path: Path) -> None:
+    for name in ("run", "run.replaced-0a1b2c3d"):
+        write(tmp_path / name, report(30.0))
+    assert [path.parent.name for path in find([str(tmp_path)])[0]] == ["run"]
+    (given,) = find([str(tmp_path / "run.replaced-0a1b2c3d")])[0]
+    assert given.parent.name == "run.replaced-0a1b2c3d"
 
 
 def test_without_plain_fine_tuning_the_dense_model_is_the_reference(tmp_path: Path) -> None:

@@ -269,12 +269,30 @@ def test_overwriting_replaces_a_run_and_plain_fine_tuning_prunes_nothing(work: P
     padded, model = report_of(output), AutoModelForCausalLM.from_pretrained(output / "pruned")
     assert model.config.intermediate_size == max(padded["widths"]) < WIDTH
     assert padded["parameters"]["stored"] > padded["parameters"]["pruned"]
-    assert run_ranks(outcome, 1, second)[0][0] == 0
+    theirs = [output.with_name(f"replaced.{end}") / "notes" for end in ("old", "partial", "replaced-0a1b2c3d")]
+    for file in theirs:
+        file.parent.mkdir()
+        file.write_text("mine")
+    (output / ".replaces").write_text("replaced.partial\n../somebody\n")  # not names of our making
+    broken = arguments(work, output, max_steps=4, overwrite=True, learning_rate=1e30, save_every=1)
+    set_aside = [run_ranks(replacing, 1, flags, output)[0] for flags in (broken, broken, second)]
+    assert [code for code, _ in set_aside] == [2, 2, 0]
+    assert set_aside[0][1] == ["", "pruned report.json"], "the complete run is there until another one is"
+    assert set_aside[1][1] == ["", "checkpoints", "pruned report.json"], "and so is one that was killed"
+    assert set_aside[2][1] == [""], "theirs alone"
+    assert [file.read_text() for file in theirs] == ["mine"] * 3
+    assert not (output / ".replaces").exists()
     dense = report_of(output)
     assert (dense["steps"], dense["widths"], dense["remaining"]["measured"]) == (2, [WIDTH] * LAYERS, 1.0)
     assert dense["perplexity"]["masked"] == dense["perplexity"]["compacted"]
     assert dense["parameters"]["dense"] == dense["parameters"]["pruned"] == dense["parameters"]["stored"]
-    assert not output.with_name("replaced.old").exists()
+
+
+def replacing(flags: list[str], output: Path) -> tuple[int, list[str]]:
+    """Return a run's exit code, and what is in the folders that are set aside after it."""
+    code, _ = outcome(flags)
+    kinds, beside = ("checkpoints", "pruned", "report.json"), output.parent.glob(f"{output.name}.replaced-*")
+    return code, sorted(" ".join(kind for kind in kinds if (path / kind).exists()) for path in beside)
 
 
 # --- what can happen on the way ------------------------------------------------------------------------------------

@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from scale_prune.checkpoint import newest_first, set_newer_aside
 from scale_prune.export import LAYOUTS, named_state
 from scale_prune.families import unit_groups
+from scale_prune.folders import UNFINISHED, complete_or_absent
+from scale_prune.report import write_atomically
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,3 +85,40 @@ def test_a_folder_with_contents_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         export(tmp_path, model, groups, "uniform")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_what_somebody_else_has_put_beside_stays(tmp_path: Path) -> None:
+    theirs = {
+        f"{name}{end}/notes": "mine" for name in ("new", "old") for end in (".partial", ".old", ".partial-0a1b2c3d")
+    }
+    theirs |= {"file.json.partial": "mine"}
+    for name, text in theirs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    killed = tmp_path / "new.partial-01234567"
+    killed.mkdir()
+    (killed / UNFINISHED).touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "result").write_text("before")
+    with pytest.raises(OSError, match="full"), complete_or_absent(tmp_path / "old", replace=True):
+        raise OSError("the disk is full")
+    assert tree(tmp_path / "old") == {"result": "before"}
+    for name in ("new", "old"):
+        with complete_or_absent(tmp_path / name, replace=name == "old") as partial:
+            (partial / "result").write_text("now")
+    write_atomically(tmp_path / "file.json", "now")
+    assert tree(tmp_path) == theirs | {"new/result": "now", "old/result": "now", "file.json": "now"}
+
+
+def test_checkpoints_that_were_abandoned_stay_however_often(tmp_path: Path) -> None:
+    for text in ("first", "second", "third"):
+        folder = tmp_path / "checkpoints" / "step-00000008"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(text)
+        set_newer_aside(tmp_path, 4)
+    assert newest_first(tmp_path) == []
+    assert set(tree(tmp_path).values()) == {"first", "second", "third"}

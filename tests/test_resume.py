@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint ends as the one that was never interrupted, or says why it cannot."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -90,7 +91,7 @@ def assert_same_run(output: Path, whole: Path) -> None:
 @pytest.mark.parametrize("step", [4, 8])
 def test_the_same_ranks_go_on_bit_for_bit(step: int, whole: Path, work: Path) -> None:
     output = work / f"from {step}"
-    checkpoint = whole / "checkpoints" / f"step-{step:08d}"
+    checkpoint = with_more_names(whole / "checkpoints" / f"step-{step:08d}", work / f"edited {step}")
     assert codes(go_on(work, output, 2, resume=checkpoint)) == [0, 0]
     assert_same_run(output, whole)
     expected = losses(whole)
@@ -227,12 +228,15 @@ def flip_a_bit(path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole: Path, work: Path) -> None:
     output = copy_of(whole, work / "damaged")
+    theirs = output / "checkpoints" / "notes.partial"
+    theirs.mkdir()
     flip_a_bit(output / "checkpoints" / "step-00000008" / "rank-00001-0000.safetensors")
     said, _ = run_ranks(said_by, 2, arguments(work, output, **SETTINGS, resume=True))
     assert "step-00000008 is damaged: the contents of rank-00001-0000.safetensors are not what was written" in said
     assert "going on after step 4" in said
     assert_same_run(output, whole)
-    assert [path.name for path in checkpoints(output)] == ["step-00000004", "step-00000008", "step-00000008.abandoned"]
+    left = ["notes.partial", "step-00000004", "step-00000008", "step-00000008.abandoned"]
+    assert [path.name for path in checkpoints(output)] == left
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -251,12 +255,36 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_settings_that_must_not_change_are_refused(whole: Path, work: Path) -> None:
     output = copy_of(whole, work / "changed")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    cases = [arguments(work, output, **SETTINGS | settings, resume=True) for settings, _ in REFUSED]
-    for (_, expected), (code, stderr) in zip(REFUSED, run_ranks(outcomes, 1, cases)[0], strict=True):
+    cases = [arguments(work, output, **SETTINGS | {"resume": True} | settings) for settings, _ in REFUSED]
+    cases.append(arguments(work, output, **SETTINGS, resume=whole / "checkpoints" / "step-00000004"))
+    said = [*(expected for _, expected in REFUSED), "step-00000004 is not of it; give another folder"]
+    for expected, (code, stderr) in zip(said, run_ranks(outcomes, 1, cases)[0], strict=True):
         assert code == 2, expected
         (error,) = errors_of(stderr)
         assert expected in error
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def edit(path: Path, **more: Any) -> None:
+    """Add to the mappings of a JSON file."""
+    content = json.loads(path.read_text())
+    for name, values in more.items():
+        content[name] |= values
+    path.write_text(json.dumps(content))
+
+
+def with_more_names(checkpoint: Path, folder: Path) -> Path:
+    """Return a checkpoint whose state has names that it should not have, and that an engine has."""
+    shutil.copytree(checkpoint, folder)
+    state = folder / "state.json"
+    engine = json.loads(state.read_text())["engine"]
+    engine["loss_scaler"] |= {"dynamic": False, "update_scale": 1, "backward": 2}  # the first was written once
+    engine["options"] = [options | {"params": 0, "weight_decay": 1e9} for options in engine["options"]]
+    engine["scheduler"] |= {"step": 1, "get_lr": 2}
+    edit(state, engine=engine)
+    entry = {"bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+    edit(folder / "manifest.json", files={"state.json": entry})
+    return folder
 
 
 def damaged(whole: Path, work: Path) -> Iterator[tuple[Path, str]]:
@@ -269,6 +297,8 @@ def damaged(whole: Path, work: Path) -> Iterator[tuple[Path, str]]:
         "empty manifest": "manifest.json has the format None",
         "other manifest": "manifest.json does not say which files there are",
         "altered state": "the contents of state.json are not what was written",
+        "other folder": "../../whole/kept.json is not a file of its own folder",
+        "link": "rank-00001-0000.safetensors is not a file of its own folder",
     }
     for name, expected in cases.items():
         folder = shutil.copytree(whole / "checkpoints" / "step-00000004", work / "broken" / name)
@@ -277,6 +307,11 @@ def damaged(whole: Path, work: Path) -> Iterator[tuple[Path, str]]:
             os.truncate(tensors, 100)
         elif name == "altered state":
             flip_a_bit(folder / "state.json")
+        elif name == "other folder":
+            edit(manifest, files={"../../whole/kept.json": {"bytes": 1, "sha256": ""}})
+        elif name == "link":
+            (folder / "rank-00001-0000.safetensors").unlink()
+            (folder / "rank-00001-0000.safetensors").symlink_to(whole / "checkpoints/step-00000004" / tensors.name)
         elif name in ("missing", "no manifest"):
             (tensors if name == "missing" else manifest).unlink()
         else:
