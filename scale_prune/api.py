@@ -19,7 +19,7 @@ from scale_prune.checkpoint_state import problem_of_pruner
 from scale_prune.config import PruningConfig
 from scale_prune.criteria import check_uniqueness
 from scale_prune.embedding import tied_output
-from scale_prune.export import write_model
+from scale_prune.export import check_width_key, write_model
 from scale_prune.families import auto_model, unit_groups
 from scale_prune.pruner import Pruner
 from scale_prune.pruner_state import facts_of, pruner_slices, restore
@@ -66,12 +66,15 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         seed: seed of random scores and of the sampled tokens, at least 0.
 
     Raises:
-        ValueError: the stage is not 3, the architecture is unknown, the MLPs are frozen, or the settings cannot be met.
+        ValueError: the stage is not 3, the architecture is unknown or cannot be written when pruned, the MLPs are
+            frozen, or the settings cannot be met.
     """
     check_uniqueness(config)
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
     backend.check(groups)
+    if not removes_components(config):
+        check_width_key(engine.module)
     _uncompacted.add(engine)
     return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
 

@@ -101,7 +101,7 @@ def _check_output(own: argparse.Namespace) -> None:
 def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
     """Refuse to generate past a model's positions."""
     for name, each in inputs.items():
-        positions = getattr(each.model_config, "max_position_embeddings", None)
+        positions = getattr(each.model_config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and own.prompt_tokens + own.new_tokens > positions:
             raise ValueError(
                 f"--prompt_tokens {own.prompt_tokens} and --new_tokens {own.new_tokens} are more than the {positions} "
@@ -136,7 +136,7 @@ def _add_speeds(
             str(training.model), dtype=precision(each.ds_config), trust_remote_code=training.trust_remote_code
         )
         models[name].eval().to(device)
-    vocabulary = min(each.model_config.vocab_size for each in inputs.values())
+    vocabulary = min(each.model_config.get_text_config().vocab_size for each in inputs.values())
     measured = speeds(
         models,
         vocabulary=vocabulary,

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.core.compaction import pad_units
 from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export_factors import Plan, plan_for, stored_factors
-from scale_prune.families import auto_model, classifies, family_of, stock_class
+from scale_prune.families import auto_model, classifies, family_of, stock_class, unit_groups
 from scale_prune.files import write_tensors
 from scale_prune.folders import complete_or_absent
 
 LAYOUTS = ("uniform", "pad", "per_layer")
+PROBE = 61
+"""A width that no model has by itself."""
 MODELING_FILE = Path(__file__).with_name("modeling_per_layer.py")
 FACTORIZED_FILE = Path(__file__).with_name("modeling_factorized.py")
 
@@ -67,6 +69,32 @@ def check_layout(layout: str, config: PretrainedConfig) -> None:
         raise ValueError(
             f"layout 'per_layer' needs a model class of transformers, which has none for {type(config).__name__}; "
             f"ask for layout 'pad' or 'uniform'"
+        )
+
+
+def check_width_key(model: PreTrainedModel) -> None:
+    """Make sure, before training, that the config decides about the width, by which a pruned model is built again.
+
+    Args:
+        model: the model to prune, with or without weights; only its config and class are read.
+
+    Raises:
+        ValueError: MLPs are not built as wide as the family's `width_key` says, as where the width is fixed.
+    """
+    family, config = family_of(model.config), copy.deepcopy(model.config)
+    _forget_per_layer(config)
+    setattr(config, family.width_key, PROBE)
+    try:
+        with torch.device("meta"):
+            widths = {group.num_units for group in unit_groups((stock_class(config) or type(model))(config))}
+        problem = "" if widths == {PROBE} else f"MLPs have {sorted(widths)} neurons"
+    except Exception as error:  # whatever an architecture raises at a width that it cannot have
+        problem = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+    if problem:
+        raise ValueError(
+            f"a pruned {config.model_type} could not be written: built from a config with {PROBE} as "
+            f'"{family.width_key}", {problem}; width_key must name the key that sets how wide the MLPs are, and '
+            f"where none does, neurons cannot be pruned"
         )
 
 

@@ -2,8 +2,8 @@
 
 To prune another architecture, describe it and register the description:
 
-    register(Family(model_types=("gpt_bigcode",), layers="transformer.h", mlp="mlp",
-                    inputs=("c_fc",), output="c_proj", width_key="n_inner"))
+    register(Family(model_types=("persimmon",), layers="model.layers", mlp="mlp",
+                    inputs=("dense_h_to_4h",), output="dense_4h_to_h", width_key="intermediate_size"))
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,8 +103,9 @@ register(
 register(
     Family(
         model_types=(
-            *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2"),
-            *("olmo", "olmo2", "granite", "stablelm", "cohere"),
+            *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
+            *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "stablelm", "cohere", "cohere2"),
+            *("exaone4", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
         ),
         layers="model.layers",
         mlp="mlp",
@@ -112,6 +113,72 @@ register(
         output="down_proj",
         width_key="intermediate_size",
         attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("arcee", "apertus", "nemotron"),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("up_proj",),
+        output="down_proj",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("starcoder2",),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("phi",),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("fc1",),
+        output="fc2",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
+    )
+)
+register(
+    Family(
+        model_types=("gpt_bigcode",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="n_inner",
+        attention=("attn.c_attn", "attn.c_proj"),
+    )
+)
+register(
+    Family(
+        model_types=("codegen",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("fc_in",),
+        output="fc_out",
+        width_key="n_inner",
+        attention=("attn.qkv_proj", "attn.out_proj"),
+    )
+)
+register(
+    Family(
+        model_types=("falcon",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("dense_h_to_4h",),
+        output="dense_4h_to_h",
+        width_key="ffn_hidden_size",
+        attention=("self_attention.query_key_value", "self_attention.dense"),
     )
 )
 register(
@@ -173,8 +240,10 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def classifies(config: PretrainedConfig) -> bool:
-    """Tell whether a config is that of an encoder, which classifies; False for families that are not known."""
-    return config.model_type in FAMILIES and FAMILIES[config.model_type].classifies
+    """Tell whether a config is that of an encoder, which classifies; of an unknown family, what its folder holds."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type].classifies
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def auto_model(config: PretrainedConfig) -> Any:
@@ -190,6 +259,7 @@ def stock_class(config: PretrainedConfig) -> Any:
 
 def positions_of(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model can read at once, None where its config does not say."""
+    config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or config.model_type not in FAMILIES or not FAMILIES[config.model_type].spare_positions:
         return positions

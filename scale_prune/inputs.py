@@ -16,12 +16,12 @@ from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, Traini
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.ds_config import load, resolve
-from scale_prune.export import check_layout, resolve_layout
-from scale_prune.families import auto_model, classifies, positions_of
+from scale_prune.export import check_layout, check_width_key, resolve_layout
+from scale_prune.families import FAMILIES, auto_model, classifies, positions_of
 from scale_prune.forms import columns_of, label_of, with_templates
 from scale_prune.pruner import check_min_kept
 from scale_prune.rows import SPLITS, Split, Text, load_text
-from scale_prune.units import FACTORIZED, sketch_units
+from scale_prune.units import FACTORIZED, removes_components, sketch_units
 from scale_prune.zero3 import ds_check
 
 SELF = "self"
@@ -124,7 +124,22 @@ def _fill_in(reading: Reading) -> None:
 def _read_model_config(reading: Reading) -> None:
     training = reading.config.training
     if reading.model_config is None:  # a dry run knows that of the embedded model already
-        reading.model_config = _read("model", training.model, AutoConfig, training.trust_remote_code)
+        found = _read("model", training.model, AutoConfig, training.trust_remote_code)
+        if reading.needs_groups:
+            _refuse_composite(found, training)
+        reading.model_config = found
+
+
+def _refuse_composite(model_config: PretrainedConfig, training: TrainingConfig) -> None:
+    """Refuse a model that has others for images or sound beside the one for text."""
+    text = model_config.get_text_config()
+    if text is model_config:
+        return
+    known = "" if text.model_type in FAMILIES else ", a family that has to be registered first"
+    raise ValueError(
+        f"--model {training.model} is of model type {model_config.model_type}, a composite whose part for text "
+        f"cannot be pruned inside it; give a folder of that part alone, of model type {text.model_type}{known}"
+    )
 
 
 def _check_task(reading: Reading) -> None:
@@ -160,7 +175,7 @@ def _check_teacher(reading: Reading) -> None:
         return
     size, teachers = (
         reading.model_config.vocab_size,
-        _read("model", name, AutoConfig, trusted, flag="teacher").vocab_size,
+        _read("model", name, AutoConfig, trusted, flag="teacher").get_text_config().vocab_size,
     )
     if teachers != size:
         raise ValueError(
@@ -176,7 +191,7 @@ def _check_teacher(reading: Reading) -> None:
 
 
 def _check_layout(reading: Reading) -> None:
-    if reading.model_config is not None:
+    if reading.model_config is not None and reading.needs_groups:
         check_layout(str(reading.config.output.layout), reading.model_config)
 
 
@@ -193,12 +208,15 @@ def _check_groups(reading: Reading) -> None:
     if reading.needs_groups:
         reading.groups = sketch_units(model, reading.config.pruning)
         check_min_kept(reading.groups, reading.config.pruning)
+        if not removes_components(reading.config.pruning):
+            check_width_key(model)
 
 
 def _read_ds_config(reading: Reading) -> None:
     raw = load(reading.config.training.ds_config)
     # Where the model cannot be read, any width serves to find what else is wrong.
-    hidden_size = reading.model_config.hidden_size if reading.model_config is not None else 1
+    found = reading.model_config
+    hidden_size = 1 if found is None else getattr(found.get_text_config(), "hidden_size", None)
     reading.ds_config = resolve(raw, reading.config, reading.explicit, reading.world_size, hidden_size)
     ds_check.check(reading.ds_config)
 
@@ -266,7 +284,7 @@ def check_tokens(largest: Mapping[str, int], inputs: Inputs) -> None:
     Raises:
         ValueError: there are such tokens.
     """
-    vocabulary = getattr(inputs.model_config, "vocab_size", None)
+    vocabulary = getattr(inputs.model_config.get_text_config(), "vocab_size", None)
     for split, token in largest.items():
         if vocabulary is not None and token >= vocabulary:
             raise ValueError(

@@ -22,11 +22,11 @@ BLOCKS = token_blocks(VOCABULARY)
 SHARDED, ALL_GATHERED = 0, 10**6  # parameters with fewer elements stay gathered between steps
 
 
-def saved_model(folder: Path, model_type: str) -> Path:
+def saved_model(folder: Path, model_type: str, **settings: Any) -> Path:
     """Return the folder of a tiny model without dropout, made at the first call."""
     path, more = folder / model_type, {"gpt_neo": {"attention_types": [[["global", "local"], 1]]}}
     if not path.exists():
-        steady_model(model_type, num_hidden_layers=LAYERS, **more.get(model_type, {})).save_pretrained(path)
+        steady_model(model_type, num_hidden_layers=LAYERS, **more.get(model_type, {}), **settings).save_pretrained(path)
     return path
 
 

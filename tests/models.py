@@ -29,6 +29,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 5},
     "gptj": {"rotary_dim": 4},
     "opt": {"word_embed_proj_dim": HIDDEN},
+    "codegen": {"hidden_size": 12, "num_attention_heads": 4, "rotary_dim": 2},
+    "falcon": {"hidden_size": 16, "num_attention_heads": 2, "num_kv_heads": 1, "new_decoder_architecture": True},
+    **{key: {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8} for key in ("phi", "persimmon")},
+    **{key: {"sliding_window": 5} for key in ("gemma2", "gemma3_text", "cohere2", "exaone4", "olmo3", "ministral")},
     **{model_type: {"num_labels": 5} for model_type, family in FAMILIES.items() if family.classifies},
 }
 
@@ -57,7 +61,7 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
         "eos_token_id": 2,
         FAMILIES[model_type].width_key: WIDTH,
     }
-    if FAMILIES[model_type] == FAMILIES["llama"]:
+    if FAMILIES[model_type].layers == "model.layers":
         sizes |= {"num_key_value_heads": 1, "head_dim": 4}
     return AutoConfig.for_model(model_type, **{**sizes, **EXTRAS.get(model_type, {}), **settings})
 

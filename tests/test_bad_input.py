@@ -64,6 +64,11 @@ MODELS: list[tuple[str, str, str]] = [
     ("config.json", json.dumps({"model_type": "gpt_neo", "hidden_size": "wide"}), "its model cannot be read"),
     ("config.json", json.dumps({"model_type": "gpt_neo", "hidden_size": -4}), "no model can be built from its config"),
     ("config.json", json.dumps({"model_type": "gpt_neo", "activation_function": "no"}), "no model can be built"),
+    (
+        "config.json",
+        json.dumps({"model_type": "gemma3"}),
+        "that part alone, of model type gemma3_text",
+    ),
 ]
 
 

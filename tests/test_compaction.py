@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import HIDDEN, LAYERS, logits, mask_units, random_keep, tiny_model, tokens
+from models import LAYERS, logits, mask_units, random_keep, tiny_model, tokens
 from torch import nn
 
 from scale_prune.core.compaction import compact_model, pad_units, resize_group, select_units, set_members
@@ -54,7 +54,7 @@ def test_modules_know_their_new_size(model_type: str) -> None:
         for member in group.members:
             module = model.get_submodule(member.name.rpartition(".")[0])
             names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("nx", "nf")
-            assert sorted(getattr(module, name) for name in names) == [5, HIDDEN]
+            assert sorted(getattr(module, name) for name in names) == [5, model.config.hidden_size]
 
 
 def test_compaction_can_be_repeated_and_keeps_frozen_parameters_frozen() -> None:

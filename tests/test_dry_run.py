@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 from command import STEPS, arguments, errors_of, outcome, text
-from models import LAYERS, WIDTH, tiny_config
+from models import LAYERS, WIDTH, own_registrations, tiny_config
 from test_end_to_end import BAD, content, files
+from test_families import BLOOM
+from transformers import AutoConfig
 
 from scale_prune.core.schedule import Schedule
 from scale_prune.embedded import train_tokenizer
+from scale_prune.families import register
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,26 @@ def test_layers_dropped_by_chance_are_refused_on_more_than_one_rank(work: Path, 
     code, (error,) = dry(work, model=model, world_size=2)
     assert code == 2
     assert "drops layers by chance (layerdrop 0.25), other ones on every rank" in error
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("gemma3", "give a folder of that part alone, of model type gemma3_text"),
+        ("mistral3", "of model type mistral"),
+        ("qwen3_5", "of model type qwen3_5_text, a family that has to be registered first"),
+        ("bloom", "neurons cannot be pruned"),
+    ],
+)
+def test_models_that_cannot_be_pruned_are_one_message(work: Path, model_type: str, message: str) -> None:
+    folder = Path(shutil.copytree(work / "model", work / model_type))
+    with own_registrations():
+        register(BLOOM)
+        config = tiny_config("bloom") if model_type == "bloom" else AutoConfig.for_model(model_type)
+        config.save_pretrained(folder)
+        code, (error,) = dry(work, model=folder)
+    assert code == 2
+    assert message in error
 
 
 def test_a_checkpoint_that_is_none_is_found(work: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from command import BLOCK, errors_of, make_work, recomputed_perplexity
 from distributed import run_ranks
 from models import tiny_model, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scale_prune import evaluate
 from scale_prune.cli import user_errors
@@ -29,12 +29,28 @@ def flags(work: Path, *more: str) -> list[str]:
     return ["--model", str(work / "model"), *text, "--output", str(work / "evaluation.json"), *more]
 
 
-def test_perplexity_is_that_of_the_plain_model_on_any_number_of_ranks(work: Path) -> None:
-    run_ranks(evaluate.main, 2, flags(work, "--micro_batch_size", "3"))
-    found = json.loads((work / "evaluation.json").read_text())["models"]["model"]
-    model: Any = AutoModelForCausalLM.from_pretrained(work / "model")
-    expected = recomputed_perplexity(model, work / "model", work / "validation.txt")
-    assert found == {"perplexity": pytest.approx(expected, rel=1e-5)}
+def save_unknown(work: Path) -> tuple[Path, Path]:
+    """Make models of no family: a plain one, and a composite one that reads images too."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 17}
+    text, folders = sizes | {"vocab_size": 300, "max_position_embeddings": 64}, (work / "persimmon", work / "gemma3")
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    composite = {"text_config": text | {"num_key_value_heads": 1, "head_dim": 8}, "vision_config": vision}
+    for folder, settings in zip(folders, (text, composite), strict=True):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(folder.name, **settings)).save_pretrained(folder)
+        for file in (work / "model").glob("token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folders
+
+
+def test_perplexity_is_that_of_the_plain_model_of_any_family_on_any_number_of_ranks(work: Path) -> None:
+    folders = (work / "model", *save_unknown(work))
+    run_ranks(evaluate.main, 2, ["--model", *map(str, folders), *flags(work, "--micro_batch_size", "3")[2:]])
+    found = json.loads((work / "evaluation.json").read_text())["models"]
+    assert len(found) == len(folders)
+    for folder in folders:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        expected = recomputed_perplexity(model, folder, work / "validation.txt")
+        assert found[folder.name] == {"perplexity": pytest.approx(expected, rel=1e-5)}
 
 
 def test_speed_is_measured_by_turns_and_reported(work: Path) -> None:

@@ -38,14 +38,20 @@ from scale_prune.export import LAYOUTS, check_layout, named_state, resolve_layou
 from scale_prune.families import FAMILIES, Family, register, unit_groups
 
 NEW_FAMILY = Family(
-    model_types=("gpt_bigcode",),
-    layers="transformer.h",
+    model_types=("persimmon",),
+    layers="model.layers",
     mlp="mlp",
-    inputs=("c_fc",),
-    output="c_proj",
-    width_key="n_inner",
+    inputs=("dense_h_to_4h",),
+    output="dense_4h_to_h",
+    width_key="intermediate_size",
 )
-CASES = [(model_type, layout) for model_type in (*FAMILIES, *NEW_FAMILY.model_types) for layout in LAYOUTS]
+CASES = [
+    (model_type, layout)
+    for family in dict.fromkeys((*FAMILIES.values(), NEW_FAMILY))
+    for model_type in family.model_types
+    for layout in LAYOUTS
+    if layout != "pad" or model_type == family.model_types[0]  # which is a uniform one with zeros
+]
 
 # Runs where scale_prune cannot be imported, in a folder that holds `folders` and `expected`; writes `results.json`.
 LOADER = """
