@@ -20,7 +20,7 @@ from scale_prune.ranks import joined, launched_as
 from scale_prune.zero3 import Runtime
 
 SETTINGS = (
-    *("dataset", "dataset_config", "train_file", "text_column", "block_size"),
+    *("dataset", "dataset_config", "train_file", "text_column", "block_size", "bos"),
     *("ds_config", "precision", "train_batch_size", "micro_batch_size", "seed", "trust_remote_code"),
 )
 DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
@@ -83,7 +83,8 @@ def _write(folder: Path, found: dict[str, list[GroupAnalysis]], kept: dict[str, 
     table = as_table(found, baseline) + _said(own)
     with complete_or_absent(folder) as partial:
         sampled = {"sample_units": own.sample_units, "sample_tokens": own.sample_tokens}
-        (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline) | sampled), encoding="utf-8")
+        bos = {"bos": {name: each.begins_with_bos for name, each in inputs.items()}}
+        (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline) | sampled | bos), encoding="utf-8")
         (partial / "table.md").write_text(table, encoding="utf-8")
         draw_all(partial, found, baseline, _of_same_groups(kept, found, baseline))
     print(f"\n{table}\n{folder}: analysis.json, table.md and figures")

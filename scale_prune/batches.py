@@ -23,18 +23,33 @@ class TokenBlocks:
     Attributes:
         tokens: the stream, int32, one-dimensional.
         block_size: tokens in a block; only the last block may be shorter.
+        bos: the token that every block begins with, before those of the stream; None for no such token.
     """
 
     tokens: Tensor
     block_size: int
+    bos: int | None = None
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the stream in a block."""
+        return self.block_size - (self.bos is not None)
+
+    @property
+    def all_tokens(self) -> Tensor:
+        """All tokens of all blocks, int32, the stream first."""
+        if self.bos is None:
+            return self.tokens
+        return torch.cat([self.tokens, torch.full((len(self),), self.bos, dtype=self.tokens.dtype)])
 
     def __len__(self) -> int:
         """Return the number of blocks, the shorter last one included."""
-        return -(-len(self.tokens) // self.block_size)
+        return -(-len(self.tokens) // self.stride)
 
     def block(self, index: int) -> Tensor:
         """Return the tokens of one block, int64 (block_size,), or fewer in the last block."""
-        return self.tokens[index * self.block_size : (index + 1) * self.block_size].long()
+        text = self.tokens[index * self.stride : (index + 1) * self.stride].long()
+        return text if self.bos is None else torch.cat([torch.tensor([self.bos]), text])
 
 
 def training_batches(

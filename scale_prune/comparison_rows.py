@@ -19,7 +19,7 @@ from scale_prune.labels import differing, short
 PLAIN = "plain fine-tuning"
 CONDITIONS = (
     *("model", "dataset", "dataset_config", "train_file", "validation_file", "text_column"),
-    *("block_size", "eval_tokens", "task", "prompt_template", "completion_template", "label_column"),
+    *("block_size", "bos", "eval_tokens", "task", "prompt_template", "completion_template", "label_column"),
     *("long_examples", "eval_examples", "max_new_tokens", "num_beams"),
 )
 """Settings that have to agree where the quality of models is compared."""

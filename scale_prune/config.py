@@ -35,6 +35,12 @@ class DataConfig(Settings):
     )
     text_column: str = setting("text", "column that holds the text")
     block_size: int = setting(128, "tokens in a block, at most the model's positions", Range(2))
+    bos: str = setting(
+        "auto",
+        "begin each block and prompt with the tokenizer's BOS token: always, never, or auto, as the tokenizer does by "
+        "itself; classification takes the tokenizer's special tokens",
+        choices=("auto", "always", "never"),
+    )
     eval_tokens: int = setting(
         0, "validation tokens used for perplexity, from the start of the stream, 0 takes all", Range(0)
     )

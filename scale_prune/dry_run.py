@@ -29,7 +29,7 @@ from scale_prune.inputs import CHECKS, Reading, unused_settings
 from scale_prune.job import Job
 from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
-from scale_prune.resume import check_same, glance, with_batch_of
+from scale_prune.resume import check_same, filled_from, glance
 from scale_prune.tasks import classification
 from scale_prune.tasks.examples import prepare
 from scale_prune.tasks.labels import of_rows
@@ -86,7 +86,7 @@ def _check_output(reading: Reading) -> None:
 
 
 def _glance(reading: Reading) -> None:
-    reading.config = with_batch_of(glance(reading.config), reading.config)
+    reading.config = filled_from(glance(reading.config), reading.config)
 
 
 def _check_uniqueness(reading: Reading) -> None:

@@ -26,7 +26,7 @@ from scale_prune.zero3 import Runtime
 from scale_prune.zero3.runtime import inference_engine, load_model, precision, release
 
 SETTINGS = (
-    *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "eval_tokens"),
+    *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "bos", "eval_tokens"),
     *("task", "prompt_template", "completion_template", "label_column", "long_examples"),
     *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
     *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             if own.latency and runtime.is_main:
                 _add_speeds(report, inputs, own, runtime.device)
             if runtime.is_main:
-                _write(report, next(iter(inputs)) if own.baseline else None, own)
+                _write(report, inputs, own)
             runtime.barrier()
 
 
@@ -149,10 +149,12 @@ def _add_speeds(
         report[name] |= speed.summary(own.batch)
 
 
-def _write(report: dict[str, dict[str, Any]], baseline: str | None, own: argparse.Namespace) -> None:
+def _write(report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
+    baseline = next(iter(inputs)) if own.baseline else None
     table = as_table(report, baseline)
     if own.output:
-        contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True))
+        bos = {name: each.begins_with_bos for name, each in inputs.items()}
+        contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True)) | {"bos": bos}
         Path(own.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
     print(f"\n{table}")

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from scale_prune.beginnings import bos_of
 from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, TrainingConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.criteria import CRITERIA, unused, with_defaults
@@ -32,7 +33,7 @@ class Inputs:
     """A run's inputs, all of them usable.
 
     Attributes:
-        config: the settings, with scope and layout filled in.
+        config: the settings, with scope, layout and bos filled in.
         ds_config: a DeepSpeed configuration without "auto" values.
         model_config: the model's own configuration.
         tokenizer: the model's tokenizer.
@@ -42,6 +43,16 @@ class Inputs:
     ds_config: dict[str, Any]
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def bos(self) -> int | None:
+        """The token that blocks and prompts begin with, if there is one."""
+        return bos_of(self.config.data.bos, self.tokenizer)
+
+    @property
+    def begins_with_bos(self) -> bool | None:
+        """Whether blocks and prompts begin with a BOS token; None for labelled texts, which have special tokens."""
+        return None if self.config.task.task == CLASSIFICATION else self.bos is not None
 
     @property
     def batch_size(self) -> int:
@@ -85,7 +96,7 @@ class Reading:
     """What the checks have read so far; what could not be read stays None or empty, and what needs it is passed over.
 
     Attributes:
-        config: the settings, with scope and layout once they are filled in.
+        config: the settings, with scope, layout and bos once they are filled in.
         explicit: names of the settings that the user gave.
         world_size: number of ranks.
         splits: the texts that are needed.
@@ -165,6 +176,18 @@ def _read_tokenizer(reading: Reading) -> None:
     training = reading.config.training
     if training.model is not None:
         reading.tokenizer = _read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code)
+
+
+def _settle_bos(reading: Reading) -> None:
+    """Say in the settings whether there is a BOS token; labelled texts have the tokenizer's special tokens instead."""
+    data, labelled = reading.config.data, reading.config.task.task == CLASSIFICATION
+    if labelled and data.bos == "always":
+        raise ValueError(
+            f"--bos always belongs to blocks and prompts; --task {CLASSIFICATION} takes the tokenizer's special tokens"
+        )
+    if reading.tokenizer is not None:
+        begun = not labelled and bos_of(data.bos, reading.tokenizer) is not None
+        reading.config = replace(reading.config, data=replace(data, bos="always" if begun else "never"))
 
 
 def _check_teacher(reading: Reading) -> None:
@@ -262,6 +285,7 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _read_model_config,
     _check_task,
     _read_tokenizer,
+    _settle_bos,
     _check_teacher,
     _check_layout,
     _check_groups,

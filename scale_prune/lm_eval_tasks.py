@@ -19,7 +19,9 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from scale_prune.beginnings import with_bos
 from scale_prune.inputs import Inputs
+from scale_prune.tasks.generation import neutral
 from scale_prune.zero3 import Runtime
 from scale_prune.zero3.runtime import precision
 
@@ -55,14 +57,16 @@ class Tasks:
             on rank 0 what lm_eval reports, by its own names: results, n-samples, versions ...; elsewhere nothing.
         """
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # forks of a member of the process group would not end well
-        found = simple_evaluate(
-            _SharedModel(inputs, runtime),
-            tasks=self.names,
-            limit=self.limit,
-            task_manager=self.manager,
-            bootstrap_iters=RESAMPLES,
-            log_samples=False,
-        )
+        shared = _SharedModel(inputs, runtime)
+        with neutral(shared.model):
+            found = simple_evaluate(
+                shared,
+                tasks=self.names,
+                limit=self.limit,
+                task_manager=self.manager,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+            )
         return {key: found[key] for key in KEPT if key in found} if found else {}
 
 
@@ -74,7 +78,8 @@ class _SharedModel(HFLM):
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(training.model), dtype=precision(inputs.ds_config), trust_remote_code=training.trust_remote_code
         )
-        super().__init__(model.to(runtime.device), tokenizer=inputs.tokenizer, batch_size=inputs.micro_batch_size)
+        tokenizer = with_bos(inputs.tokenizer, inputs.bos is not None)
+        super().__init__(model.to(runtime.device), tokenizer=tokenizer, batch_size=inputs.micro_batch_size)
         self._runtime, self._rank, self._world_size = runtime, runtime.rank, runtime.world_size
 
     def all_gather(self, tensor: Tensor) -> Tensor:

@@ -86,11 +86,14 @@ def _unusable(wanted: str, problem: str, config: Config) -> str:
 # --- what must be the same ---------------------------------------------------------------------------------------
 
 
-def with_batch_of(checkpoint: Checkpoint | None, config: Config) -> Config:
-    """Return the settings with the checkpoint's global batch, where they leave it open."""
-    if checkpoint is None or config.training.train_batch_size is not None:
-        return config
-    return Config.from_flat(config.flat() | {"train_batch_size": checkpoint.state["ds_config"]["train_batch_size"]})
+def filled_from(checkpoint: Checkpoint | None, config: Config) -> Config:
+    """Return the settings with the checkpoint's global batch and BOS, where they leave them open."""
+    found: dict[str, Any] = {}
+    if checkpoint is not None and config.training.train_batch_size is None:
+        found["train_batch_size"] = checkpoint.state["ds_config"]["train_batch_size"]
+    if checkpoint is not None and config.data.bos == "auto":
+        found["bos"] = checkpoint.state["settings"].get("bos", "never")  # as it was before there was the setting
+    return Config.from_flat(config.flat() | found)
 
 
 def check_same(checkpoint: Checkpoint, inputs: Inputs) -> list[str]:

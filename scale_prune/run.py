@@ -377,6 +377,7 @@ class Run:
             "widths": pruner.widths,
             "parameters": {"dense": dense, "pruned": pruned, "stored": stored},
             "task": config.task.task,
+            "bos": self.inputs.begins_with_bos,
             "perplexity": {"recovered": None, **self.quality.perplexities},
             "metrics": self.quality.metrics,
             "dropped_examples": dict(self.task.dropped),

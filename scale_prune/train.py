@@ -21,7 +21,7 @@ from scale_prune.inputs import fill_in, read_inputs, unused_settings
 from scale_prune.output import check_output, drop_replaced, goes_on, is_complete
 from scale_prune.ranks import joined, launched_as
 from scale_prune.report import write_report
-from scale_prune.resume import check_same, choose, glance, with_batch_of
+from scale_prune.resume import check_same, choose, filled_from, glance
 from scale_prune.run import Run
 from scale_prune.stop import StopSignal
 from scale_prune.tasks import make_task
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
         if checkpoint is None:
             check_uniqueness(config.pruning)
         if config.training.model is not None:
-            inputs = read_inputs(with_batch_of(checkpoint, config), explicit, world_size)
+            inputs = read_inputs(filled_from(checkpoint, config), explicit, world_size)
             if checkpoint is not None:
                 check_same(checkpoint, inputs)
         with joined(rank, config.training.collective_timeout) as runtime:
@@ -99,7 +99,7 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
     """
     stop = StopSignal()
     checkpoint = choose(config, runtime)
-    inputs = read_inputs(with_batch_of(checkpoint, config), explicit, runtime.world_size)
+    inputs = read_inputs(filled_from(checkpoint, config), explicit, runtime.world_size)
     config = inputs.config
     if checkpoint is not None:
         for line in check_same(checkpoint, inputs):

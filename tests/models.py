@@ -1,13 +1,18 @@
 """Tiny random models of every family, shared by the tests: prime sizes, layers of different kept widths."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from scale_prune.config import PruningConfig
 from scale_prune.core.compaction import compact_model
@@ -133,3 +138,30 @@ def compacted(model_type: str, layout: str, **settings: Any) -> tuple[PreTrained
     mask_units(model, groups, keep)
     masked = logits(model, tokens())
     return model, compact_model(model, groups, keep), masked
+
+
+BLANKS = ("none", "normalizer", "metaspace", "bytes", "llama")
+"""How a tokenizer puts a blank before a text: Llama 2's file, newer files like it, GPT-2's option, Llama's class."""
+
+SPOKEN = "the a neuron layer model keeps drops\nlearns prunes fast slowly and then again while training on text\n"
+
+
+def tiny_tokenizer(blank: str = "none", *, bos: bool = True) -> PreTrainedTokenizerFast:
+    """Return a trained tokenizer, of <unk>, <s> and </s> as 0, 1 and 2, which puts <s> before a text where `bos`."""
+    space = "Ġ" if blank in ("none", "bytes") else "▁"
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    if blank == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif space == "▁":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank == "bytes")
+    alphabet = [*map(chr, range(ord("!"), 127)), space, "\n" if space == "▁" else "Ċ"]
+    trainer = BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([f" {word}" for word in SPOKEN.split()], trainer)
+    template, special = ("<s> $A", [("<s>", 1)]) if bos else ("$A", [])
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    if blank == "llama":
+        model = json.loads(tokenizer.to_str())["model"]
+        return LlamaTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], add_bos_token=bos)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

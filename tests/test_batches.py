@@ -1,12 +1,14 @@
 """Which block goes where does not depend on the number of ranks."""
 
-from itertools import islice
+import hashlib
+from itertools import chain, islice
 
 import pytest
 import torch
 from torch import Tensor
 
 from scale_prune.batches import TokenBlocks, training_batches, validation_batches
+from scale_prune.tasks.language_modelling import fingerprint
 
 BLOCK = 3
 BATCH = 12
@@ -38,6 +40,17 @@ def steps(blocks: TokenBlocks, num_steps: int, *, world_size: int = 1, accumulat
         assert all(part.shape == (micro, BLOCK) for micro_batches in step for part in micro_batches)
         batches.append(torch.cat([part for passes in zip(*step, strict=True) for part in passes]))
     return torch.stack(batches)
+
+
+def test_bos_is_among_all_tokens_and_in_the_fingerprint() -> None:
+    """Without it the fingerprint is that of the stream alone, as in checkpoints of old."""
+    plain = numbered(4, last=1)
+    begun = TokenBlocks(plain.tokens, BLOCK, 99)
+    blocks = [begun.block(index).tolist() for index in range(len(begun))]
+    assert blocks == [[99, 1, 2], [99, 3, 4], [99, 5, 6], [99, 7, 8], [99, 9, 10]]
+    assert sorted(begun.all_tokens.tolist()) == sorted(chain.from_iterable(blocks))
+    assert plain.all_tokens is plain.tokens
+    assert fingerprint(plain) == hashlib.sha256(plain.tokens.numpy().tobytes()).hexdigest() != fingerprint(begun)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 5, 17, 24])

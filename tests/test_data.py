@@ -11,11 +11,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from models import BLANKS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from scale_prune.beginnings import continuing
 from scale_prune.config import DataConfig
-from scale_prune.data import prepare, token_stream
+from scale_prune.data import check_length, prepare, token_stream
 from scale_prune.embedded import END_OF_TEXT, train_tokenizer
 from scale_prune.rows import Split, load_text
 
@@ -164,6 +166,56 @@ def test_blocks_are_consecutive(
     found = [blocks.block(index) for index in range(len(blocks))]
     assert [len(block) for block in found] == lengths
     assert byte_tokenizer.decode(torch.cat(found)) == text[: sum(lengths)]
+
+
+@pytest.mark.parametrize(
+    ("split", "num_tokens", "eval_tokens", "lengths"),
+    [
+        ("train", 20, 0, [7, 7, 7]),
+        ("train", 6, 0, [7]),
+        ("train", 5, 0, None),
+        ("validation", 18, 0, [7, 7, 7]),
+        ("validation", 19, 0, [7, 7, 7, 2]),
+        ("validation", 19, 13, [7, 7, 2]),
+        ("validation", 1, 0, [2]),
+        ("validation", 0, 0, None),
+    ],
+)
+def test_every_block_begins_with_bos_where_there_is_one(
+    split: Split,
+    num_tokens: int,
+    eval_tokens: int,
+    lengths: list[int] | None,
+    tmp_path: Path,
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = "".join(chr(ord("a") + place) for place in range(num_tokens))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    file = str(tmp_path / "rows.jsonl")
+    spec = DataConfig(train_file=file, validation_file=file, block_size=7, eval_tokens=eval_tokens, bos="always")
+    if lengths is None:
+        for check in (prepare, lambda *args: check_length(args[0], args[1], load_text(*args[:2]), args[2])):
+            with pytest.raises(ValueError, match=rf"has {num_tokens} tokens, at least {num_tokens + 1} .*7 with BOS"):
+                check(spec, split, byte_tokenizer)
+        return
+    check_length(spec, split, load_text(spec, split), byte_tokenizer)
+    blocks = prepare(spec, split, byte_tokenizer)
+    found = [blocks.block(index).tolist() for index in range(len(blocks))]
+    assert [len(block) for block in found] == lengths
+    assert {block[0] for block in found} == {byte_tokenizer.bos_token_id}
+    joined = [token for block in found for token in block[1:]]
+    assert byte_tokenizer.decode(joined) == text[: sum(lengths) - len(lengths)]
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_a_blank_stands_before_documents_not_before_lines(blank: str, tmp_path: Path) -> None:
+    tokenizer, lines = tiny_tokenizer(blank), ["the model\n", "keeps drops\n"]
+    (tmp_path / "lines.txt").write_text("".join(lines))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    text, rows = str(tmp_path / "lines.txt"), str(tmp_path / "rows.jsonl")
+    whole = continuing(tokenizer)("".join(lines), add_special_tokens=False)["input_ids"]
+    assert stream_of(tokenizer, train_file=text, validation_file=text) == whole
+    assert stream_of(tokenizer, train_file=rows, validation_file=rows) == documents_stream(tokenizer, lines)
 
 
 def test_rows_are_held_out_where_no_validation_text_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -63,20 +63,21 @@ def test_likelihood_never_holds_all_logits_in_fp32(monkeypatch: pytest.MonkeyPat
     assert seen.numel == 5 * 101
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("world_size", "bos"), [(1, None), (2, None), (3, None), (2, 1)])
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if not FAMILIES[name].classifies])
-def test_perplexity_is_that_of_the_definition(model_type: str, world_size: int) -> None:
-    model = tiny_model(model_type)
+def test_perplexity_is_that_of_the_definition(model_type: str, world_size: int, bos: int | None) -> None:
+    """With BOS every token of text is predicted, a block's first from BOS, and BOS itself never."""
+    model, begin = tiny_model(model_type), torch.tensor([] if bos is None else [bos], dtype=torch.int64)
     stream = torch.randint(VOCABULARY, (5 * BLOCK + 3,), generator=torch.Generator().manual_seed(1))
     losses = [
         -log_probabilities[token].item()
-        for block in stream.split(BLOCK)
+        for block in (torch.cat([begin, text]) for text in stream.split(BLOCK - len(begin)))
         for log_probabilities, token in zip(
             logits(model, block[None])[0].double().log_softmax(-1), block[1:], strict=False
         )
     ]
-    assert len(losses) == len(stream) - 6
-    blocks, sums = TokenBlocks(stream.int(), BLOCK), []
+    assert len(losses) == len(stream) - (6 if bos is None else 0)
+    blocks, sums = TokenBlocks(stream.int(), BLOCK, bos), []
 
     def add(own: Tensor) -> Tensor:
         sums.append(own)

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from memory_backend import steady_model
-from models import VOCABULARY
+from models import BLANKS, VOCABULARY, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from scale_prune.config import Config
@@ -68,6 +68,21 @@ def test_an_example_is_prompt_completion_and_end(tmp_path: Path, byte_tokenizer:
         assert byte_tokenizer.decode(prompt) == f"{mr}\ntext:"
         assert byte_tokenizer.decode(completion[:-1]) == f" {ref}"
         assert completion[-1] == byte_tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+@pytest.mark.parametrize(("template", "bos"), [("{mr}:", "auto"), ("<s>{mr}:", "auto"), ("{mr}:", "never")])
+def test_prompt_and_completion_are_the_whole_text_with_bos_once(
+    template: str, bos: str, blank: str, tmp_path: Path
+) -> None:
+    rows, tokenizer = [("the model", "keeps"), ("fast", "drops")], tiny_tokenizer(blank)
+    config = settings(write(tmp_path / "rows.csv", rows), prompt_template=template, bos=bos)
+    examples = prepare(config, "train", tokenizer)
+    for (mr, ref), prompt, completion in zip(rows, examples.prompts, examples.completions, strict=True):
+        adds = bos == "auto" and template[0] == "{"
+        expected = tokenizer(f"{template.format(mr=mr)} {ref}", add_special_tokens=adds)["input_ids"]
+        assert torch.cat([prompt, completion]).tolist() == [*expected, 2]
+        assert prompt.tolist().count(1) == (bos == "auto")
 
 
 def test_only_the_completion_is_learnt_by_a_mask_made_by_hand() -> None:
@@ -161,6 +176,7 @@ def test_the_fingerprint_sees_tokens_and_where_they_are_cut() -> None:
             {"prompt_template": "{mr}"},
             r"row 1 of .*rows.csv has an empty prompt, by --prompt_template '{mr}'",
         ),
+        ([("", "b")], {"prompt_template": "{mr}", "bos": "always"}, "row 1 of .*rows.csv has an empty prompt"),
         (
             [("a", "b"), ("c" * 20, "d" * 9)],
             {"block_size": 32},

@@ -16,7 +16,7 @@ LAYERS = (
     {"settings", "modeling_per_layer", "modeling_factorized"},
     {"config"},
     {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop"},
-    {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows"},
+    {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows", "beginnings"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
     {"factorized"},
     {"embedding"},

@@ -1,8 +1,9 @@
 """Prompts with their completions: one example a row, tokenised, dealt to the ranks, padded on the right.
 
-An example is the prompt's tokens, the completion's, and the end-of-text token; prompt and completion are tokenised
-apart, without special tokens. Only the completion and its end are learnt: all other labels are IGNORED, and padding is
-outside of the attention mask.
+An example is the BOS token where the model was trained with one, the prompt's tokens, the completion's, and the
+end-of-text token; prompt and completion are tokenised apart, without special tokens, the completion also without the
+blank that some tokenizers put before a text, because it goes on where the prompt ended. Only the completion and its end
+are learnt: all other labels are IGNORED, and padding is outside of the attention mask.
 
 Shape letters: B examples in a forward pass, T tokens of the longest of them.
 """
@@ -20,8 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from scale_prune.batches import IGNORED, dealt
+from scale_prune.beginnings import bos_of, continuing
 from scale_prune.config import Config
-from scale_prune.forms import columns_of, templates_of
+from scale_prune.forms import Template, columns_of, templates_of
 from scale_prune.rows import Split, Text, Tokens, load_text, tokenised
 from scale_prune.tasks.task import MicroBatch, Step
 
@@ -31,7 +33,7 @@ class Examples:
     """Tokenised examples of one split.
 
     Attributes:
-        prompts: the prompts' tokens, one tensor an example.
+        prompts: the prompts' tokens with the BOS token, if there is one, one tensor an example.
         completions: the completions' tokens with the end-of-text token, one tensor an example.
         text: the rows that they come from, one an example.
         dropped: rows that were left out because they are longer than a block.
@@ -74,14 +76,21 @@ def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer: turns text into tokens.
 
     Raises:
-        ValueError: as `load_text`; a prompt or a completion is empty; an example is longer than a block, and such are
-            not to be dropped, or all are; the tokenizer has no end-of-text token.
+        ValueError: as `bos_of` and `load_text`; a prompt or a completion is empty; an example is longer than a block,
+            and such are not to be dropped, or all are; the tokenizer has no end-of-text token.
     """
     text = load_text(config.data, split, columns_of(config.task))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer has no eos_token, which ends the completions of {text.name}")
     prompt, completion = templates_of(config.task)
-    encode = partial(_encode, tokenizer=tokenizer, prompt=prompt, completion=completion)
+    encode = partial(
+        _encode,
+        tokenizer=tokenizer,
+        following=continuing(tokenizer),
+        bos=bos_of(config.data.bos, tokenizer),
+        prompt=prompt,
+        completion=completion,
+    )
     parts = tokenised(text, encode, ("prompt", "completion"))
     refuse_empty(config, text, parts)
     kept = short_enough(config, text, parts)
@@ -94,17 +103,27 @@ def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _encode(
-    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any
+    batch: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    following: PreTrainedTokenizerBase,
+    bos: int | None,
+    prompt: Template,
+    completion: Template,
 ) -> dict[str, list[list[int]]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
-    def encoded(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    def encoded(encode: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+        return encode(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def begun(ids: list[int]) -> list[int]:
+        # A template may begin with the BOS token itself; an empty prompt stays empty, and is refused as such.
+        return ids if bos is None or ids[:1] in ([], [bos]) else [bos, *ids]
 
     completions = [completion.fill(row) for row in rows]
-    ended = [[*ids, tokenizer.eos_token_id] for ids in encoded(completions)]
+    ended = [[*ids, tokenizer.eos_token_id] for ids in encoded(following, completions)]
     return {
-        "prompt": encoded([prompt.fill(row) for row in rows]),
+        "prompt": [begun(ids) for ids in encoded(tokenizer, [prompt.fill(row) for row in rows])],
         # A completion of blanks alone is an empty one, and is refused as such.
         "completion": [ids if text.strip() else [] for ids, text in zip(ended, completions, strict=True)],
     }

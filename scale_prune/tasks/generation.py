@@ -4,7 +4,8 @@ Prompts of a batch are padded on the left, so that all of them end where the com
 takes position ids from the attention mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,24 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from scale_prune.config import TaskConfig
 from scale_prune.zero3 import Runtime
+
+
+@contextmanager
+def neutral(model: Any) -> Iterator[None]:
+    """Let a model generate as it is told, with nothing from the checkpoint's generation_config but special tokens.
+
+    `generate` fills in from there whatever it is not told: penalties, forced and forbidden tokens, caches. Nor is it
+    one of the checkpoint's own, which transformers puts into a model whose folder has it. Both are back afterwards.
+    """
+    own, custom = model.generation_config, model.__dict__.pop("generate", None)
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        if custom is not None:
+            model.generate = custom
 
 
 @torch.no_grad()
@@ -68,12 +87,13 @@ def _generate(
         eos_token_id=end,
         pad_token_id=end,
     )
-    made = model.generate(
-        input_ids=ids.to(runtime.device),
-        attention_mask=mask.to(runtime.device),
-        generation_config=wanted,
-        synced_gpus=runtime.world_size > 1,
-    )
+    with neutral(model):
+        made = model.generate(
+            input_ids=ids.to(runtime.device),
+            attention_mask=mask.to(runtime.device),
+            generation_config=wanted,
+            synced_gpus=runtime.world_size > 1,
+        )
     new: Tensor = made[:, ids.shape[1] :].cpu()
     return new
 

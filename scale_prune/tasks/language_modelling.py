@@ -1,4 +1,4 @@
-"""Running text, cut into blocks: every token but a block's first is predicted."""
+"""Running text, cut into blocks: every token but a block's first, which may be BOS, is predicted."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,13 @@ class LanguageModelling(Task):
         super().__init__(inputs, runtime)
         with runtime.main_first():
             self.blocks = {split: prepare(inputs.config.data, split, inputs.tokenizer) for split in splits}
-        check_tokens({split: int(blocks.tokens.max()) for split, blocks in self.blocks.items()}, inputs)
+        check_tokens({split: int(blocks.all_tokens.max()) for split, blocks in self.blocks.items()}, inputs)
         self.fingerprints = {split: fingerprint(blocks) for split, blocks in self.blocks.items()}
 
     @property
     def training_tokens(self) -> Tensor:
-        """The stream."""
-        return self.blocks["train"].tokens
+        """The stream, and the BOS token of every block where there is one."""
+        return self.blocks["train"].all_tokens
 
     def steps(self, accumulation: int, first_step: int) -> Iterator[Step]:
         """Yield blocks; input and labels are the same."""
@@ -58,4 +58,4 @@ class LanguageModelling(Task):
 
 def fingerprint(blocks: TokenBlocks) -> str:
     """Return a hash of a text's tokens."""
-    return hashlib.sha256(blocks.tokens.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(blocks.all_tokens.numpy().tobytes()).hexdigest()

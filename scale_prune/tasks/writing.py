@@ -90,8 +90,9 @@ class Writing(Task):
 
     def samples(self, generated: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         """Return the first prompts, their references, and what was written."""
+        bos = self.inputs.bos
         return [
-            {"prompt": self.inputs.tokenizer.decode(prompt), "references": references}
+            {"prompt": self.inputs.tokenizer.decode(prompt[int(prompt[0] == bos) :]), "references": references}
             | {name: texts[index] for name, texts in generated.items()}
             for index, (prompt, references) in enumerate(self.questions[:SHOWN])
         ]
