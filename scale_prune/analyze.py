@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         with joined(rank) as runtime:
             found = {name: _analysed(each, own, runtime) for name, each in inputs.items()}
             if runtime.is_main:
-                _write(folder, found, kept, own)
+                _write(folder, found, inputs, kept, own)
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,13 @@ def _analysed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list
     return analyse(inputs, blocks, own.batches, runtime, Sampling(own.sample_units, own.sample_tokens))
 
 
-def _write(folder: Path, found: dict[str, list[GroupAnalysis]], kept: dict[str, Any], own: argparse.Namespace) -> None:
+def _write(
+    folder: Path,
+    found: dict[str, list[GroupAnalysis]],
+    inputs: dict[str, Inputs],
+    kept: dict[str, Any],
+    own: argparse.Namespace,
+) -> None:
     """Write analysis.json, table.md and the figures; print the table."""
     baseline = next(iter(found)) if own.baseline else None
     table = as_table(found, baseline) + _said(own)

@@ -91,7 +91,7 @@ def _check_output(own: argparse.Namespace) -> None:
         return
     file = Path(own.output)
     try:
-        earlier = file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() == set(RESULT)
+        earlier = file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() >= set(RESULT)
     except (OSError, ValueError, AttributeError):
         earlier = False
     if not earlier:

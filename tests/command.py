@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,17 @@ def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:
     return [outcome(flags) for flags in cases]
 
 
-def recomputed_perplexity(model: Any, folder: Path, file: Path) -> float:
-    """Measure as the report says: lines keep their newline, blocks are consecutive, the last shorter one counts."""
+def recomputed_perplexity(model: Any, folder: Path, file: Path, begin: Sequence[int] = ()) -> float:
+    """Measure as the report says: lines keep their newline, blocks are consecutive, the last shorter one counts.
+
+    `begin` holds the BOS token, where there is one.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [token for line in file.read_text().splitlines(True) for token in tokenizer(line)["input_ids"]]
     total, count = 0.0, 0
-    for start in range(0, len(ids), BLOCK):
-        block = torch.tensor(ids[start : start + BLOCK])[None]
+    text = BLOCK - len(begin)
+    for start in range(0, len(ids), text):
+        block = torch.tensor([*begin, *ids[start : start + text]])[None]
         with torch.no_grad():
             predictions = model(block).logits[0, :-1].log_softmax(-1)
         total -= float(predictions.gather(1, block[0, 1:, None]).sum())

@@ -218,9 +218,14 @@ def run_of(work: Path, folder: Path) -> Path:
 def test_the_command_writes_numbers_a_table_and_figures(work: Path, tmp_path: Path) -> None:
     output, small = tmp_path / "analysis", run_of(work, tmp_path / "some run")
     both = ["--baseline", str(work / "model"), "--model", str(small)]
-    run_ranks(analyze.main, 2, analyze_flags(work, output, *both, "--sample_units", "4", "--sample_tokens", "50"))
+    run_ranks(
+        analyze.main,
+        2,
+        analyze_flags(work, output, *both, "--sample_units", "4", "--sample_tokens", "50", "--bos", "always"),
+    )
     found = json.loads((output / "analysis.json").read_text())
     assert (found["baseline"], found["sample_units"], found["sample_tokens"]) == ("model", 4, 50)
+    assert found["bos"] == {"model": True, "some run": True}
     assert "of 4 neurons a layer" in (output / "table.md").read_text()
     dense, pruned = found["models"]["model"], found["models"]["some run"]
     assert (dense["model"]["neurons"], pruned["model"]["neurons"]) == (LAYERS * WIDTH, LAYERS * 5)

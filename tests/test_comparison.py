@@ -166,6 +166,13 @@ def two(folder: Path, **settings: Any) -> list[Path]:
     return [write(folder / "one", report(30.0)), write(folder / "two", report(30.0, **settings))]
 
 
+def old_and(folder: Path, **settings: Any) -> list[Path]:
+    """Return a run from before there was a setting for BOS, and one of now."""
+    old = report(30.0)
+    del old["settings"]["bos"]
+    return [write(folder / "old", old), write(folder / "two", report(30.0, **settings))]
+
+
 BAD: list[tuple[Callable[[Path], list[Path]], str]] = [
     (lambda folder: [folder / "nowhere"], "nowhere does not exist; give folders of runs"),
     (lambda folder: [write(folder / "run", "{}") / "report.json"], "report.json is not a folder; give folders of runs"),
@@ -182,6 +189,7 @@ BAD: list[tuple[Callable[[Path], list[Path]], str]] = [
     (lambda folder: two(folder, block_size=64), "two differ in block_size, 128 and 64; their"),
     (lambda folder: two(folder, model="/m"), "two differ in model, /models/tiny and /m; their"),
     (lambda folder: two(folder, eval_tokens=9), "two differ in eval_tokens, 0 and 9; their"),
+    (lambda folder: old_and(folder, bos="always"), "two differ in bos, never and always; their"),
     (lambda folder: two(folder, validation_file="v"), "differ in validation_file, /text/validation.txt and v; their"),
 ]
 

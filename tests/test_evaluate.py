@@ -42,15 +42,23 @@ def save_unknown(work: Path) -> tuple[Path, Path]:
     return folders
 
 
+def measured_twice(work: Path, folders: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """Return what the command writes, of all folders without BOS and of the first one with it."""
+    found = []
+    for models, more in ((folders, []), (folders[:1], ["--bos", "always"])):
+        evaluate.main(["--model", *map(str, models), *flags(work, "--micro_batch_size", "3", *more)[2:]])
+        found.append(json.loads((work / "evaluation.json").read_text()))
+    return found
+
+
 def test_perplexity_is_that_of_the_plain_model_of_any_family_on_any_number_of_ranks(work: Path) -> None:
     folders = (work / "model", *save_unknown(work))
-    run_ranks(evaluate.main, 2, ["--model", *map(str, folders), *flags(work, "--micro_batch_size", "3")[2:]])
-    found = json.loads((work / "evaluation.json").read_text())["models"]
-    assert len(found) == len(folders)
-    for folder in folders:
+    plain, begun = run_ranks(measured_twice, 2, work, folders)[0]
+    assert (plain["bos"].keys(), begun["bos"]) == ({folder.name for folder in folders}, {"model": True})
+    for found, folder, begin in ((begun, folders[0], [0]), *((plain, folder, []) for folder in folders)):
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
-        expected = recomputed_perplexity(model, folder, work / "validation.txt")
-        assert found[folder.name] == {"perplexity": pytest.approx(expected, rel=1e-5)}
+        expected = recomputed_perplexity(model, folder, work / "validation.txt", begin)
+        assert found["models"][folder.name] == {"perplexity": pytest.approx(expected, rel=1e-5)}
 
 
 def test_speed_is_measured_by_turns_and_reported(work: Path) -> None:

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness from local files: scores of the plain model on any number of ranks; refusals."""
 
+import copy
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from command import BLOCK, SENTENCE, errors_of, make_work
 from distributed import run_ranks
 from models import WIDTHS, export, random_keep
 from outcomes import outcome_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scale_prune import evaluate
 from scale_prune.core.compaction import compact_model
@@ -42,6 +43,19 @@ def documents() -> list[dict[str, str]]:
     return [{"text": " ".join(rng.choices(words, k=4)), "word": rng.choice(words)} for _ in range(DOCUMENTS)]
 
 
+GO_ON = """
+task: go_on
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{written}}}}"
+generation_kwargs: {{until: ["never"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
 def task_folder(folder: Path, yaml: str = NEXT_WORD) -> Path:
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents()))
@@ -55,11 +69,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = make_work(tmp_path_factory.mktemp("work"))
     model: Any = AutoModelForCausalLM.from_pretrained(work / "model")
     groups = unit_groups(model)
+    dense = copy.deepcopy(model)
     smaller = compact_model(model, groups, random_keep(groups, WIDTHS["per_layer"]))
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     export(work / "small" / "pruned", model, smaller, "per_layer", tokenizer=tokenizer)
-    task_folder(work / "tasks")
+    rows = [each | {"written": written(dense, tokenizer, each["text"])} for each in documents()]
+    (work / "written.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task_folder(work / "tasks") / "go_on.yaml").write_text(GO_ON.format(data=work / "written.jsonl"))
+    asked = {"eos_token_id": 0, "repetition_penalty": 1.8, "no_repeat_ngram_size": 1}
+    (work / "model" / "generation_config.json").write_text(json.dumps(asked))
     return work
+
+
+def written(model: Any, tokenizer: Any, prompt: str) -> str:
+    """Return what the model writes after a prompt where its generation_config asks for nothing."""
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def flags(work: Path, *more: str) -> list[str]:
@@ -88,7 +115,8 @@ def test_scores_are_those_of_the_plain_model_on_any_number_of_ranks(world_size: 
     pytest.importorskip("lm_eval")
     folders = {"model": work / "model", "small": work / "small" / "pruned"}
     models = ["--baseline", str(folders["model"]), "--model", str(folders["small"]), "--trust_remote_code"]
-    task = ["--lm_eval", "next_word", "--lm_eval_include", str(work / "tasks"), "--output", str(work / "found.json")]
+    task = ["--lm_eval", "next_word", "go_on", "--lm_eval_include", str(work / "tasks")]
+    task += ["--output", str(work / "found.json")]
     run_ranks(evaluate.main, world_size, [*flags(work)[2:], *models, *task])
     found = json.loads((work / "found.json").read_text())["models"]
     for name, folder in folders.items():
@@ -96,6 +124,7 @@ def test_scores_are_those_of_the_plain_model_on_any_number_of_ranks(world_size: 
         assert scores["n-samples"]["next_word"] == {"original": DOCUMENTS, "effective": DOCUMENTS}
         for metric, value in expected(folder).items():
             assert scores["results"]["next_word"][f"{metric},none"] == pytest.approx(value, rel=1e-4)
+    assert found["model"]["lm_eval"]["results"]["go_on"]["exact_match,none"] == 1.0
 
 
 def broken(tmp_path: Path, name: str, old: str, new: str) -> list[str]:

@@ -22,6 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from scale_prune import evaluate
+from scale_prune.checkpoint import Checkpoint
+from scale_prune.config import Config
+from scale_prune.resume import filled_from
 from scale_prune.stop import STOPPED
 from scale_prune.train import main
 
@@ -246,10 +249,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"precision": "bf16"}, "--precision bf16 is not the run's fp32"),
     ({"seed": 3}, "--seed 3 is not the run's 0"),
     ({"block_size": 8}, "--block_size 8 is not the run's 16"),
+    ({"bos": "always"}, "--bos always is not the run's never"),
     ({"train_batch_size": 4}, '"train_batch_size": 4, but the run has 6'),
     ({"max_steps": 9}, "--max_steps 9 is not the run's 7, and its model is compacted already"),
     ({"recovery_steps": 0}, "has made 8 steps already, more than the 7 that --max_steps 7 and --recovery_steps 0"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "expected"),
+    [({}, "auto", "never"), ({}, "always", "always"), ({"bos": "always"}, "auto", "always"), (None, "auto", "auto")],
+)
+def test_bos_stays_as_it_was_where_it_is_left_open(before: dict[str, str] | None, asked: str, expected: str) -> None:
+    """Checkpoints from before there was the setting have no BOS token."""
+    state = {"settings": before, "ds_config": {"train_batch_size": 6}}
+    checkpoint = None if before is None else Checkpoint(Path("step"), state, {})
+    assert filled_from(checkpoint, Config.from_flat({"bos": asked})).data.bos == expected
 
 
 def test_settings_that_must_not_change_are_refused(whole: Path, work: Path) -> None:

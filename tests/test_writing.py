@@ -10,13 +10,13 @@ import pytest
 import torch
 from command import BATCH, SENTENCE, STEPS, arguments, errors_of, make_work, outcome, outcomes, report_of
 from distributed import run_ranks
-from models import tiny_model
+from models import tiny_model, tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scale_prune import evaluate
 from scale_prune.config import TaskConfig
-from scale_prune.tasks.generation import complete
+from scale_prune.tasks.generation import complete, neutral
 from scale_prune.tasks.metrics import bleu
 from scale_prune.zero3 import Runtime
 from scale_prune.zero3.runtime import inference_engine, load_model, release
@@ -37,6 +37,17 @@ TASK = {
 }
 
 
+HOSTILE: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1},
+    {"forced_eos_token_id": 0, "exponential_decay_length_penalty": [1, 9.0]},
+    {"suppress_tokens": [*range(1, 200)]},
+    {"bad_words_ids": [[number] for number in range(1, 200)]},
+    {"sequence_bias": [[[7], 1e4]]},
+    {"do_sample": True, "temperature": 9.0, "min_new_tokens": 6},
+)
+"""What a checkpoint's generation_config may ask for, each of which changes what is written."""
+
+
 def write_examples(path: Path, rows: int, seed: int) -> None:
     """Write prompts of 1 to 5 words, every other one twice, and completions that begin alike."""
     rng, words = random.Random(seed), SENTENCE.split()
@@ -54,6 +65,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = make_work(tmp_path_factory.mktemp("work"))
     write_examples(work / "train.csv", 60, seed=0)
     write_examples(work / "validation.csv", 20, seed=1)
+    (work / "model" / "generation_config.json").write_text(json.dumps(HOSTILE[0] | {"eos_token_id": 0}))
     return work
 
 
@@ -71,7 +83,8 @@ def finished(work: Path) -> Path:
 
 
 def alone(model: Any, tokenizer: Any, prompt: str, **more: Any) -> str:
-    """Return what a plain model writes after one prompt, without any padding."""
+    """Return what a plain model writes after one prompt, without any padding, and without a generation_config."""
+    model.generation_config = GenerationConfig()
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     made = model.generate(ids, attention_mask=torch.ones_like(ids), **options | more)[0, ids.shape[1] :]
@@ -86,7 +99,9 @@ def test_what_two_ranks_generate_is_what_the_exported_folder_generates(finished:
     tokenizer = AutoTokenizer.from_pretrained(finished / "pruned")
     exported = AutoModelForCausalLM.from_pretrained(finished / "pruned", trust_remote_code=True)
     dense = AutoModelForCausalLM.from_pretrained(work / "model")
-    found = samples(finished)
+    found, own = samples(finished), json.loads((work / "model" / "generation_config.json").read_text())
+    assert own.items() <= json.loads((finished / "pruned" / "generation_config.json").read_text()).items()
+    assert report_of(finished)["bos"] is False
     assert len({sample["prompt"] for sample in found}) == PROMPTS
     assert any(len(sample["references"]) > 1 for sample in found)
     for sample in found:
@@ -152,8 +167,15 @@ def test_evaluate_measures_the_folder_as_the_run_did(finished: Path, work: Path)
 def test_a_teacher_and_similarity_go_with_a_task_of_other_metrics(work: Path) -> None:
     output = work / "taught"
     other = {"task": "text_to_sql", "completion_template": " {ref}", "criterion": "gum", "similarity_every": 2}
-    taught = flags(work, output, teacher="self", **other)
+    taught = flags(work, output, teacher="self", bos="always", **other)
     assert run_ranks(outcome, 1, taught)[0][0] == 0
+    assert report_of(output)["bos"] is True
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    dense = AutoModelForCausalLM.from_pretrained(work / "model")
+    for sample in samples(output):
+        assert sample["prompt"].endswith(":")
+        assert not sample["prompt"].startswith(tokenizer.bos_token)
+        assert sample["dense"] == alone(dense, tokenizer, tokenizer.bos_token + sample["prompt"])
     assert list(report_of(output)["metrics"]["exported"]) == ["exact_match", "exact_match_normalised"]
     assert report_of(output)["distillation"]["seconds"] > 0
 
@@ -162,6 +184,32 @@ def test_a_teacher_and_similarity_go_with_a_task_of_other_metrics(work: Path) ->
 
 FAMILIES = ("gpt_neo", "gptj", "gpt2", "llama", "gpt_neox", "opt")
 TEXTS = ("a b", "a", "the neuron keeps a model", "layer", "prunes fast")
+
+
+def test_nothing_of_a_checkpoints_generation_config_is_filled_in_but_special_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every field that transformers knows, so that the next one it learns is held as well."""
+    monkeypatch.setattr(GenerationConfig, "validate", lambda *_, **__: None)  # one text stands for all kinds of values
+    model: Any = tiny_model("gpt_neo")
+    plain, own = GenerationConfig(eos_token_id=5), GenerationConfig(eos_token_id=5, of_the_model="own")
+    for name in plain.to_dict().keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}:
+        setattr(own, name, "from the checkpoint")
+
+    def merged(config: GenerationConfig) -> dict[str, Any]:
+        model.generation_config = config
+        found: dict[str, Any] = model._prepare_generation_config(GenerationConfig(num_beams=3))[0].to_dict()
+        return found
+
+    expected = merged(plain)
+    assert len([name for name, value in merged(own).items() if value == "from the checkpoint"]) > 40
+    model.generate = custom = lambda **_: pytest.fail("the checkpoint's own generate")
+    with neutral(model):
+        assert merged(model.generation_config) == expected
+        model.generate(tokens(), max_new_tokens=1)
+        model.generation_config = own
+    assert model.generation_config is own
+    assert model.generate is custom
 
 
 def completions(folder: Path, num_beams: int) -> dict[str, list[str]]:
@@ -185,8 +233,9 @@ def test_batches_of_prompts_over_ranks_are_completed_like_each_alone(num_beams: 
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     tokenizer.save_pretrained(work)
     models = {family: tiny_model(family, vocab_size=len(tokenizer), seed=3) for family in FAMILIES}
-    for family, model in models.items():
+    for (family, model), asked in zip(models.items(), HOSTILE, strict=True):
         model.save_pretrained(work / family)
+        (work / family / "generation_config.json").write_text(json.dumps(asked))
     ranks = run_ranks(completions, 2, work, num_beams)
     assert ranks[0] == ranks[1]
     for family, model in models.items():
