@@ -42,33 +42,31 @@ def save_unknown(work: Path) -> tuple[Path, Path]:
     return folders
 
 
-def measured_twice(work: Path, folders: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """Return what the command writes, of all folders without BOS and of the first one with it."""
-    found = []
-    for models, more in ((folders, []), (folders[:1], ["--bos", "always"])):
-        evaluate.main(["--model", *map(str, models), *flags(work, "--micro_batch_size", "3", *more)[2:]])
-        found.append(json.loads((work / "evaluation.json").read_text()))
-    return found
-
-
 def test_perplexity_is_that_of_the_plain_model_of_any_family_on_any_number_of_ranks(work: Path) -> None:
     folders = (work / "model", *save_unknown(work))
-    plain, begun = run_ranks(measured_twice, 2, work, folders)[0]
-    assert (plain["bos"].keys(), begun["bos"]) == ({folder.name for folder in folders}, {"model": True})
-    for found, folder, begin in ((begun, folders[0], [0]), *((plain, folder, []) for folder in folders)):
+    run_ranks(evaluate.main, 2, ["--model", *map(str, folders), *flags(work, "--micro_batch_size", "3")[2:]])
+    found = json.loads((work / "evaluation.json").read_text())
+    assert found["bos"] == {folder.name: False for folder in folders}
+    assert len(found["models"]) == len(folders)
+    for folder in folders:
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
-        expected = recomputed_perplexity(model, folder, work / "validation.txt", begin)
+        expected = recomputed_perplexity(model, folder, work / "validation.txt")
         assert found["models"][folder.name] == {"perplexity": pytest.approx(expected, rel=1e-5)}
 
 
-def test_speed_is_measured_by_turns_and_reported(work: Path) -> None:
+def test_speed_is_measured_by_turns_and_reported_beside_perplexity_with_bos(work: Path) -> None:
     tiny_model("gpt_neo", vocab_size=300, intermediate_size=5).save_pretrained(work / "small" / "pruned")
     for file in (work / "model").glob("token*"):
         (work / "small" / "pruned" / file.name).write_bytes(file.read_bytes())
     both = ["--baseline", str(work / "model"), "--model", str(work / "small" / "pruned")]
     quick = ["--latency", "--prompt_tokens", "8", "--new_tokens", "3", "--rounds", "2", "--batch", "2"]
-    run_ranks(evaluate.main, 1, [*flags(work)[2:], *both, *quick])
+    run_ranks(evaluate.main, 1, [*flags(work)[2:], *both, *quick, "--bos", "always"])
     found = json.loads((work / "evaluation.json").read_text())
+    expected = recomputed_perplexity(
+        AutoModelForCausalLM.from_pretrained(work / "model"), work / "model", work / "validation.txt", [0]
+    )
+    assert found["models"]["model"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert found["bos"] == {"model": True, "small": True}
     assert found["baseline"] == "model"
     dense, small = found["models"]["model"], found["models"]["small"]
     assert small["parameters"] < dense["parameters"]
