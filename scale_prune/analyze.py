@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def add_own(parser: argparse.ArgumentParser) -> None:
         metavar="INT",
         help="tokens of each batch, over all ranks, whose activations are compared; default: all",
     )
-    parser.add_argument("--output_dir", default="analysis", help="new folder for the results; default: analysis")
+    output_dir = "new folder for the results; default: analysis"
+    parser.add_argument("--output_dir", type=expanduser, default="analysis", help=output_dir)
 
 
 def at_least_two(text: str) -> int:

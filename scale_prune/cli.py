@@ -203,7 +203,8 @@ def _build_parser(criteria: Sequence[str]) -> _Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, `flag: value` on each line; flags win")
+    recipe = "YAML file of settings, `flag: value` on each line; flags win"
+    parser.add_argument("--config", type=os.path.expanduser, metavar="FILE", help=recipe)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     _add_dry_run(parser.add_argument_group("before the queue", "What a run would need, and all that is wrong with it."))
     for name, concern in concerns().items():

@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,9 @@ def main(argv: Sequence[str]) -> None:
 
 def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or folders with runs anywhere below")
-    parser.add_argument("--output_dir", default="comparison", help="new folder for the results; default: comparison")
+    add_path = partial(parser.add_argument, type=expanduser)
+    add_path("runs", nargs="+", metavar="RUN", help="folders of runs, or folders with runs anywhere below")
+    add_path("--output_dir", default="comparison", help="new folder for the results; default: comparison")
     parser.add_argument(
         "--metric", default=PERPLEXITY, help="what quality is, e.g. bleu, rougeL, exact_match; default: perplexity"
     )

@@ -25,13 +25,16 @@ class DataConfig(Settings):
         None,
         "data set: a local file (txt, jsonl, csv, parquet, each also .gz), a `datasets` folder, or a hub name",
         otherwise="text that comes with Python",
+        is_path=True,
     )
     dataset_config: str | None = setting(
         None, "configuration of a hub data set, e.g. wikitext-103-raw-v1", otherwise="the data set's own"
     )
-    train_file: str | None = setting(None, "file with the training text", otherwise="the training split of --dataset")
+    train_file: str | None = setting(
+        None, "file with the training text", otherwise="the training split of --dataset", is_path=True
+    )
     validation_file: str | None = setting(
-        None, "file with the validation text", otherwise="the validation split of --dataset"
+        None, "file with the validation text", otherwise="the validation split of --dataset", is_path=True
     )
     text_column: str = setting("text", "column that holds the text")
     block_size: int = setting(128, "tokens in a block, at most the model's positions", Range(2))
@@ -214,9 +217,13 @@ class TrainingConfig(Settings):
         None,
         'DeepSpeed configuration with ZeRO stage 3, values may be "auto": a JSON file or the name of one in ds_configs',
         otherwise="zero3_cpu",
+        is_path=True,
     )
     model: str | None = setting(
-        None, "Hugging Face folder or hub name", otherwise="a small GPT-Neo that is built and trained here"
+        None,
+        "Hugging Face folder or hub name",
+        otherwise="a small GPT-Neo that is built and trained here",
+        is_path=True,
     )
     max_steps: int = setting(300, "optimizer steps of fine-tuning with pruning", Range(1))
     recovery_steps: int = setting(0, "optimizer steps after compaction", Range(0))
@@ -260,6 +267,7 @@ class DistillationConfig(Settings):
         None,
         "dense model to learn from: Hugging Face folder or hub name, or self for the model as it was loaded",
         otherwise="no distillation",
+        is_path=True,
     )
     distill_alpha: float = setting(
         0.5, "weight of the divergence from the teacher, the text has 1 - this", Range(0, 1, "(]")
@@ -273,7 +281,9 @@ class DistillationConfig(Settings):
 class OutputConfig(Settings):
     """Where results go, in which form."""
 
-    output_dir: str = setting("out", "folder for everything that the run writes, must not hold a run already")
+    output_dir: str = setting(
+        "out", "folder for everything that the run writes, must not hold a run already", is_path=True
+    )
     overwrite: bool = setting(False, "replace the run that output_dir holds, once the new one is complete")
     layout: str | None = setting(
         None,
@@ -301,6 +311,7 @@ class CheckpointConfig(Settings):
         "none yet the run starts from the beginning",
         bare="newest",
         otherwise="start a new run",
+        is_path=True,
     )
 
 

@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from scale_prune import embedded
+from scale_prune import data, embedded
 from scale_prune.cli import Mistakes, parse
 from scale_prune.config import CLASSIFICATION, PruningConfig
 from scale_prune.core.groups import remaining_fraction
@@ -22,14 +24,14 @@ from scale_prune.core.schedule import Schedule
 from scale_prune.core.selection import budget
 from scale_prune.criteria import CRITERIA, check_uniqueness, schedule_of, with_defaults
 from scale_prune.criteria.flop import Flop
-from scale_prune.data import check_length
 from scale_prune.ds_config import DEFAULT, precision
 from scale_prune.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
-from scale_prune.inputs import CHECKS, Reading, unused_settings
+from scale_prune.inputs import CHECKS, Reading, check_tokens, unused_settings
 from scale_prune.job import Job
 from scale_prune.output import check_output
 from scale_prune.rehearsal import rehearse
 from scale_prune.resume import check_same, filled_from, glance
+from scale_prune.rows import Split, Text
 from scale_prune.tasks import classification
 from scale_prune.tasks.examples import prepare
 from scale_prune.tasks.labels import of_rows
@@ -56,7 +58,7 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
     reading = Reading(config=config, explicit=explicit, world_size=world_size)
     if config.training.model is None:
         reading.model_config = embedded.model_config()
-    later = (_check_same, _check_lengths, _check_updates, _check_ranks)
+    later = (_check_same, _check_tokens, _check_updates, _check_ranks)
     for check in (_check_output, _glance, _check_uniqueness, *CHECKS, *later):
         with mistakes.noted():
             check(reading)
@@ -101,18 +103,32 @@ def _check_same(reading: Reading) -> None:
             check_same(checkpoint, reading.inputs())
 
 
-def _check_lengths(reading: Reading) -> None:
+def _check_tokens(reading: Reading) -> None:
     if reading.tokenizer is None:
         return
     for split, text in reading.texts.items():
-        if reading.config.task.task == "lm":
-            check_length(reading.config.data, split, text, reading.tokenizer)
-        elif reading.config.task.task == CLASSIFICATION:
-            classification.prepare(reading.config, text, reading.tokenizer, of_rows(reading.texts.get("train", text)))
-        else:
-            examples = prepare(reading.config, split, reading.tokenizer)
-            if split == "validation" and reading.model_config is not None:
-                check_positions(reading.inputs(), questions_of(examples, reading.config.task))
+        tokens = _tokens(reading, split, text, reading.tokenizer)
+        if tokens is not None and reading.model_config is not None:
+            check_tokens({split: int(tokens.max())}, reading.inputs())
+
+
+def _tokens(reading: Reading, split: Split, text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    """Return the tokens of a text, None where only their number had to be known."""
+    config, knows_model = reading.config, reading.model_config is not None
+    if config.task.task == "lm":
+        if max(tokenizer.get_vocab().values()) < getattr(reading.model_config, "vocab_size", math.inf):
+            data.check_length(config.data, split, text, tokenizer)
+            return None
+        return data.prepare(config.data, split, tokenizer).tokens
+    if config.task.task == CLASSIFICATION:
+        train = reading.texts.get("train", text)
+        labels_for = partial(classification.labels_for, training_follows=True)
+        labels = labels_for(reading.inputs(), train) if knows_model else of_rows(train)
+        return torch.cat(classification.prepare(config, text, tokenizer, labels).texts)
+    examples = prepare(config, split, tokenizer)
+    if split == "validation" and knows_model:
+        check_positions(reading.inputs(), questions_of(examples, config.task))
+    return torch.cat([*examples.prompts, *examples.completions])
 
 
 def _check_updates(reading: Reading) -> None:

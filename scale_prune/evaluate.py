@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new_tokens", type=positive, default=32, help="tokens generated after it; default: 32")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each model, the median counts; default: 5")
     harness.add_flags(parser)
-    parser.add_argument("--output", metavar="FILE", help="JSON file for the results; default: they are only printed")
+    output = "JSON file for the results; default: they are only printed"
+    parser.add_argument("--output", type=expanduser, metavar="FILE", help=output)
 
 
 def _check_output(own: argparse.Namespace) -> None:

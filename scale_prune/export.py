@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from scale_prune.config_files import write_config, write_tokenizer
 from scale_prune.core.compaction import pad_units
 from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export_factors import Plan, plan_for, stored_factors
@@ -168,17 +169,27 @@ def write_model(
             stored = stored_factors(tensors, groups, plan, transposed=family_of(config).transposed)
         # The names of files are for the classes of transformers; code that comes with a model gets no translation.
         names = {} if code is not None else dict(family_of(config).checkpoint_names)
-        named = ((names.get(name, name), tensor) for name, tensor in stored)
+        written: set[str] = set()
+        named = ((names.get(name, name), tensor) for name, tensor in _noted(stored, written))
         written_config.dtype = write_tensors(partial, named, max_shard_bytes)
-        written_config.save_pretrained(partial)
+        if written.intersection(getattr(stock_class(config), "_tied_weights_keys", None) or ()):
+            written_config.tie_word_embeddings = False  # whatever the config says, the model has an output of its own
+        write_config(partial, written_config)
         if code is not None:
             (partial / code.name).write_text(_modeling_source(code, config), encoding="utf-8")
         if generation_config is not None:
             # Not save_pretrained, which refuses combinations that published models do have.
             generation_config.to_json_file(partial / "generation_config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            write_tokenizer(partial, tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, and add their names to `names`."""
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
 
 
 def _config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from os.path import expanduser
 from pathlib import Path
 
 from scale_prune.config import Config
@@ -12,8 +14,9 @@ from scale_prune.rows import Split
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the models."""
-    parser.add_argument("--model", nargs="+", required=True, metavar="FOLDER", help="models, folders or hub names")
-    parser.add_argument("--baseline", metavar="FOLDER", help="the dense model that they are compared with")
+    add = partial(parser.add_argument, type=expanduser, metavar="FOLDER")
+    add("--model", nargs="+", required=True, help="models, folders or hub names")
+    add("--baseline", help="the dense model that they are compared with")
 
 
 def read_models(

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from os.path import expanduser
 from typing import TYPE_CHECKING, Any
 
 from scale_prune.finished_models import positive
@@ -16,7 +17,12 @@ def add_flags(parser: ArgumentParser) -> None:
     """Add the flags of the harness to a command on finished models."""
     add = parser.add_argument
     add("--lm_eval", nargs="+", metavar="TASK", help="score tasks of lm-evaluation-harness too, where it is installed")
-    add("--lm_eval_include", metavar="DIR", help="folder of task files (*.yaml) beside the harness's own")
+    add(
+        "--lm_eval_include",
+        type=expanduser,
+        metavar="DIR",
+        help="folder of task files (*.yaml) beside the harness's own",
+    )
     add("--lm_eval_limit", type=positive, metavar="INT", help="documents of each task that count; default: all")
 
 

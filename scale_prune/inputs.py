@@ -135,7 +135,7 @@ def _fill_in(reading: Reading) -> None:
 def _read_model_config(reading: Reading) -> None:
     training = reading.config.training
     if reading.model_config is None:  # a dry run knows that of the embedded model already
-        found = _read("model", training.model, AutoConfig, training.trust_remote_code)
+        found = _read_config(training.model, training.trust_remote_code)
         if reading.needs_groups:
             _refuse_composite(found, training)
         reading.model_config = found
@@ -196,10 +196,8 @@ def _check_teacher(reading: Reading) -> None:
     name = reading.config.distillation.teacher
     if name in (None, SELF) or reading.model_config is None or reading.tokenizer is None:
         return
-    size, teachers = (
-        reading.model_config.vocab_size,
-        _read("model", name, AutoConfig, trusted, flag="teacher").get_text_config().vocab_size,
-    )
+    size = reading.model_config.vocab_size
+    teachers = _read_config(name, trusted, flag="teacher").get_text_config().vocab_size
     if teachers != size:
         raise ValueError(
             f"--teacher {name} predicts {teachers} tokens, --model {model} {size}; "
@@ -377,6 +375,23 @@ def check_weights(folder: Path) -> None:
             raise ValueError(
                 f"--model {folder}: its weights cannot be read: {path.name} is damaged, {error}"
             ) from error
+
+
+def _read_config(name: str | None, trusted: bool, *, flag: str = "model") -> PretrainedConfig:
+    """Read a model's config.
+
+    Raises:
+        ValueError: it cannot be read, or its weights are quantised.
+    """
+    config: PretrainedConfig = _read("model", name, AutoConfig, trusted, flag=flag)
+    told = config.to_dict()
+    parts = [told, *(part for part in told.values() if isinstance(part, dict))]  # of a composite config one may be
+    if quantized := next(filter(None, (part.get("quantization_config") for part in parts)), None):
+        raise ValueError(
+            f"--{flag} {name} has weights quantised by {quantized.get('quant_method', 'some method')}, which can be "
+            "neither trained nor sharded by ZeRO-3; give the 16-bit model that they were made from"
+        )
+    return config
 
 
 def _read(what: str, name: str | None, kind: Any, trusted: bool, *, flag: str = "model") -> Any:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, __version__
+
+if tuple(map(int, __version__.split(".")[:2])) < (5, 14):  # older ones name some weights otherwise
+    raise ImportError(f"this model needs transformers 5.14 or newer, here is {__version__}")
 
 
 class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):

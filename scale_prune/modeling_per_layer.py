@@ -6,7 +6,10 @@ Written beside a pruned model's weights, for `from_pretrained(folder, trust_remo
 
 from typing import Any
 
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, __version__
+
+if tuple(map(int, __version__.split(".")[:2])) < (5, 14):  # older ones name some weights otherwise
+    raise ImportError(f"this model needs transformers 5.14 or newer, here is {__version__}")
 
 
 class PerLayerGPTNeoForCausalLM(GPTNeoForCausalLM):

@@ -3,6 +3,7 @@
 Shape letters: B rows of a micro batch, T tokens in a row.
 """
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ def rehearse(
         trust_remote_code: run code that comes with the model.
         prepare: what is done to the model before it is trained; called on fake tensors.
     """
-    live = _LiveBytes()
+    live, model_config = _LiveBytes(), copy.deepcopy(model_config)
+    if classifies(model_config):
+        model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
     with FakeTensorMode():
         model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
         prepare(model)

@@ -75,7 +75,7 @@ def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = (), lab
     splits = _open_dataset(spec, columns, label) if spec.dataset else {}
     for name, file in (("train", spec.train_file), ("validation", spec.validation_file)):
         if file:
-            splits[name] = _open_file(Path(file).expanduser(), columns or spec.text_column, label)
+            splits[name] = _open_file(Path(file), columns or spec.text_column, label)
     if "train" in splits and "validation" not in splits:
         splits = _hold_out(splits["train"])
     if split not in splits:
@@ -130,7 +130,7 @@ def tokenised(text: Text, encode: Callable[..., dict[str, list[list[int]]]], nam
 
 def _open_dataset(spec: DataConfig, columns: tuple[str, ...], label: str | None) -> dict[str, Text]:
     """Open what `spec.dataset` names, by split: a local file or folder, else a data set of the hub."""
-    name, path = str(spec.dataset), Path(str(spec.dataset)).expanduser()
+    name, path = str(spec.dataset), Path(str(spec.dataset))
     if path.is_dir():
         with _one_message(name):
             found = datasets.load_from_disk(path)

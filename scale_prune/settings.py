@@ -1,6 +1,7 @@
 """How a setting is declared: a field of a dataclass that says what it is, which values it may have, and its default."""
 
 import math
+import os
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -42,6 +43,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     otherwise: str | None = None,
     bare: str | None = None,
+    is_path: bool = False,
 ) -> Any:
     """Declare a field.
 
@@ -52,9 +54,10 @@ def setting(
         choices: valid values of a string, where they are a closed set.
         otherwise: what happens where the value is None.
         bare: the value of a flag that is given without one; None where a value is needed.
+        is_path: it may name a file or folder, so that a `~` in front stands for the home folder.
     """
     metadata = {"help": help, "within": within, "choices": choices, "otherwise": otherwise, "bare": bare}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"is_path": is_path})
 
 
 def describe(spec: Field[Any]) -> str:
@@ -87,4 +90,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for spec in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            check_field(spec, getattr(self, spec.name))
+            value = getattr(self, spec.name)
+            check_field(spec, value)
+            if value is not None and spec.metadata["is_path"]:
+                object.__setattr__(self, spec.name, os.path.expanduser(value))

@@ -44,9 +44,10 @@ def main(argv: Sequence[str]) -> None:
 
 def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of settings, lists are axes of the grid")
-    parser.add_argument("--launcher", default="deepspeed", help="what starts launch/prune.py; default: deepspeed")
-    parser.add_argument("--list", action="store_true", help="print the cells, and which are done; run nothing")
+    add = parser.add_argument
+    add("recipe", type=os.path.expanduser, metavar="RECIPE", help="YAML file of settings, lists are axes of the grid")
+    add("--launcher", default="deepspeed", help="what starts launch/prune.py; default: deepspeed")
+    add("--list", action="store_true", help="print the cells, and which are done; run nothing")
 
 
 def listing(cells: Sequence[Cell]) -> str:

@@ -119,7 +119,7 @@ def _over(path: str, cells: Any) -> list[dict[str, Any]]:
 def _output_dir(path: str, value: Any) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError(f"--config {path}: output_dir is {value!r}, it must be one text, the sweep's folder")
-    return Path(value)
+    return Path(value).expanduser()
 
 
 def _refuse(path: str, *mappings: Mapping[str, Any]) -> None:

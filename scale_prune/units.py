@@ -47,7 +47,7 @@ def prepare_units(
         factorize(model, names, criterion.components, factors, transposed=transposed)
     if EMBEDDING in pruning.target_names:
         tokens = clusters_of(model, pruning, token_counts)
-        factorize_embedding(model, embedding_names(model), tokens, criterion.components, factors)
+        factorize_embedding(model, _insisted(model, pruning), tokens, criterion.components, factors)
     return components_of(model)
 
 
@@ -65,6 +65,22 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
     tied = output is not None and output.weight is table.weight
     return [names[id(table)], names[id(output)]] if tied else [names[id(table)]]
+
+
+def _insisted(model: PreTrainedModel, pruning: PruningConfig) -> list[str]:
+    """Return `embedding_names`.
+
+    Raises:
+        ValueError: the output is not tied, be it by the config or by a checkpoint with an output of its own, though the
+            settings insist on it.
+    """
+    names = embedding_names(model)
+    if pruning.tie_embeddings and len(names) == 1:
+        raise ValueError(
+            f"--tie_embeddings: the output of this model is not tied to its embedding {names[0]}; leave it out, and "
+            "the embedding alone is factorised"
+        )
+    return names
 
 
 def components_of(model: nn.Module) -> tuple[UnitGroup, ...]:
@@ -118,13 +134,8 @@ def _put_empty_factors(model: nn.Module, name: str, criterion: Criterion) -> Non
 
 
 def _put_empty_clusters(model: PreTrainedModel, pruning: PruningConfig, criterion: Criterion) -> None:
-    names, table = embedding_names(model), model.get_input_embeddings()
+    names, table = _insisted(model, pruning), model.get_input_embeddings()
     weight: Any = table.weight
-    if pruning.tie_embeddings and len(names) == 1:
-        raise ValueError(
-            f"--tie_embeddings: the output of this model is not tied to its embedding {names[0]}; leave it out, and "
-            "the embedding alone is factorised"
-        )
     tokens = clusters_of(model, pruning, None)
     clusters = [
         Cluster(*_empty_factors(f"{names[0]}, cluster {index}", (len(each), weight.shape[1]), criterion, weight))

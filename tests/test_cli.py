@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from scale_prune.cli import parse, user_errors
+from scale_prune import analyze, comparison, evaluate, sweep
+from scale_prune.cli import parse, parse_some, user_errors
 from scale_prune.config import Config
+from scale_prune.sweep_cells import read_sweep
 
 CRITERIA = ("gum", "movement", "random")
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,28 @@ def recipe(tmp_path: Path) -> Path:
 def test_flags_become_settings_and_are_known_as_given(argv: list[str], expected: dict[str, Any]) -> None:
     assert settings(argv) == expected
     assert {name: type(value) for name, value in settings(argv).items()} == {k: type(v) for k, v in expected.items()}
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ("dataset", "train_file", "validation_file", "ds_config", "model", "teacher", "output_dir", "resume")
+    home = dict.fromkeys(paths, str(tmp_path / "x"))
+    assert settings([f"--{name}=~/x" for name in paths]) == home
+    (tmp_path / "recipe.yaml").write_text("".join(f"{name}: ~/x\n" for name in paths))
+    assert settings(["--config=~/recipe.yaml"]) == home
+    assert settings(["--model=~no_such_user/x", "--text_column=~"]) == {"model": "~no_such_user/x", "text_column": "~"}
+    for command, words, names in [
+        (analyze, ["--model", "~/x", "~/x", "--baseline=~/x", "--output_dir=~/x"], ("model", "baseline", "output_dir")),
+        (evaluate, ["--model=~/x", "--output=~/x", "--lm_eval_include=~/x"], ("model", "output", "lm_eval_include")),
+        (comparison, ["~/x", "--output_dir=~/x"], ("runs", "output_dir")),
+        (sweep, ["~/x"], ("recipe",)),
+    ]:
+        own = parse_some(words, (), "", command.add_own)[2]
+        for name in names:
+            found = getattr(own, name)
+            assert {*([found] if isinstance(found, str) else found)} == {home["model"]}
+    (tmp_path / "sweep.yaml").write_text("output_dir: ~/x\nseed: [1, 2]\n")
+    assert read_sweep(str(tmp_path / "sweep.yaml"))[0].folder.parent == tmp_path / "x"
 
 
 def test_without_flags_every_setting_is_its_default() -> None:

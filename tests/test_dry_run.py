@@ -1,5 +1,6 @@
 """The check before the queue: everything that is wrong at once, figures without weights, nothing written."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from command import STEPS, arguments, errors_of, outcome, text
 from models import LAYERS, WIDTH, own_registrations, tiny_config
 from test_end_to_end import BAD, content, files
 from test_families import BLOOM
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
+from scale_prune import analyze, evaluate
 from scale_prune.core.schedule import Schedule
 from scale_prune.embedded import train_tokenizer
 from scale_prune.families import register
@@ -172,6 +174,75 @@ def test_models_that_cannot_be_pruned_are_one_message(work: Path, model_type: st
         code, (error,) = dry(work, model=folder)
     assert code == 2
     assert message in error
+
+
+def with_config(work: Path, name: str, config: Any, **told: Any) -> Path:
+    """Return a model's folder with the tokenizer of `work`, and more in its config.json."""
+    folder = Path(shutil.copytree(work / "model", work / name))
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | told))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4"])
+def test_quantised_weights_are_refused_in_one_message(method: str, work: Path, capsys: Any) -> None:
+    config = AutoConfig.from_pretrained(work / "model")
+    model = with_config(work, method, config, quantization_config={"quant_method": method})
+    for flag in ("model", "teacher"):
+        code, (error,) = dry(work, **{flag: model})
+        assert code == 2
+        assert f"--{flag} {model} has weights quantised by {method}, which can be neither" in error
+        assert error.endswith("give the 16-bit model that they were made from")
+    for command in (evaluate, analyze):
+        with pytest.raises(SystemExit):
+            command.main(["--model", str(model), "--dataset", str(work / "train.txt"), "--block_size", "16"])
+        assert f"has weights quantised by {method}" in errors_of(capsys.readouterr().err)[0]
+
+
+def test_tokens_beyond_the_embedding_are_found_where_the_text_has_them(work: Path) -> None:
+    config = AutoConfig.from_pretrained(work / "model")
+    size = config.vocab_size
+    code, errors = dry(work, model=with_config(work, "small", config, vocab_size=size // 2))
+    assert code == 2
+    assert "text has the token" in errors[0]
+    assert f"knows {size // 2}; the tokenizer is of another model" in errors[0]
+    larger = with_config(work, "larger", config)  # a token that no text has is no mistake
+    tokenizer = AutoTokenizer.from_pretrained(larger)
+    tokenizer.add_tokens(["<never>"])
+    tokenizer.save_pretrained(larger)
+    assert dry(work, model=larger) == (0, [])
+
+
+def test_labels_are_held_against_the_classes_of_the_model(work: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    size, labels = len(tokenizer), {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    told = labels | {"architectures": ["BertForSequenceClassification"]}
+    made = {
+        "single": with_config(work, "single", tiny_config("bert", vocab_size=size), **told),
+        "multi": with_config(
+            work, "multi", tiny_config("bert", vocab_size=size), problem_type="multi_label_classification", **told
+        ),
+        "regression": with_config(
+            work, "number", tiny_config("bert", vocab_size=size), **told, problem_type="regression"
+        ),
+        "few": with_config(work, "few", tiny_config("bert", vocab_size=20), **told),
+    }
+    for folder in made.values():
+        tokenizer.save_pretrained(folder)
+    for name, labels_there in {"good": "ab", "bad": "ac"}.items():
+        rows = "".join(f"the model learns,{labels_there[row % 2]}\n" for row in range(40))
+        (work / f"{name}.csv").write_text(f"text,label\n{rows}")
+    for model, file, piece in [
+        ("single", "good", ""),
+        ("multi", "good", ""),
+        ("single", "bad", "has the unknown label 'c', known are a, b,"),
+        ("regression", "good", "predicts numbers, but column 'label'"),
+        ("few", "good", "knows 20; the tokenizer is of another model"),
+    ]:
+        files = dict.fromkeys(("train_file", "validation_file"), work / f"{file}.csv")
+        code, errors = dry(work, model=made[model], task="classification", **files)
+        assert (code, len(errors)) == ((2, 1) if piece else (0, 0)), errors
+        assert all(piece in error for error in errors)
 
 
 def test_a_checkpoint_that_is_none_is_found(work: Path) -> None:

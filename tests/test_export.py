@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +29,15 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    LlamaTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
+from scale_prune.config_files import write_tokenizer
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import Kind
-from scale_prune.export import LAYOUTS, check_layout, named_state, resolve_layout
+from scale_prune.export import FACTORIZED_FILE, LAYOUTS, MODELING_FILE, check_layout, named_state, resolve_layout
 from scale_prune.families import FAMILIES, Family, register, unit_groups
 
 NEW_FAMILY = Family(
@@ -170,9 +173,65 @@ def test_tokenizer_generation_config_and_card_come_along(tmp_path: Path) -> None
     assert (folder / "README.md").read_text() == "# Kept 7 of 17"
     assert GenerationConfig.from_pretrained(folder).temperature == 0.5
     assert PreTrainedTokenizerFast.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
     assert modes.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scaling", "base", "share"),
+    [
+        ("llama", LLAMA3, "rope_theta", ""),
+        ("cohere", {}, "rope_theta", ""),
+        ("gemma", {}, "rope_theta", ""),
+        ("qwen2", YARN, "rope_theta", ""),
+        ("stablelm", {}, "rope_theta", "partial_rotary_factor"),
+        ("gpt_neox", YARN, "rotary_emb_base", "rotary_pct"),
+    ],
+)
+def test_rotary_embeddings_are_told_to_older_versions_too(
+    tmp_path: Path, model_type: str, scaling: dict[str, Any], base: str, share: str
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e5} | scaling
+    rope |= {"original_max_position_embeddings": 16} if scaling else {}
+    rope |= {"partial_rotary_factor": 0.25} if share else {}
+    model, groups, masked = compacted(model_type, "pad", rope_parameters=rope)
+    folder = export(tmp_path / "pruned", model, groups, "pad")
+    told = json.loads((folder / "config.json").read_text())
+    assert told[base] == 5e5
+    assert told.get(share) == (0.25 if share else None)
+    without = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    assert told.get("rope_scaling") == (without if scaling else None)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.config.rope_parameters == model.config.rope_parameters
+    torch.testing.assert_close(logits(again, tokens()), masked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("begins", "told"), [(True, {}), (False, {"add_bos_token": False})])
+def test_older_versions_know_the_tokenizer_and_where_it_begins(
+    tmp_path: Path, begins: bool, told: dict[str, bool]
+) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=begins, extra_special_tokens=["<x>"])
+    write_tokenizer(tmp_path, tokenizer)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert {key: config.get(key) for key in told} == told
+    assert config["additional_special_tokens"] == ["<x>"]
+    assert "extra_special_tokens" not in config
+    again = LlamaTokenizer.from_pretrained(tmp_path)
+    assert again("a<x>")["input_ids"] == tokenizer("a<x>")["input_ids"]
+
+
+def test_a_modelling_file_names_the_version_that_it_needs() -> None:
+    for file in (MODELING_FILE, FACTORIZED_FILE):
+        old = file.read_text().replace("GPTNeoForCausalLM, __version__", "GPTNeoForCausalLM")
+        with pytest.raises(ImportError, match=r"this model needs transformers 5\.14 or newer, here is 4\.57\.6"):
+            exec(old, {"__version__": "4.57.6", "__name__": "old"})
 
 
 def test_persistent_buffers_are_written_and_others_not() -> None:

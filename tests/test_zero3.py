@@ -1,5 +1,6 @@
 """Pruning on the real ZeRO-3 engine, on ranks that divide no width."""
 
+import json
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +28,12 @@ from engines import (
     start,
 )
 from memory_backend import InMemoryBackend, members_by_unit, train, zeros
-from models import WIDTH, prepared_units
+from models import WIDTH, prepared_units, tiny_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from scale_prune import attach
+from scale_prune import attach, save
 from scale_prune.config import PruningConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.selection import budget
@@ -248,6 +250,57 @@ def test_a_step_that_overflows_changes_no_score(folder: Path) -> None:
             assert applied != torch.equal(alike_before, alike)
         assert {applied for applied, *_ in rank["history"][1:]} == {True, False}
         assert sum(rank["widths"]) == 13
+
+
+# --- an output of its own in the checkpoint of a model that its config ties ------------------------------------------
+
+HEADS = [
+    ("gpt2", "one"),
+    ("gpt_neo", "sharded"),
+    ("opt", "bin"),
+    ("gemma", "one"),
+    ("qwen2", "sharded"),
+    ("gpt_neox", "one"),
+]
+
+
+def with_a_head(folder: Path, model_type: str, form: str, *, own: bool) -> Path:
+    """Save a model tied by its config, with a head in the file that is its own or the embedding."""
+    model: Any = tiny_model(model_type, tie_word_embeddings=False)
+    if not own:
+        model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
+    path = folder / f"{model_type}-{form}-{own}"
+    model.save_pretrained(path, max_shard_size="2KB" if form == "sharded" else "5GB")
+    if form == "bin":
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return path
+
+
+def loaded_and_saved(path: Path) -> Tensor:
+    """Return the logits under ZeRO-3, and write the model beside its folder."""
+    engine = training_engine(load_model(str(path), ds_config()), ds_config())
+    save(engine, path.with_suffix(".saved"), layout="uniform")
+    found = logits(engine)
+    engine.destroy()
+    return found
+
+
+def test_a_head_of_its_own_stays_and_one_that_is_the_embedding_is_tied(tmp_path: Path) -> None:
+    own = {(model_type, form): with_a_head(tmp_path, model_type, form, own=True) for model_type, form in HEADS}
+    tied = with_a_head(tmp_path, "gpt2", "one", own=False)
+    cases = [(path,) for path in (*own.values(), tied)]
+    for found in run_ranks(call_each, 2, loaded_and_saved, cases):
+        for (path,), under_zero3 in zip(cases, found, strict=True):
+            for folder in (path, path.with_suffix(".saved")):
+                plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                expected = plain(BLOCKS.block(1)[None], use_cache=False).logits
+                torch.testing.assert_close(under_zero3, expected, rtol=0, atol=1e-5)
+                assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == (path == tied)
+            told = json.loads((path.with_suffix(".saved") / "config.json").read_text())
+            assert told.get("tie_word_embeddings", True) == (path == tied)
 
 
 # --- where the weights live ------------------------------------------------------------------------------------------

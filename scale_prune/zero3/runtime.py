@@ -16,8 +16,9 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
 
 from scale_prune.families import auto_model, classifies
@@ -168,7 +169,8 @@ def load_model(
     try:
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         load = auto_model(config).from_pretrained
-        model, found = load(path, config=config, output_loading_info=True, **options)
+        with _ties_compared_whole():
+            model, found = load(path, config=config, output_loading_info=True, **options)
         if missing := sorted(name for name in found["missing_keys"] if not _may_begin(model, name)):
             problem = f"{len(missing)} of them are missing and would be random, {missing[0]} for one"
     except Exception as error:  # a broken file raises whatever its content comes to
@@ -179,6 +181,26 @@ def load_model(
     _raise_together(f"--model {path}: its weights cannot be loaded: {problem}" if problem else "")
     assert model is not None
     return model
+
+
+@contextmanager
+def _ties_compared_whole() -> Iterator[None]:
+    """Let a checkpoint's own output stay untied, as plain `from_pretrained` does where it is not the embedding.
+
+    transformers 5 ties the two only if their values are equal, and of partitioned parameters it would compare two empty
+    tensors. The comparison is a collective.
+    """
+    compare = modeling_utils._tied_params_are_equal
+
+    def compare_whole(source: Tensor, target: Tensor) -> bool:
+        with GatheredParameters([source, target]):
+            return compare(source, target)
+
+    modeling_utils._tied_params_are_equal = compare_whole
+    try:
+        yield
+    finally:
+        modeling_utils._tied_params_are_equal = compare
 
 
 def _may_begin(model: PreTrainedModel, name: str) -> bool:

@@ -1,0 +1,66 @@
+"""config.json and tokenizer_config.json in words that transformers 4.57 reads as well as transformers 5.
+
+Of what transformers 5 writes, 4.57 passes over `rope_parameters` without a word and takes its own defaults, and it
+knows neither the tokenizer class TokenizersBackend nor a list of extra special tokens. Both read the older words.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+OWN_ROPE_KEYS = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+"""By model type, what its older configs call what others call so."""
+
+BOS_UNLESS_TOLD = ("LlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+"""Classes whose tokenizers in 4.57 put a token first, whatever tokenizer.json says."""
+
+
+def write_config(folder: Path, config: PretrainedConfig) -> None:
+    """Write config.json, with the older words for rotary embeddings where transformers 5 is not misled by them."""
+    config.save_pretrained(folder)
+    told = _read(folder / "config.json")
+    if older := _older_rope(told.get("rope_parameters") or {}, told["model_type"]):
+        understood = [type(config).from_dict(copy.deepcopy(words)).to_dict() for words in (told, told | older)]
+        if understood[0] == understood[1]:
+            _write(folder / "config.json", told | older)
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer's files."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():  # Mistral's own format
+        return
+    told = _read(path)
+    if told.get("tokenizer_class") == "TokenizersBackend":
+        told["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(told.get("extra_special_tokens"), list):
+        told["additional_special_tokens"] = told.pop("extra_special_tokens")
+    if told.get("tokenizer_class", "").startswith(BOS_UNLESS_TOLD) and not tokenizer("")["input_ids"]:
+        told["add_bos_token"] = False
+    _write(path, told)
+
+
+def _older_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """Return the keys that tell `rope_parameters` to transformers 4.57; of two kinds of layers both bases."""
+    local, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
+    names = OWN_ROPE_KEYS.get(model_type, {})
+    apart = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    older = {names.get(key, key): value for key, value in apart.items()}
+    if local:
+        older["rope_local_base_freq"] = local["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
+    return older
+
+
+def _read(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return told
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
+    path.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
