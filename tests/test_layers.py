@@ -13,7 +13,7 @@ ROOT = Path(scale_prune.__file__).parent
 
 # From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
 LAYERS = (
-    {"settings", "modeling_per_layer", "modeling_factorized"},
+    {"settings", "config_files", "modeling_per_layer", "modeling_factorized"},
     {"config"},
     {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows", "beginnings"},
