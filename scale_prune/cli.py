@@ -7,6 +7,7 @@ A dry run collects `Mistakes` instead, and goes on after each.
 
 import argparse
 import errno
+import logging
 import os
 import re
 import sys
@@ -145,8 +146,10 @@ def user_errors(rank: int) -> Iterator[None]:
     its traceback. With SCALE_PRUNE_TRACEBACK=1 in the environment every rank shows the traceback of a mistake as well.
 
     Args:
-        rank: rank of this process; only rank 0 prints, every rank exits.
+        rank: rank of this process; only rank 0 prints, warnings too, every rank exits.
     """
+    if rank:
+        logging.getLogger("scale_prune").setLevel(logging.ERROR)
     try:
         yield
     except (*USER_MISTAKES, OSError) as error:

@@ -37,12 +37,14 @@ class Inputs:
         ds_config: a DeepSpeed configuration without "auto" values.
         model_config: the model's own configuration.
         tokenizer: the model's tokenizer.
+        validation: what the validation text is, in words.
     """
 
     config: Config
     ds_config: dict[str, Any]
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    validation: str = ""
 
     @property
     def bos(self) -> int | None:
@@ -124,7 +126,11 @@ class Reading:
         assert self.model_config is not None
         assert self.tokenizer is not None
         return Inputs(
-            config=self.config, ds_config=self.ds_config, model_config=self.model_config, tokenizer=self.tokenizer
+            config=self.config,
+            ds_config=self.ds_config,
+            model_config=self.model_config,
+            tokenizer=self.tokenizer,
+            validation=self.texts["validation"].part if "validation" in self.texts else "",
         )
 
 

@@ -32,6 +32,10 @@ MAY_CHANGE = frozenset(
     | {"eval_every", "log_every", "tensorboard", "layout", "collective_timeout", "trust_remote_code"}
     | {"save_every", "keep_checkpoints", "resume", "generation_batch_size"}
 )
+OLD_HOLDOUT = (
+    ". An earlier version began the run: where no validation text was given, that held out the last 5 % of the rows; "
+    "if so, give these rows as --validation_file and those before them as --train_file"
+)
 FIXED_IN_DS_CONFIG = ("train_batch_size", "optimizer.type", "scheduler.type", "bf16.enabled", "fp16.enabled")
 
 
@@ -155,7 +159,11 @@ def check_model_and_text(checkpoint: Checkpoint, pruner: Pruner, texts: Mapping[
         )
     for split, tokens in texts.items():
         if checkpoint.state["texts"][split] != tokens:
-            raise ValueError(f"the {split} text has other tokens than the run's; give the text that it began with")
+            held_out = "validation" not in checkpoint.state and checkpoint.state["settings"]["validation_file"] is None
+            raise ValueError(
+                f"the {split} text has other tokens than the run's; give the text that it began with"
+                + (OLD_HOLDOUT if held_out else "")
+            )
 
 
 # --- out and in --------------------------------------------------------------------------------------------------
@@ -194,6 +202,7 @@ def save_run(
         "pruner": pruner_state.facts_of(pruner),
         "engine": engine_state.facts_of(backend),
         "texts": dict(texts),
+        "validation": inputs.validation,
         "measured": measured,
         "versions": versions(),
     }

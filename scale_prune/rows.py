@@ -3,14 +3,14 @@
 Nothing here communicates: every rank opens the same rows.
 """
 
-import csv
 import glob
 import gzip
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import TextIOWrapper
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +19,13 @@ import numpy as np
 from datasets.fingerprint import Hasher
 from pyarrow.parquet import read_table
 
-from scale_prune import __version__
+from scale_prune import __version__, holdout, text_files
 from scale_prune.config import DataConfig
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-HELD_OUT = 0.05
 STRINGS = ("string", "large_string")
 NUMBERS = (*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64", "bool")
 READABLE = (*STRINGS, *NUMBERS, "list of string", "list of large_string")
@@ -34,6 +33,12 @@ READABLE = (*STRINGS, *NUMBERS, "list of string", "list of large_string")
 
 
 logger = logging.getLogger(__name__)
+
+
+@cache
+def say(message: str) -> None:
+    """Warn once of what is known each time that the rows are opened."""
+    logger.warning(message)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +51,8 @@ class Text:
         columns: the columns of `rows` that are wanted.
         lines: the rows are lines that keep their newline, not documents.
         label: the column of the label, if there is one.
+        numbers: where only some rows are left, their numbers among all, counted from 1.
+        part: what these rows are, in words.
     """
 
     name: str
@@ -53,13 +60,25 @@ class Text:
     columns: tuple[str, ...]
     lines: bool = False
     label: str | None = None
+    numbers: np.ndarray | None = None
+    part: str = ""
+
+    def number(self, row: int) -> int:
+        """Return what people call a row: its number among all, counted from 1."""
+        return row + 1 if self.numbers is None else int(self.numbers[row])
+
+    def select(self, kept: np.ndarray, part: str) -> "Text":
+        """Return some of the rows."""
+        numbers = np.arange(1, len(self.rows) + 1) if self.numbers is None else self.numbers
+        return replace(self, rows=self.rows.select(kept), numbers=numbers[kept], part=part)
 
 
 def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = (), label: str | None = None) -> Text:
     """Open the rows of one split.
 
     `spec.train_file` and `spec.validation_file` take the place of the splits of `spec.dataset`. Where nothing gives a
-    validation split, the last 5 % of the training rows are held out for it, and taken from the training split.
+    validation split, 5 % of the training rows are held out for it, and taken from the training split: always the same
+    ones, see `scale_prune.holdout`.
 
     Args:
         spec: which text.
@@ -76,12 +95,16 @@ def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = (), lab
     for name, file in (("train", spec.train_file), ("validation", spec.validation_file)):
         if file:
             splits[name] = _open_file(Path(file), columns or spec.text_column, label)
+    kinds = STRINGS if not columns else READABLE
     if "train" in splits and "validation" not in splits:
-        splits = _hold_out(splits["train"])
+        splits = _hold_out(_checked(splits["train"], label, kinds))
     if split not in splits:
         found = f"{spec.dataset} has only {', '.join(splits)}" if splits else "no data set is given"
         raise ValueError(f"no {split} text: {found}; give --dataset or --{split}_file")
-    return _checked(replace(splits[split], label=label), STRINGS if not columns else READABLE)
+    text = _checked(splits[split], label, kinds)
+    if len(text.rows) == 0:
+        raise ValueError(f"data set {text.name} is empty")
+    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,23 +121,21 @@ class Tokens:
 
 
 def tokenised(text: Text, encode: Callable[..., dict[str, list[list[int]]]], names: Sequence[str]) -> dict[str, Tokens]:
-    """Turn every row into tokens, cached on disk by the content of the rows and of `encode`.
+    """Turn every row into tokens, cached on disk by the content of the columns that are wanted and of `encode`.
 
     Args:
         text: the rows.
         encode: turns a batch of rows, lists by column, into lists of tokens by name.
         names: what it returns.
     """
-    # Beside the other caches, not beside the rows: a data set on disk may be in a folder that cannot be written.
-    fingerprint = Hasher.hash((__version__, text.rows._fingerprint, encode))
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "scale_prune" / f"{fingerprint}.arrow"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    encoded = text.rows.map(
+    rows = text.rows.select_columns(list(text.columns))
+    fingerprint = Hasher.hash((__version__, _content(rows), encode))
+    encoded = rows.map(
         encode,
         batched=True,
-        remove_columns=text.rows.column_names,
+        remove_columns=rows.column_names,
         features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names}),
-        cache_file_name=str(cache),
+        cache_file_name=str(_cache() / f"{fingerprint}.arrow"),
         new_fingerprint=fingerprint,
         desc=f"Tokenising {text.name}",
     )
@@ -126,6 +147,22 @@ def tokenised(text: Text, encode: Callable[..., dict[str, list[list[int]]]], nam
         )
         for name in names
     }
+
+
+def _cache() -> Path:
+    """Return a folder beside the other caches, not beside the rows: they may be in a folder that cannot be written."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scale_prune"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _content(rows: datasets.Dataset) -> str:
+    """Return a hash of what stands in the rows; their own fingerprint is one of path, size and date."""
+    found = hashlib.sha256(repr(rows.features).encode())
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        for batch in table.combine_chunks().to_batches():
+            found.update(batch.serialize())
+    return found.hexdigest()
 
 
 def _open_dataset(spec: DataConfig, columns: tuple[str, ...], label: str | None) -> dict[str, Text]:
@@ -141,7 +178,12 @@ def _open_dataset(spec: DataConfig, columns: tuple[str, ...], label: str | None)
             found = datasets.load_dataset(name, spec.dataset_config)
     splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
     wanted = columns or (spec.text_column,)
-    return {key: Text(name=f"{name} ({key})", rows=rows, columns=wanted) for key, rows in splits.items()}
+    if ignored := [key for key in splits if key not in SPLITS]:
+        say(f"of the splits of {name}, {', '.join(ignored)} are not used; only {' and '.join(SPLITS)} are")
+    return {
+        key: Text(name=f"{name} ({key})", rows=rows, columns=wanted, part=f"{name} ({key})")
+        for key, rows in splits.items()
+    }
 
 
 def _open_file(path: Path, columns: tuple[str, ...] | str, label: str | None) -> Text:
@@ -154,11 +196,11 @@ def _open_file(path: Path, columns: tuple[str, ...] | str, label: str | None) ->
     # The reader of lines names its only column itself.
     wanted = columns if isinstance(columns, tuple) else ("text" if reader == "text" else columns,)
     with _one_message(str(path)):
-        rows = _read(path, reader, wanted, label)
-    return Text(name=str(path), rows=rows, columns=wanted, lines=reader == "text")
+        rows = _read(path, reader, None if label in wanted else label)
+    return Text(name=str(path), rows=rows, columns=wanted, lines=reader == "text", part=str(path))
 
 
-def _read(path: Path, reader: str, columns: Sequence[str], label: str | None) -> datasets.Dataset:
+def _read(path: Path, reader: str, label: str | None) -> datasets.Dataset:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as file:
         if not file.read(1):
@@ -167,12 +209,12 @@ def _read(path: Path, reader: str, columns: Sequence[str], label: str | None) ->
         if reader == "parquet" and path.suffix == ".gz":
             # The one pair that load_dataset does not unpack.
             return datasets.Dataset(datasets.table.InMemoryTable(read_table(file)))
-        options: dict[str, Any] = {"keep_linebreaks": True} if reader == "text" else {}
-        wanted = [*columns, *([label] if label else [])]
-        if reader == "csv" and {*wanted} <= {*next(csv.reader(TextIOWrapper(file, encoding="utf-8", newline="")))}:
-            # Otherwise the text "2020" becomes a number and the text "NA" nothing.
-            options = {"usecols": wanted, "converters": dict.fromkeys(columns, str), "keep_default_na": False}
-    return datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **options)
+        with path.open("rb") as packed:
+            # By content: load_dataset would take a file of the same path, size and date for the one that it has read.
+            cache = _cache() / f"{__version__} {hashlib.file_digest(packed, 'sha256').hexdigest()}"
+        if reader in ("csv", "text"):
+            return text_files.read(file, cache / f"{reader}.arrow", is_csv=reader == "csv", label=label)
+    return datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
 
 
 def _suffix(path: Path) -> str:
@@ -192,32 +234,35 @@ def _one_message(name: str) -> Iterator[None]:
 
 def _hold_out(text: Text) -> dict[str, Text]:
     """Cut the training rows in two."""
-    held_out = max(1, round(len(text.rows) * HELD_OUT))
-    first = len(text.rows) - held_out
-    if first < 1:
-        raise ValueError(f"data set {text.name} has {len(text.rows)} rows, too few to hold out any for validation")
-    logger.warning(
-        "no validation text is given: the last %d of %d rows of %s are it", held_out, len(text.rows), text.name
-    )
-    return {
-        "train": replace(text, rows=text.rows.select(range(first))),
-        "validation": replace(text, rows=text.rows.select(range(first, first + held_out))),
-    }
+    count = len(text.rows)
+    if text.label:
+        rows, how = holdout.stratified(text.rows[text.label][:])
+    else:
+        rows, how = holdout.neighbors(count, lines=text.lines)
+    if not 0 < len(rows) < count:
+        raise ValueError(f"data set {text.name} has {count} rows, too few to hold out any for validation")
+    part = f"{len(rows):,} of {count:,} rows of {text.name}, {how}"
+    say(f"no validation text is given: it is {part}, the same ones in every run")
+    others = np.setdiff1d(np.arange(count), rows, assume_unique=True)
+    return {"train": text.select(others, "the other rows"), "validation": text.select(rows, f"held out: {part}")}
 
 
-def _checked(text: Text, kinds: tuple[str, ...]) -> Text:
-    """Return `text` if it has rows, and its columns hold what they should."""
+def _checked(text: Text, label: str | None, kinds: tuple[str, ...]) -> Text:
+    """Return `text` with its label if the columns hold what they should, without rows that say they have no label."""
     there = text.rows.features
-    wanted = {**dict.fromkeys(text.columns, kinds), **({text.label: (*STRINGS, *NUMBERS)} if text.label else {})}
+    wanted = {**dict.fromkeys(text.columns, kinds), **({label: (*STRINGS, *NUMBERS)} if label else {})}
     for column, allowed in wanted.items():
         if column not in there:
             raise ValueError(f"data set {text.name} has no column {column!r}, its columns are {', '.join(there)}")
         if (kind := _kind(there[column])) not in allowed:
-            what = "a label (string or number)" if column == text.label else "text (string)"
+            what = "a label (string or number)" if column == label else "text (string)"
             raise ValueError(f"column {column!r} of data set {text.name} holds {kind}, not {what}")
-    if len(text.rows) == 0:
-        raise ValueError(f"data set {text.name} is empty")
-    return text
+    if label and isinstance(there[label], datasets.ClassLabel):
+        labelled = np.flatnonzero([value != -1 for value in text.rows[label][:]])
+        if without := len(text.rows) - len(labelled):
+            say(f"{without:,} of {len(text.rows):,} rows of {text.name} have no label (-1) and are left out")
+            text = text.select(labelled, text.part)
+    return replace(text, label=label)
 
 
 def _kind(feature: Any) -> str:

@@ -366,6 +366,7 @@ class Run:
         return {
             **{name: settings[name] for name in ("model", "criterion", "scope", "layout", "seed")},
             "dataset": settings["dataset"] or settings["train_file"],
+            "validation": self.inputs.validation,
             "world_size": self.runtime.world_size,
             "steps": config.training.max_steps + config.training.recovery_steps,
             "remaining": {

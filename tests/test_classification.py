@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from command import SENTENCE, arguments, errors_of, outcome, outcomes, report_of
@@ -18,7 +19,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from scale_prune import evaluate
 from scale_prune.embedded import train_tokenizer
+from scale_prune.rows import Text, say
 from scale_prune.tasks.label_metrics import measured
+from scale_prune.tasks.labels import Labels, of_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -102,6 +105,7 @@ def test_a_pruned_classifier_is_measured_as_anyone_can(
     ]
     report = report_of(output)
     assert (report["task"], set(report["perplexity"].values())) == ("classification", {None})
+    assert report["validation"] == str(work / "validation.csv")
     found = report["metrics"]
     settles = criterion in ("flop", "neuron_l0")  # then what remains is trained on after compaction
     stages = {"dense", "masked", "compacted", "exported"} | ({"recovered"} if settles else set())
@@ -163,6 +167,66 @@ def test_metrics_are_those_of_their_packages(classes: int) -> None:
     assert measured(torch.ones(41, 1), labels.float())["spearman"] == 0.0
 
 
+def labelled(values: list[Any], names: list[str] | None = None) -> Text:
+    rows = datasets.Dataset.from_dict({"label": values})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names)) if names else rows
+    return Text(name="rows", rows=rows, columns=(), label="label")
+
+
+NAMES = ["neg", "pos"]
+LABELS: list[tuple[list[Any], list[str] | None, tuple[str, ...] | None, tuple[str, ...], list[Any], str]] = [
+    (["b", "a ", " b", None], None, None, ("a", "b"), [1, 0, 1], "has labels with blanks around, as ' b'"),
+    (["yes ", "yes"], None, ("yes", "yes "), ("yes", "yes "), [1, 0], ""),
+    (["Yes", "yes", "no"], None, None, ("Yes", "no", "yes"), [0, 2, 1], "differ in case alone: Yes, yes"),
+    ([10, 2, 10], None, None, ("2", "10"), [1, 0, 1], ""),
+    ([-1, 1], None, None, ("-1", "1"), [0, 1], ""),
+    ([-1, 0, 1], None, ("-1", "0", "1"), ("-1", "0", "1"), [0, 1, 2], ""),
+    ([1.0, 0.0, None], None, None, ("0", "1"), [1, 0], "has 0.0 and 1.0 only: these are two classes"),
+    ([1.0, 0.0], None, (), (), [1.0, 0.0], ""),
+    ([1.0, 3.0, 2.0], None, None, (), [1.0, 3.0, 2.0], "are predicted as numbers; write 1, not 1.0, to have classes"),
+    ([2.0, 0.0, 1.0], None, ("0", "1", "2"), ("0", "1", "2"), [2, 0, 1], ""),
+    ([1.5, 1.0], None, None, (), [1.5, 1.0], ""),
+    ([1, 0, 1], NAMES, None, ("neg", "pos"), [1, 0, 1], ""),
+    ([1, 0, 1], NAMES, ("0", "1"), ("0", "1"), [1, 0, 1], ""),
+    ([1, 0, 1], NAMES, ("pos", "neg", "none"), ("pos", "neg", "none"), [0, 1, 0], ""),
+    ([1, 0, 2], ["1", "2", "3"], ("0", "1", "2"), ("0", "1", "2"), [1, 0, 2], ""),
+]
+
+
+@pytest.mark.parametrize(("values", "names", "own", "classes", "encoded", "told"), LABELS)
+def test_labels_are_the_classes_that_people_mean(
+    values: list[Any],
+    names: list[str] | None,
+    own: tuple[str, ...] | None,
+    classes: tuple[str, ...],
+    encoded: list[Any],
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    say.cache_clear()
+    found = of_rows(labelled(values, names), None if own is None else Labels(own))
+    assert bool(found.classes) == bool(classes)
+    labels = found if own is None else Labels(own)
+    assert labels.classes == classes
+    text = labelled([value for value in values if value is not None], names)
+    assert labels.encode(text).tolist() == encoded
+    messages = " ".join(record.message for record in caplog.records)
+    assert told in messages
+    assert bool(told) == bool(messages)
+    if None in values:
+        with pytest.raises(ValueError, match=rf"row {len(values)} of rows has no label in column 'label'"):
+            labels.encode(labelled(values, names))
+
+
+def test_a_model_may_have_the_numbers_of_the_data_sets_names() -> None:
+    named, numbered, swapped = Labels(("neg", "pos")), Labels(("0", "1")), Labels(("pos", "neg"))
+    assert named.agrees(numbered, labelled([0, 1], NAMES))
+    assert numbered.agrees(named, labelled([0, 1], NAMES))
+    assert not named.agrees(numbered, labelled([0, 1]))
+    assert not named.agrees(swapped, labelled([0, 1], NAMES))
+    assert not named.agrees(None, labelled([0, 1], NAMES))
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +238,9 @@ def write_bad(work: Path) -> None:
     }
     for name, lines in rows.items():
         (work / name).write_text("\n".join(["sentence,label", *lines]) + "\n")
+    (work / "unquoted.csv").write_text("sentence,label\na,fast\nb, c,layer\n")
+    numbers = [{"sentence": "a", "label": number} for number in (0, -1, 1, 2)]
+    (work / "minus_one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers))
     lists = [{"sentence": "a", "label": ["x"]}, {"sentence": "b", "label": ["y"]}]
     (work / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
 
@@ -181,6 +248,12 @@ def write_bad(work: Path) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"label_column": "intent"}, "has no column 'intent', its columns are sentence, label, number"),
     ({"train_file": "lists.jsonl"}, "holds list of string, not a label (string or number)"),
+    (
+        {"train_file": "unquoted.csv"},
+        "unquoted.csv cannot be read: row 2 has 3 fields, the header 2; a text with a comma",
+    ),
+    ({"validation_file": "unquoted.csv"}, "unquoted.csv cannot be read: row 2 has 3 fields, the header 2"),
+    ({"train_file": "minus_one.jsonl"}, "minus_one.jsonl has the label -1 beside 0, 1, 2; if it says that there is no"),
     ({"task": "lm", "prompt_template": None}, "--task lm does not go with --model"),
     ({"completion_template": "{label}"}, "--completion_template belongs to a task with completions"),
     ({"model": "gpt"}, "--task classification does not go with --model"),

@@ -4,11 +4,15 @@ import csv
 import gzip
 import json
 import logging
+import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from models import BLANKS, tiny_tokenizer
@@ -19,7 +23,8 @@ from scale_prune.beginnings import continuing
 from scale_prune.config import DataConfig
 from scale_prune.data import check_length, prepare, token_stream
 from scale_prune.embedded import END_OF_TEXT, train_tokenizer
-from scale_prune.rows import Split, load_text
+from scale_prune.holdout import neighbors, stratified
+from scale_prune.rows import SPLITS, Split, load_text
 
 DOCUMENTS = ["A first one.", "", "NA", "2020", 'two\nlines, "quoted"', "  null ", "größer ≥ 7 🌲", "A first one."]
 LINES = ["A first one.\n", "\n", " page\x0cbreak \n", "line\u2028separator\n", "2020\n", "no newline at the end"]
@@ -116,7 +121,9 @@ def test_a_folder_on_disk_gives_its_splits(tmp_path: Path, tokenizer: PreTrained
     assert stream_of(tokenizer, dataset=str(tmp_path / "both")) == documents_stream(tokenizer, DOCUMENTS)
     validation = token_stream(load_text(both, "validation"), tokenizer).tolist()
     assert validation == documents_stream(tokenizer, DOCUMENTS[:3])
-    assert stream_of(tokenizer, dataset=str(tmp_path / "one")) == documents_stream(tokenizer, DOCUMENTS[:-1])
+    train, held_out = (load_text(DataConfig(dataset=str(tmp_path / "one")), split).rows["text"][:] for split in SPLITS)
+    assert stream_of(tokenizer, dataset=str(tmp_path / "one")) == documents_stream(tokenizer, train)
+    assert (len(held_out), sorted(train + held_out)) == (1, sorted(DOCUMENTS))
     assert sorted(path.name for path in (tmp_path / "both" / "train").iterdir()) == before
 
 
@@ -222,11 +229,175 @@ def test_rows_are_held_out_where_no_validation_text_is_given(tmp_path: Path, cap
     lines = [f"line {number}\n" for number in range(41)]
     file = tmp_path / "text.txt"
     file.write_text("".join(lines))
-    spec = DataConfig(dataset=str(file))
     with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
-        assert list(load_text(spec, "train").rows["text"]) == lines[:39]
-        assert list(load_text(spec, "validation").rows["text"]) == lines[39:]
-    assert f"the last 2 of 41 rows of {file} are it" in caplog.text
+        train, held_out = (load_text(DataConfig(dataset=str(file)), split) for split in SPLITS)
+    assert held_out.rows["text"][:] == lines[36:38]
+    assert train.rows["text"][:] == lines[:36] + lines[38:]
+    assert [held_out.number(0), train.number(0), train.number(36)] == [37, 1, 39]
+    assert held_out.part == f"held out: 2 of 41 rows of {file}, 1 runs of neighboring rows, drawn at random"
+    assert [record.message for record in caplog.records] == [
+        f"no validation text is given: it is {held_out.part.removeprefix('held out: ')}, the same ones in every run"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "lines", "runs", "held_out"),
+    [
+        (2, True, 1, 1),
+        (41, True, 1, 2),
+        (600, True, 3, 30),
+        (50_000, True, 20, 2500),
+        (41, False, 2, 2),
+        (600, False, 20, 30),
+        (50_000, False, 20, 2500),
+    ],
+)
+def test_neighbors_are_held_out_together_and_from_everywhere(
+    num_rows: int, lines: bool, runs: int, held_out: int
+) -> None:
+    rows, how = neighbors(num_rows, lines=lines)
+    assert len(rows) == pytest.approx(held_out, rel=0.2)
+    assert how.startswith(f"{runs} runs of")
+    assert 1 + (np.diff(rows) > 1).sum() <= runs  # two of them may meet
+    assert (np.diff(rows) >= 1).all()
+    assert runs < 20 or (rows.min() < num_rows / 5 and rows.max() > num_rows * 4 / 5)
+
+
+def test_every_label_is_held_out_by_its_share() -> None:
+    labels = ["neg"] * 960 + ["pos"] * 40 + ["rare "] + ["rare"] + ["alone"]
+    rows, how = stratified(labels)
+    assert Counter(labels[row].strip() for row in rows) == {"neg": 48, "pos": 2, "rare": 1}
+    assert how.startswith("drawn at random from each of 4 labels by its share; 1 labels have one row only, which is")
+    assert rows[:48].mean() == pytest.approx(480, abs=120)
+    numbers, how = stratified([number / 7 for number in range(1000)])
+    assert (len(numbers), how) == (50, "drawn at random")
+    assert numbers.mean() == pytest.approx(500, abs=120)
+    assert len(stratified([0.0, 1.0] * 50)[0]) == len(stratified([0, 1] * 50)[0]) == 4
+    assert stratified(labels)[0].tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["a"]])
+def test_labels_of_which_none_can_be_held_out(labels: list[str], tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": labels, "label": labels}).to_parquet(tmp_path / "few.parquet")
+    with pytest.raises(ValueError, match=rf"few.parquet has {len(labels)} rows, too few to hold out any"):
+        load_text(DataConfig(dataset=str(tmp_path / "few.parquet")), "train", ("text",), "label")
+
+
+def test_other_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("train", "dev", "test", "validation_matched")
+    datasets.DatasetDict(dict.fromkeys(names, as_dataset())).save_to_disk(tmp_path / "glue")
+    with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
+        load_text(DataConfig(dataset=str(tmp_path / "glue")), "train")
+    told, held_out = (record.message for record in caplog.records)
+    assert told.endswith("glue, dev, test, validation_matched are not used; only train and validation are")
+    assert "glue (train)" in held_out
+
+
+def test_rows_that_say_that_they_have_no_label_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    label = datasets.ClassLabel(names=["entailment", "neutral"])
+    rows = datasets.Dataset.from_dict({"text": list("abcdef"), "label": [0, -1, 1, 1, -1, 0]})
+    rows.cast_column("label", label).to_parquet(tmp_path / "nli.parquet")
+    file = str(tmp_path / "nli.parquet")
+    with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
+        found = load_text(DataConfig(train_file=file, validation_file=file), "train", ("text",), "label")
+    assert "".join(found.rows["text"]) == "acdf"
+    assert [found.number(row) for row in range(4)] == [1, 3, 4, 6]
+    assert [record.message for record in caplog.records] == [
+        f"2 of 6 rows of {file} have no label (-1) and are left out"
+    ]
+
+
+REPLACED: dict[str, Callable[[Path, str], object]] = {
+    "rows.txt": lambda path, word: path.write_text(f"{word}\n" * 9),
+    "rows.jsonl": lambda path, word: path.write_text(json.dumps({"text": word}) + "\n"),
+    "rows.csv": lambda path, word: path.write_text(f"text\n{word}\n"),
+    "rows.txt.gz": lambda path, word: path.write_bytes(gzip.compress(word.encode(), compresslevel=0, mtime=0)),
+    "rows.parquet": lambda path, word: datasets.Dataset.from_dict({"text": [word]}).to_parquet(path),
+    "folder": lambda path, word: datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict({"text": [word]}) for split in SPLITS}
+    ).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_file_of_the_same_path_size_and_date_is_read_anew(
+    name: str, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, found = tmp_path / name, []
+    file = {"dataset": str(path)} if name == "folder" else {"train_file": str(path), "validation_file": str(path)}
+    for word in ("neurons", "pruners"):
+        REPLACED[name](path, word)
+        for state in path.glob("*/state.json"):
+            state.write_text(json.dumps(json.loads(state.read_text()) | {"_fingerprint": "the same"}))
+        os.utime(path, (1e9, 1e9))
+        found.append((byte_tokenizer.decode(stream_of(byte_tokenizer, **file)).split()[0], path.stat().st_size))
+    assert found == [("neurons", found[0][1]), ("pruners", found[0][1])]
+
+
+BOM = b"\xef\xbb\xbf"
+CSV: list[tuple[bytes, list[str] | str]] = [
+    (b"text\nNA\nnull\nNone\nnan\n2020\n007\n", ["NA", "null", "None", "nan", "2020", "007"]),
+    (b"text,n\n1.50,1\n,2\n", ["1.50", ""]),
+    (b',text\r\n0,"a, ""b""\nc"\r\n\r\n1,5" disk\r\n', ['a, "b"\nc', '5" disk']),
+    (b"text\n" + b"long " * 40_000 + b"\n", ["long " * 40_000]),
+    (b"text\nIn the year, the ship, sailed\n", "row 1 has 3 fields, the header 1; a text with a comma stands in"),
+    (b"text,n\na,1\nb,c,2\n", "row 2 has 3 fields, the header 2"),
+    (b"text,n\na,1,\n", "row 1 has 3 fields, the header 2"),
+    (b"text,n\na,1\n\nb\n", "row 2 has 1 fields, the header 2"),
+    (b'text,n\n"say \\"a\\" b",1\n', "row 1: ',' expected after '\"'; a text with a comma"),
+    (b'text,n\n"say \\", b",1\n', "row 1 has 3 fields, the header 2"),
+    (b'text,n\na,1\n"b,2\nc,3\n', "row 2: unexpected end of data"),
+    (b"text,n,text\na,1,b\n", "its header has the column 'text' twice"),
+    (b"\n\n", "it has no header"),
+    (b"text\n\xff\n", "'utf-8' codec can't decode byte 0xff"),
+]
+
+
+@pytest.mark.parametrize("mark", [b"", BOM], ids=["plain", "bom"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize(("content", "expected"), CSV)
+def test_a_csv_file_is_read_as_it_stands_or_refused_by_the_row(
+    content: bytes, expected: list[str] | str, packed: bool, mark: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_bytes(mark + content)
+    file = str(compressed(tmp_path / "rows.csv") if packed else tmp_path / "rows.csv")
+    spec = DataConfig(train_file=file, validation_file=file)
+    for split in SPLITS:
+        if isinstance(expected, list):
+            assert load_text(spec, split).rows["text"][:] == expected
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"data set {file} cannot be read: {expected}")):
+                load_text(spec, split)
+
+
+@pytest.mark.parametrize(
+    ("column", "labels"),
+    [
+        ("1\n0\n-1", [1, 0, -1]),
+        ("0.5\n1\n2e1", [0.5, 1.0, 20.0]),
+        ("True\nfalse\nTRUE", [True, False, True]),
+        ("1\nNA\n2020", ["1", "NA", "2020"]),
+        ("yes\nyes \n007", ["yes", "yes ", "007"]),
+    ],
+)
+def test_the_labels_of_a_csv_file_are_numbers_where_all_of_them_are(
+    column: str, labels: list[Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("n,label,text\n" + "".join(f"7,{label},2020\n" for label in column.splitlines()))
+    spec = DataConfig(train_file=str(file), validation_file=str(file))
+    rows = load_text(spec, "train", ("text", "n"), "label").rows
+    assert (rows["label"][:], rows["text"][:], rows["n"][:]) == (labels, ["2020"] * 3, ["7"] * 3)
+    assert list(map(type, rows["label"][:])) == list(map(type, labels))
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.txt.gz"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    rows = {"txt": "a\nNA\n", "jsonl": '{"text": "a"}\n{"text": "NA"}\n', "json": '[{"text": "a"}, {"text": "NA"}]'}
+    content = BOM + rows[name.split(".")[1]].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = load_text(DataConfig(validation_file=str(tmp_path / name)), "validation").rows["text"]
+    assert [text.strip() for text in found] == ["a", "NA"]
 
 
 def test_files_take_the_place_of_the_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -267,7 +438,7 @@ FILES = {
         ("notes.md", {}, "notes.md is of no known format; a file ends in one of .txt, .jsonl, .json, .csv, .parquet"),
         ("empty.txt", {}, "empty.txt cannot be read: it is empty"),
         ("empty.jsonl.gz", {}, "empty.jsonl.gz cannot be read: it is empty"),
-        ("header.csv", {}, "header.csv cannot be read: .* no data"),
+        ("header.csv", {"validation_file": "good.jsonl"}, "header.csv is empty"),
         ("no_rows.parquet.gz", {"validation_file": "good.jsonl"}, "no_rows.parquet.gz is empty"),
         ("no_rows.parquet.gz", {}, "no_rows.parquet.gz has 0 rows, too few to hold out any for validation"),
         ("one.txt", {}, "one.txt has 1 rows, too few to hold out any for validation"),

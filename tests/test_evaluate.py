@@ -34,7 +34,10 @@ def save_unknown(work: Path) -> tuple[Path, Path]:
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 17}
     text, folders = sizes | {"vocab_size": 300, "max_position_embeddings": 64}, (work / "persimmon", work / "gemma3")
     vision = sizes | {"image_size": 28, "patch_size": 14}
-    composite = {"text_config": text | {"num_key_value_heads": 1, "head_dim": 8}, "vision_config": vision}
+    composite: dict[str, Any] = {
+        "text_config": text | {"num_key_value_heads": 1, "head_dim": 8},
+        "vision_config": vision,
+    }
     for folder, settings in zip(folders, (text, composite), strict=True):
         AutoModelForCausalLM.from_config(AutoConfig.for_model(folder.name, **settings)).save_pretrained(folder)
         for file in (work / "model").glob("token*"):

@@ -15,7 +15,7 @@ ROOT = Path(scale_prune.__file__).parent
 LAYERS = (
     {"settings", "config_files", "modeling_per_layer", "modeling_factorized"},
     {"config"},
-    {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop"},
+    {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop", "text_files", "holdout"},
     {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows", "beginnings"},
     {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
     {"factorized"},
@@ -39,8 +39,8 @@ ALONE = ("modeling_per_layer", "modeling_factorized")
 
 ONLY_IN = {
     "deepspeed": {"zero3"},
-    "datasets": {"rows"},
-    "pyarrow": {"rows"},
+    "datasets": {"rows", "text_files"},
+    "pyarrow": {"rows", "text_files"},
     "sacrebleu": {"tasks"},
     "scipy": {"tasks"},
     "sklearn": {"tasks"},

@@ -144,7 +144,8 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
         ValueError: model, teacher and data have different classes, or there is a teacher that cannot have any.
     """
     training, teacher = inputs.config.training, inputs.config.distillation.teacher
-    own, there = of_model(inputs.model_config), of_rows(text)
+    own = of_model(inputs.model_config)
+    there = of_rows(text, own)
     if own is None and not training_follows:
         raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
     if own is not None and (not own.classes) != (not there.classes):
@@ -158,7 +159,7 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
         config = inputs.model_config
         if teacher != SELF:
             config = AutoConfig.from_pretrained(teacher, trust_remote_code=training.trust_remote_code)
-        if of_model(config) != labels:
+        if not labels.agrees(of_model(config), text):
             raise ValueError(f"--teacher {teacher} is no classifier of the {len(labels.classes)} classes of the data")
     return labels
 

@@ -10,7 +10,7 @@ Shape letters: B examples in a forward pass, T tokens of the longest of them.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -97,7 +97,7 @@ def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) ->
     return Examples(
         prompts=selected(parts["prompt"], kept),
         completions=selected(parts["completion"], kept),
-        text=replace(text, rows=text.rows.select(kept)),
+        text=text.select(kept, text.part),
         dropped=len(text.rows) - len(kept),
     )
 
@@ -135,7 +135,7 @@ def refuse_empty(config: Config, text: Text, parts: Mapping[str, Tokens]) -> Non
         if len(empty := np.flatnonzero(tokens.lengths == 0)):
             template = getattr(config.task, f"{what}_template")
             raise ValueError(
-                f"row {empty[0] + 1} of {text.name} has an empty {what}, by --{what}_template {template!r}; "
+                f"row {text.number(empty[0])} of {text.name} has an empty {what}, by --{what}_template {template!r}; "
                 f"{len(empty)} of {len(text.rows)} rows have, leave them out of the data set"
             )
 
@@ -149,11 +149,11 @@ def short_enough(config: Config, text: Text, parts: Mapping[str, Tokens]) -> np.
     block, lengths = config.data.block_size, np.sum([tokens.lengths for tokens in parts.values()], axis=0)
     kept, long = np.flatnonzero(lengths <= block), np.flatnonzero(lengths > block)
     if len(long) and (config.task.long_examples == "refuse" or not len(kept)):
-        first = long[0]
+        first = int(long[0])
         told = " and ".join(f"a {what} of {tokens.lengths[first]} tokens" for what, tokens in parts.items())
         raise ValueError(
-            f"row {first + 1} of {text.name} has {told}, special ones included, more than --block_size {block}; "
-            f"{len(long)} of {len(lengths)} rows are too long, the longest has {lengths.max()}: give a larger "
+            f"row {text.number(first)} of {text.name} has {told}, special ones included, more than --block_size "
+            f"{block}; {len(long)} of {len(lengths)} rows are too long, the longest has {lengths.max()}: give a larger "
             "--block_size" + (", or --long_examples drop" if len(kept) else "")
         )
     return kept

@@ -1,6 +1,7 @@
 """What the labels of a data set are: classes, in an order, or numbers."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from scale_prune.rows import Text
+from scale_prune.rows import Text, say
 
 DEFAULT_NAME = "LABEL_{}"
 """How transformers calls the classes of a config that does not name them."""
@@ -38,14 +39,15 @@ class Labels:
         Raises:
             ValueError: a row has no label, or one that is not among the classes, or is not a finite number.
         """
-        values = text.rows[text.label][:]
-        for row, value in enumerate(values, 1):
+        values = _values(text, self.classes)
+        for row, value in enumerate(values):
             problem = self._problem(value)
             if problem:
-                raise ValueError(f"row {row} of {text.name} has {problem} in column {text.label!r}")
+                raise ValueError(f"row {text.number(row)} of {text.name} has {problem} in column {text.label!r}")
         if not self.classes:
             return torch.tensor([float(value) for value in values])
-        return torch.tensor([self.classes.index(str(value)) for value in values])
+        places = {name: place for place, name in enumerate(self.classes)}
+        return torch.tensor([places[str(value)] for value in values])
 
     def _problem(self, value: Any) -> str:
         if is_missing(value):
@@ -56,29 +58,85 @@ class Labels:
         known = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
         return "" if str(value) in self.classes else f"the unknown label {value!r}, known are {known},"
 
+    def agrees(self, other: "Labels | None", text: Text) -> bool:
+        """Tell whether another model has the same classes; it may have the numbers of names that the data set gives."""
+        names = _names(text)
+        numbered = tuple(map(str, range(len(names))))
+        return self == other or (other is not None and {self.classes, other.classes} == {names, numbered})
+
 
 def is_missing(value: Any) -> bool:
     """Tell whether a row has no label."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def of_rows(text: Text) -> Labels:
-    """Return the classes of a data set: its texts or whole numbers, sorted; none where it has other numbers.
+def _names(text: Text) -> tuple[str, ...]:
+    """Return the names that a data set itself gives to its labels' numbers."""
+    return tuple(getattr(text.rows.features[text.label], "names", ()))
+
+
+def _values(text: Text, classes: Sequence[str]) -> list[Any]:
+    """Return the rows' labels as the classes write them: without blanks around, by name, whole numbers as such."""
+    values, names = text.rows[text.label][:], _names(text)
+    if names and {*names} <= {*classes}:
+        return [value if value is None else names[value] for value in values]
+    found = {value: value for value in dict.fromkeys(values)}
+    for value in found:
+        if isinstance(value, str) and value not in classes:
+            found[value] = value.strip()
+        elif classes and isinstance(value, float) and value.is_integer():
+            found[value] = int(value)
+    return [found[value] for value in values]
+
+
+def of_rows(text: Text, own: Labels | None = None) -> Labels:
+    """Return the classes of a data set: its own names, else its texts or whole numbers, sorted; none of other numbers.
+
+    Args:
+        text: the rows.
+        own: the classes of the model, where it has some.
 
     Raises:
-        ValueError: all rows have the same label.
+        ValueError: all rows have the same label, or -1 is one and may say that there is none.
     """
-    values: Sequence[Any] = [value for value in text.rows[text.label][:] if not is_missing(value)]
-    if any(isinstance(value, float) for value in values):
-        return Labels(())
-    found = tuple(str(value) for value in sorted(set(values)))
-    if len(found) < 2:
+    found = sorted({value for value in _values(text, own.classes if own else ()) if not is_missing(value)})
+    if any(isinstance(value, float) for value in found):
+        whole = all(value.is_integer() for value in found)
+        if not whole or len(found) != 2 or own == Labels(()):
+            if whole and own is None:
+                say(
+                    f"column {text.label!r} of {text.name} has whole numbers with a decimal point, which are predicted "
+                    "as numbers; write 1, not 1.0, to have classes"
+                )
+            return Labels(())
+        found = [int(value) for value in found]
+        say(f"column {text.label!r} of {text.name} has {found[0]}.0 and {found[1]}.0 only: these are two classes")
+    classes = tuple(map(str, found))
+    if len(classes) < 2:
         raise ValueError(
-            f"column {text.label!r} of {text.name} has the label {', '.join(found)} only, at least 2 are needed"
-            if found
+            f"column {text.label!r} of {text.name} has the label {', '.join(classes)} only, at least 2 are needed"
+            if classes
             else f"column {text.label!r} of {text.name} has no label at all"
         )
-    return Labels(found)
+    _check_classes(text, classes, own)
+    return Labels(_names(text) or classes)
+
+
+def _check_classes(text: Text, classes: Sequence[str], own: Labels | None) -> None:
+    """Say what looks alike, and refuse -1 beside 0: SNLI and GLUE write it where there is no label."""
+    negative = [name for name in classes if name.startswith("-")]
+    if "0" in classes and negative == ["-1"] and (own is None or "-1" not in own.classes):
+        raise ValueError(
+            f"column {text.label!r} of {text.name} has the label -1 beside {', '.join(classes[1:8])}; if it says that "
+            "there is no label, leave these rows out, and if it is a class, write the classes as words"
+        )
+    given = {value for value in text.rows[text.label][:] if isinstance(value, str)}
+    blanks = sorted(value for value in given if value not in classes and value.strip())
+    if blanks:
+        say(f"column {text.label!r} of {text.name} has labels with blanks around, as {blanks[0]!r}: they do not count")
+    folded = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if folded[name.casefold()] > 1]:
+        say(f"column {text.label!r} of {text.name} has classes that differ in case alone: {', '.join(alike[:8])}")
 
 
 def of_model(config: PretrainedConfig) -> Labels | None:
