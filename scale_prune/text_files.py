@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from io import TextIOWrapper
+from gzip import GzipFile
+from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
 
 import datasets
 import pyarrow as pa
@@ -17,7 +17,7 @@ BATCH = 1000
 QUOTING = 'a text with a comma stands in quotation marks, and one inside of it is doubled, ""'
 
 
-def read(file: IO[bytes], cache: Path, *, is_csv: bool, label: str | None) -> datasets.Dataset:
+def read(file: GzipFile | BufferedReader, cache: Path, *, is_csv: bool, label: str | None) -> datasets.Dataset:
     """Read the lines of a txt file, which keep their newline, or the columns of a csv file.
 
     Columns are texts, whatever they look like; a label that is a number throughout is a number.

@@ -330,7 +330,7 @@ def test_a_file_of_the_same_path_size_and_date_is_read_anew(
         for state in path.glob("*/state.json"):
             state.write_text(json.dumps(json.loads(state.read_text()) | {"_fingerprint": "the same"}))
         os.utime(path, (1e9, 1e9))
-        found.append((byte_tokenizer.decode(stream_of(byte_tokenizer, **file)).split()[0], path.stat().st_size))
+        found.append((str(byte_tokenizer.decode(stream_of(byte_tokenizer, **file))).split()[0], path.stat().st_size))
     assert found == [("neurons", found[0][1]), ("pruners", found[0][1])]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer
 from scale_prune import evaluate
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.config import Config
-from scale_prune.resume import filled_from
+from scale_prune.resume import check_model_and_text, filled_from
 from scale_prune.stop import STOPPED
 from scale_prune.train import main
 
@@ -132,6 +133,22 @@ def assert_anyone_can_measure(output: Path, work: Path) -> None:
     run_ranks(evaluate.main, 1, [str(word) for word in words])
     (found,) = json.loads(result.read_text())["models"].values()
     assert found["perplexity"] == pytest.approx(report_of(output)["perplexity"]["exported"], rel=1e-5)
+
+
+def test_a_text_that_an_earlier_version_held_out_otherwise_is_refused_with_the_way_out() -> None:
+    pruner: Any = SimpleNamespace(groups=[])
+    state = {"pruner": {"groups": {}}, "texts": {"train": "a"}, "settings": {"validation_file": None}}
+    for more, told in (
+        ({}, True),
+        ({"validation": "held out"}, False),
+        ({"settings": {"validation_file": "v"}}, False),
+    ):
+        checkpoint: Any = SimpleNamespace(state={**state, **more})
+        with pytest.raises(ValueError, match="the train text has other tokens than the run's") as caught:
+            check_model_and_text(checkpoint, pruner, {"train": "b"})
+        assert (
+            "give these rows as --validation_file and those before them as --train_file" in str(caught.value)
+        ) == told
 
 
 def without_dropout(work: Path, world_size: int) -> Path:
