@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 WARM_UP = 1
+CACHES = ("past_key_values", "cache_params", "state")
+"""What models call the memory of the text so far: those with attention, Mamba's relatives, RWKV."""
 
 
 @dataclass(kw_only=True)
@@ -99,7 +101,7 @@ def _turn(model: Any, input_ids: Tensor, new_tokens: int) -> tuple[float, float,
     prefilled = _now(on_gpu)
     for _ in range(new_tokens):
         chosen = output.logits[:, -1:].argmax(-1)
-        output = model(chosen, past_key_values=output.past_key_values, use_cache=True)
+        output = model(chosen, **{name: output[name] for name in CACHES if name in output}, use_cache=True)
     ended = _now(on_gpu)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     return prefilled - started, (ended - prefilled) / new_tokens, peak

@@ -8,11 +8,12 @@ import pytest
 import torch
 from command import BLOCK, errors_of, make_work, recomputed_perplexity
 from distributed import run_ranks
-from models import tiny_model, tokens
+from models import tiny_config, tiny_model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scale_prune import evaluate
 from scale_prune.cli import user_errors
+from scale_prune.families import FAMILIES
 from scale_prune.finished_models import names_of
 from scale_prune.latency import describe, speeds
 
@@ -31,7 +32,12 @@ def flags(work: Path, *more: str) -> list[str]:
 
 def save_unknown(work: Path) -> tuple[Path, Path]:
     """Make models of no family: a plain one, and a composite one that reads images too."""
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 17}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+    }
     text, folders = sizes | {"vocab_size": 300, "max_position_embeddings": 64}, (work / "persimmon", work / "gemma3")
     vision = sizes | {"image_size": 28, "patch_size": 14}
     composite: dict[str, Any] = {
@@ -87,8 +93,11 @@ def test_flops_are_those_of_the_matrices_with_the_tied_output_counted() -> None:
     assert describe(model).weight_bytes == 4 * sum(w.numel() for w in model.parameters())
 
 
-def test_generation_with_the_cache_chooses_what_the_whole_text_would() -> None:
-    model: Any = tiny_model("gpt_neo")
+@pytest.mark.parametrize("model_type", ["gpt_neo", "mamba"])
+def test_generation_with_the_cache_chooses_what_the_whole_text_would(model_type: str) -> None:
+    sizes = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2}
+    config = tiny_config(model_type) if model_type in FAMILIES else AutoConfig.for_model(model_type, **sizes)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
     calls: list[torch.Tensor] = []
     forward = model.forward
 

@@ -12,7 +12,16 @@ from transformers import AutoConfig, BloomConfig
 from transformers.pytorch_utils import Conv1D
 
 from scale_prune.export import check_width_key
-from scale_prune.families import FAMILIES, Family, family_of, linear_names, register, unit_groups
+from scale_prune.families import (
+    FAMILIES,
+    Family,
+    classifies,
+    family_of,
+    linear_names,
+    register,
+    stock_class,
+    unit_groups,
+)
 
 # No key of the config is the width: it is four times, or half of, another one.
 BLOOM = Family(
@@ -166,3 +175,10 @@ def test_layers_of_different_widths_are_counted_each() -> None:
     mlp = model.get_submodule("transformer.h.1.mlp")
     mlp.c_fc, mlp.c_proj = nn.Linear(HIDDEN, 5), nn.Linear(5, HIDDEN)
     assert [group.num_units for group in unit_groups(model)] == [WIDTH, 5, WIDTH]
+
+
+def test_what_an_unknown_model_is_for_stands_in_its_folder() -> None:
+    encoder = AutoConfig.for_model("distilbert", architectures=["DistilBertForSequenceClassification"])
+    assert classifies(encoder)
+    assert stock_class(encoder).__name__ == "DistilBertForSequenceClassification"
+    assert not classifies(AutoConfig.for_model("persimmon"))
