@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 TIMEOUT = 90.0
 PRELOADED = [
-    *("torch", "torch.distributed", "deepspeed", "transformers.generation.utils", "scale_prune.train"),
+    *("torch", "torch.distributed", "deepspeed", "transformers.generation.utils", "scale_prune.commands.prune"),
     *("deepspeed.runtime.zero.stage3", "torch._dynamo.debug_utils", "torch._inductor.compile_fx"),
 ]
 SENTENCE = "the a neuron layer model keeps drops learns prunes fast slowly and then again while training on text"
@@ -971,7 +971,7 @@ def make_template(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path, vocabulary: int) -> None:
-    from scale_prune.embedded import train_tokenizer
+    from scale_prune.data.embedded import train_tokenizer
 
     train_tokenizer([(folder.parent / "train.txt").read_text()], vocabulary).save_pretrained(folder)
 

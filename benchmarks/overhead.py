@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from scale_prune.config import Config
-from scale_prune.ds_config import load, resolve
-from scale_prune.families import unit_groups
-from scale_prune.pruner import Pruner
-from scale_prune.report import versions
+from scale_prune.config.ds_config import load, resolve
+from scale_prune.config.settings import Config
+from scale_prune.models.families import unit_groups
+from scale_prune.pruning.pruner import Pruner
+from scale_prune.system.versions import versions
 from scale_prune.zero3 import Runtime, Zero3Backend
 from scale_prune.zero3.runtime import load_model, training_engine
 

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
-from scale_prune.embedded import train_tokenizer
+from scale_prune.data.embedded import train_tokenizer
 
 
 def read_lines(path: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import sys
 
-from scale_prune.analyze import main
+from scale_prune.commands.analyze import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

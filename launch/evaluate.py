@@ -2,7 +2,7 @@
 
 import sys
 
-from scale_prune.evaluate import main
+from scale_prune.commands.evaluate import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import scale_prune
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 
 STEPS = 30
 DS_CONFIG = {

@@ -2,7 +2,7 @@
 
 import sys
 
-from scale_prune.sweep import main
+from scale_prune.commands.sweep import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

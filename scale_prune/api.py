@@ -15,18 +15,15 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scale_prune.checkpoint_state import problem_of_pruner
+from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
 from scale_prune.criteria import check_uniqueness
-from scale_prune.embedding import tied_output
-from scale_prune.export import check_width_key, write_model
-from scale_prune.families import auto_model, unit_groups
-from scale_prune.pruner import Pruner
-from scale_prune.pruner_state import facts_of, pruner_slices, restore
-from scale_prune.report import model_card, write_atomically
-from scale_prune.slices import SliceReader, write_slices
-from scale_prune.units import components_of, prepare_units, removes_components, units_of
-from scale_prune.zero3 import Zero3Backend, compact_engine
+from scale_prune.export import check_width_key, model_card, write_model
+from scale_prune.models import auto_model, tied_output, unit_groups
+from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
+from scale_prune.system import write_atomically
+from scale_prune.system.slices import SliceReader, write_slices
+from scale_prune.zero3 import Zero3Backend, compact_engine, prepare_units
 
 STATE = "pruner.json"
 _uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner

@@ -17,8 +17,8 @@ from memory_backend import steady_model
 from outcomes import errors_of, outcome_of
 from transformers import AutoTokenizer
 
-from scale_prune.embedded import train_tokenizer
-from scale_prune.train import main
+from scale_prune.commands.prune import main
+from scale_prune.data.embedded import train_tokenizer
 
 __all__ = ["errors_of"]
 

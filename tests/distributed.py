@@ -24,7 +24,7 @@ PRELOADED = [
         "torch.distributed",
         "deepspeed",
         "transformers.generation.utils",
-        "scale_prune.train",
+        "scale_prune.commands.prune",
         "scale_prune.api",
     ),
     *("deepspeed.runtime.zero.stage3", "torch._dynamo.debug_utils", "torch._inductor.compile_fx"),

@@ -13,8 +13,8 @@ from models import VOCABULARY
 from torch import Tensor
 
 from scale_prune import attach, prepare
-from scale_prune.config import PruningConfig
-from scale_prune.pruner import Pruner
+from scale_prune.config.settings import PruningConfig
+from scale_prune.pruning.pruner import Pruner
 from scale_prune.zero3.runtime import load_model, training_engine
 
 STEPS, BATCH, LAYERS = 7, 6, 2

@@ -14,11 +14,11 @@ from models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scale_prune.batches import TokenBlocks, training_batches
 from scale_prune.core.groups import Member, UnitGroup
 from scale_prune.core.shards import shard_bounds
 from scale_prune.criteria import ShardView
-from scale_prune.pruner import Pruner
+from scale_prune.data.batches import TokenBlocks, training_batches
+from scale_prune.pruning.pruner import Pruner
 
 T = TypeVar("T")
 

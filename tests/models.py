@@ -14,15 +14,15 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import svd_factors
 from scale_prune.criteria import CRITERIA
-from scale_prune.export import named_state, write_model
-from scale_prune.factorized import put_factors
-from scale_prune.families import FAMILIES, Family, auto_model, family_of, linear_names, unit_groups
-from scale_prune.units import removes_components, units_of
+from scale_prune.export.layouts import named_state, write_model
+from scale_prune.models.factorized import put_factors
+from scale_prune.models.families import FAMILIES, Family, auto_model, family_of, linear_names, unit_groups
+from scale_prune.pruning.units import removes_components, units_of
 
 VOCABULARY, HIDDEN, WIDTH, LAYERS, POSITIONS = 29, 11, 17, 3, 31
 

@@ -9,10 +9,10 @@ from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, t
 from models import LAYERS, VOCABULARY, WIDTH, tiny_model, tokens
 from torch import Tensor, nn
 
-from scale_prune.activations import ActivationSampler
-from scale_prune.config import PruningConfig
-from scale_prune.families import FAMILIES, unit_groups
-from scale_prune.pruner import Pruner
+from scale_prune.config.settings import PruningConfig
+from scale_prune.models.families import FAMILIES, unit_groups
+from scale_prune.pruning.activations import ActivationSampler
+from scale_prune.pruning.pruner import Pruner
 
 BATCH, LENGTH = 2, 7
 REENTRANT = {None: {}, True: {"use_reentrant": True}, False: {"use_reentrant": False}}

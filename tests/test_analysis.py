@@ -18,15 +18,15 @@ from outcomes import outcome_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scale_prune import analyze
-from scale_prune.analysis import GroupAnalysis, Sampling, analyse
-from scale_prune.analysis_report import as_json, summary
-from scale_prune.analyze import _of_same_groups
-from scale_prune.batches import TokenBlocks, training_batches
-from scale_prune.config import Config
+from scale_prune.commands import analyze
+from scale_prune.commands.analyze import _of_same_groups
+from scale_prune.config.settings import Config
 from scale_prune.core.redundancy import Products, sample_units
-from scale_prune.data import prepare
-from scale_prune.inputs import read_inputs
+from scale_prune.data.batches import TokenBlocks, training_batches
+from scale_prune.data.text import prepare
+from scale_prune.inspection.analysis import GroupAnalysis, Sampling, analyse
+from scale_prune.inspection.analysis_tables import as_json, summary
+from scale_prune.preflight.inputs import read_inputs
 from scale_prune.zero3 import Runtime
 
 pytestmark = pytest.mark.distributed
@@ -202,7 +202,7 @@ def analyze_flags(work: Path, output: Path, *more: str) -> list[str]:
 def run_of(work: Path, folder: Path) -> Path:
     """Return what a run leaves: a smaller model, and which neurons it kept of the dense one."""
     from scale_prune.core.compaction import compact_model
-    from scale_prune.families import unit_groups
+    from scale_prune.models.families import unit_groups
 
     model: Any = AutoModelForCausalLM.from_pretrained(work / "model")
     keep = {group.name: torch.arange(5) for group in unit_groups(model)}

@@ -13,8 +13,8 @@ from command import arguments, errors_of, make_work, outcome
 from distributed import run_ranks
 from safetensors.torch import load_file, save_file
 
-from scale_prune.checkpoint_state import SHAPE, problem_of
-from scale_prune.ds_config import BUILTIN
+from scale_prune.checkpoint.schema import SHAPE, problem_of
+from scale_prune.config.ds_config import BUILTIN
 
 pytestmark = pytest.mark.distributed
 

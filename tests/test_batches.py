@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_prune.batches import TokenBlocks, training_batches, validation_batches
-from scale_prune.tasks.language_modelling import fingerprint
+from scale_prune.data.batches import TokenBlocks, training_batches, validation_batches
+from scale_prune.tasks.language_modeling import fingerprint
 
 BLOCK = 3
 BATCH = 12

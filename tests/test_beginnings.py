@@ -6,8 +6,8 @@ import pytest
 from models import BLANKS, tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from scale_prune.beginnings import adds_bos, bos_of, continuing, with_bos
-from scale_prune.embedded import train_tokenizer
+from scale_prune.data.beginnings import adds_bos, bos_of, continuing, with_bos
+from scale_prune.data.embedded import train_tokenizer
 
 
 def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

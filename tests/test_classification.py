@@ -17,9 +17,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from scale_prune import evaluate
-from scale_prune.embedded import train_tokenizer
-from scale_prune.rows import Text, say
+from scale_prune.commands import evaluate
+from scale_prune.data.embedded import train_tokenizer
+from scale_prune.data.rows import Text, say
 from scale_prune.tasks.label_metrics import measured
 from scale_prune.tasks.labels import Labels, of_rows
 

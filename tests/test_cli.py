@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from scale_prune import analyze, comparison, evaluate, sweep
-from scale_prune.cli import parse, parse_some, user_errors
-from scale_prune.config import Config
-from scale_prune.sweep_cells import read_sweep
+from scale_prune.commands import analyze, evaluate
+from scale_prune.config.command_line import parse, parse_some, user_errors
+from scale_prune.config.settings import Config
+from scale_prune.study import comparison, sweep
+from scale_prune.study.cells import read_sweep
 
 CRITERIA = ("gum", "movement", "random")
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +210,7 @@ def test_what_is_no_mistake_of_the_user_passes_through() -> None:
 @pytest.mark.parametrize(("rank", "variable", "traceback"), [(0, "", False), (0, "1", True), (1, "1", True)])
 def test_a_whole_process_shows_the_traceback_only_when_asked(rank: int, variable: str, traceback: bool) -> None:
     code = (
-        "from scale_prune.cli import parse, user_errors\n"
+        "from scale_prune.config.command_line import parse, user_errors\n"
         f"with user_errors({rank}):\n    parse(['--remainin', '1'], criteria=['gum'])"
     )
     environment = {"SCALE_PRUNE_TRACEBACK": variable, "PYTHONPATH": str(ROOT)}

@@ -6,7 +6,7 @@ from models import LAYERS, logits, mask_units, random_keep, tiny_model, tokens
 from torch import nn
 
 from scale_prune.core.compaction import compact_model, pad_units, resize_group, select_units, set_members
-from scale_prune.families import FAMILIES, unit_groups
+from scale_prune.models.families import FAMILIES, unit_groups
 
 WIDTHS = (5, 13, 1)
 

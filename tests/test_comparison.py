@@ -12,9 +12,10 @@ import pytest
 from command import errors_of
 from outcomes import outcome_of
 
-from scale_prune.comparison import find, main, read
-from scale_prune.comparison_rows import PLAIN, FinishedRun, labels, ratio_of, rows_of, spread
-from scale_prune.config import Config
+from scale_prune.commands.compare import main
+from scale_prune.config.settings import Config
+from scale_prune.study.comparison import find, read
+from scale_prune.study.rows import PLAIN, FinishedRun, labels, ratio_of, rows_of, spread
 
 BASE = {"model": "/models/tiny", "train_file": "/text/train.txt", "validation_file": "/text/validation.txt"}
 
@@ -259,5 +260,6 @@ def test_any_tells_models_apart(tmp_path: Path) -> None:
 
 
 def test_the_command_needs_neither_torch_nor_deepspeed() -> None:
-    code = "import scale_prune.comparison, sys; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & {*sys.modules}))"
+    heavy = {"torch", "deepspeed", "transformers"}
+    code = f"import scale_prune.commands.compare, sys; sys.exit(bool({heavy} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

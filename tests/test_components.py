@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from scale_prune import compact, save
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.low_rank import svd_factors
 from scale_prune.zero3.runtime import load_model, training_engine
 

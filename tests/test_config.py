@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from scale_prune.config import Config, concerns
-from scale_prune.settings import Range, describe
+from scale_prune.config.setting import Range, describe
+from scale_prune.config.settings import Config, concerns
 
 SPECS: list[Field[Any]] = [spec for concern in concerns().values() for spec in fields(concern)]
 NAN, INFINITY = float("nan"), float("inf")

@@ -9,13 +9,13 @@ from memory_backend import InMemoryBackend, token_blocks, train
 from models import VOCABULARY, tiny_model, tokens
 from torch import Tensor
 
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import Member, Role, UnitGroup, UnitLayout
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.shards import shard_bounds
 from scale_prune.criteria import CRITERIA, Criterion, Moment, ShardView, State, with_defaults
-from scale_prune.families import unit_groups
-from scale_prune.pruner import Pruner
+from scale_prune.models.families import unit_groups
+from scale_prune.pruning.pruner import Pruner
 
 GROUPS = tuple(
     UnitGroup(name=f"layers.{layer}.mlp", layer=layer, num_units=width, members=(), output="")

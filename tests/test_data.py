@@ -19,12 +19,12 @@ from models import BLANKS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from scale_prune.beginnings import continuing
-from scale_prune.config import DataConfig
-from scale_prune.data import check_length, prepare, token_stream
-from scale_prune.embedded import END_OF_TEXT, train_tokenizer
-from scale_prune.holdout import neighbors, stratified
-from scale_prune.rows import SPLITS, Split, load_text
+from scale_prune.config.settings import DataConfig
+from scale_prune.data.beginnings import continuing
+from scale_prune.data.embedded import END_OF_TEXT, train_tokenizer
+from scale_prune.data.holdout import neighbors, stratified
+from scale_prune.data.rows import SPLITS, Split, load_text
+from scale_prune.data.text import check_length, prepare, token_stream
 
 DOCUMENTS = ["A first one.", "", "NA", "2020", 'two\nlines, "quoted"', "  null ", "größer ≥ 7 🌲", "A first one."]
 LINES = ["A first one.\n", "\n", " page\x0cbreak \n", "line\u2028separator\n", "2020\n", "no newline at the end"]
@@ -229,7 +229,7 @@ def test_rows_are_held_out_where_no_validation_text_is_given(tmp_path: Path, cap
     lines = [f"line {number}\n" for number in range(41)]
     file = tmp_path / "text.txt"
     file.write_text("".join(lines))
-    with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
+    with caplog.at_level(logging.WARNING, logger="scale_prune.data.rows"):
         train, held_out = (load_text(DataConfig(dataset=str(file)), split) for split in SPLITS)
     assert held_out.rows["text"][:] == lines[36:38]
     assert train.rows["text"][:] == lines[:36] + lines[38:]
@@ -286,7 +286,7 @@ def test_labels_of_which_none_can_be_held_out(labels: list[str], tmp_path: Path)
 def test_other_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = ("train", "dev", "test", "validation_matched")
     datasets.DatasetDict(dict.fromkeys(names, as_dataset())).save_to_disk(tmp_path / "glue")
-    with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
+    with caplog.at_level(logging.WARNING, logger="scale_prune.data.rows"):
         load_text(DataConfig(dataset=str(tmp_path / "glue")), "train")
     told, held_out = (record.message for record in caplog.records)
     assert told.endswith("glue, dev, test, validation_matched are not used; only train and validation are")
@@ -298,7 +298,7 @@ def test_rows_that_say_that_they_have_no_label_are_left_out(tmp_path: Path, capl
     rows = datasets.Dataset.from_dict({"text": list("abcdef"), "label": [0, -1, 1, 1, -1, 0]})
     rows.cast_column("label", label).to_parquet(tmp_path / "nli.parquet")
     file = str(tmp_path / "nli.parquet")
-    with caplog.at_level(logging.WARNING, logger="scale_prune.rows"):
+    with caplog.at_level(logging.WARNING, logger="scale_prune.data.rows"):
         found = load_text(DataConfig(train_file=file, validation_file=file), "train", ("text",), "label")
     assert "".join(found.rows["text"]) == "acdf"
     assert [found.number(row) for row in range(4)] == [1, 3, 4, 6]

@@ -6,8 +6,8 @@ from memory_backend import steady_model, token_blocks
 from models import VOCABULARY
 from torch import Tensor
 
-from scale_prune.batches import IGNORED
-from scale_prune.distillation import token_divergence
+from scale_prune.core.divergence import token_divergence
+from scale_prune.core.perplexity import IGNORED
 
 B, T, V = 3, 7, 11
 

@@ -12,10 +12,10 @@ from test_end_to_end import BAD, content, files
 from test_families import BLOOM
 from transformers import AutoConfig, AutoTokenizer
 
-from scale_prune import analyze, evaluate
+from scale_prune.commands import analyze, evaluate
 from scale_prune.core.schedule import Schedule
-from scale_prune.embedded import train_tokenizer
-from scale_prune.families import register
+from scale_prune.data.embedded import train_tokenizer
+from scale_prune.models.families import register
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from scale_prune.cli import parse
-from scale_prune.config import Config
-from scale_prune.ds_config import BUILTIN, effective_learning_rate, load, precision, resolve
-from scale_prune.ds_limits import REFUSED, get
+from scale_prune.config.command_line import parse
+from scale_prune.config.ds_config import BUILTIN, effective_learning_rate, load, precision, resolve
+from scale_prune.config.ds_limits import REFUSED, get
+from scale_prune.config.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 CRITERIA = ("gum", "magnitude", "movement", "random", "sensitivity", "soft_movement")

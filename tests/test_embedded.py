@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scale_prune import embedded
-from scale_prune.embedded import END_OF_TEXT, SHORT, build, corpus
+from scale_prune.data import embedded
+from scale_prune.data.embedded import END_OF_TEXT, SHORT, build, corpus
 
 FEW = {"vocab_size": 300, "max_documents": 31}
 

@@ -8,11 +8,11 @@ import torch
 from models import VOCABULARY, logits, tiny_model, tokens
 from torch import nn
 
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.low_rank import svd_factors
-from scale_prune.embedding import Cluster, cluster_groups, cluster_sizes, put_clusters
-from scale_prune.units import embedding_names, sketch_units
+from scale_prune.models.embedding import Cluster, cluster_groups, cluster_sizes, put_clusters
+from scale_prune.pruning.units import embedding_names, sketch_units
 
 COUNTS = torch.tensor([5, 0, 9, 1, 1, 30, 2, 0])
 ZIPF = torch.tensor([10**9 // (token + 1) for token in range(101)])

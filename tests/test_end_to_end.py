@@ -36,9 +36,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from scale_prune import run
 from scale_prune.core.selection import select
-from scale_prune.stop import LOST_CONTACT
+from scale_prune.run import run
+from scale_prune.system.exits import LOST_CONTACT
 
 pytestmark = pytest.mark.distributed
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from models import LAYERS, WIDTH, compacted, tiny_config, tiny_model
 
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.criteria import CRITERIA, with_defaults
-from scale_prune.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
-from scale_prune.families import FAMILIES, unit_groups
-from scale_prune.job import Job
-from scale_prune.rehearsal import Rehearsal, rehearse
+from scale_prune.models.families import FAMILIES, unit_groups
+from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
+from scale_prune.preflight.job import Job
+from scale_prune.preflight.rehearsal import Rehearsal, rehearse
 
 BLOCK = 13
 DS_CONFIG: dict[str, Any] = {

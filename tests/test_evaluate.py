@@ -11,11 +11,11 @@ from distributed import run_ranks
 from models import tiny_config, tiny_model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scale_prune import evaluate
-from scale_prune.cli import user_errors
-from scale_prune.families import FAMILIES
-from scale_prune.finished_models import names_of
-from scale_prune.latency import describe, speeds
+from scale_prune.commands import evaluate
+from scale_prune.config.command_line import user_errors
+from scale_prune.inspection.finished_models import names_of
+from scale_prune.inspection.latency import describe, speeds
+from scale_prune.models.families import FAMILIES
 
 pytestmark = pytest.mark.distributed
 

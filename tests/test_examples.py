@@ -12,11 +12,11 @@ from memory_backend import steady_model
 from models import BLANKS, VOCABULARY, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from scale_prune.config import Config
-from scale_prune.embedded import train_tokenizer
-from scale_prune.evaluation import negative_log_likelihood
-from scale_prune.forms import with_templates
-from scale_prune.rows import Text
+from scale_prune.config.settings import Config
+from scale_prune.core.perplexity import negative_log_likelihood
+from scale_prune.data.embedded import train_tokenizer
+from scale_prune.data.forms import with_templates
+from scale_prune.data.rows import Text
 from scale_prune.tasks.examples import Examples, collate, prepare, training_steps, validation_batches
 
 BATCH = 12

@@ -34,11 +34,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scale_prune.config_files import write_tokenizer
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import Kind
-from scale_prune.export import FACTORIZED_FILE, LAYOUTS, MODELING_FILE, check_layout, named_state, resolve_layout
-from scale_prune.families import FAMILIES, Family, register, unit_groups
+from scale_prune.export.config_files import write_tokenizer
+from scale_prune.export.layouts import (
+    FACTORIZED_FILE,
+    LAYOUTS,
+    MODELING_FILE,
+    check_layout,
+    named_state,
+    resolve_layout,
+)
+from scale_prune.models.families import FAMILIES, Family, register, unit_groups
 
 NEW_FAMILY = Family(
     model_types=("persimmon",),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BloomConfig
 from transformers.pytorch_utils import Conv1D
 
-from scale_prune.export import check_width_key
-from scale_prune.families import (
+from scale_prune.export.layouts import check_width_key
+from scale_prune.models.families import (
     FAMILIES,
     Family,
     classifies,

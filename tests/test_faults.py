@@ -13,9 +13,9 @@ import pytest
 from command import arguments, finish, launch, make_work, outcome, pids_of, report_of, wait_until
 from distributed import run_ranks, start_ranks
 
-from scale_prune import run
-from scale_prune.checkpoint import newest_first
-from scale_prune.stop import STOPPED
+from scale_prune.checkpoint.folder import newest_first
+from scale_prune.run import run
+from scale_prune.system.exits import STOPPED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 

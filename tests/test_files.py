@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scale_prune.checkpoint import newest_first, set_newer_aside
-from scale_prune.export import LAYOUTS, named_state
-from scale_prune.families import unit_groups
-from scale_prune.folders import UNFINISHED, complete_or_absent
-from scale_prune.report import write_atomically
+from scale_prune.checkpoint.folder import newest_first, set_newer_aside
+from scale_prune.export.layouts import LAYOUTS, named_state
+from scale_prune.models.families import unit_groups
+from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

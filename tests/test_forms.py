@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from scale_prune.config import TaskConfig
-from scale_prune.forms import FORMS, Template, columns_of, with_templates
+from scale_prune.config.settings import TaskConfig
+from scale_prune.data.forms import FORMS, Template, columns_of, with_templates
 
 ROW = {"a": "one", "b c": "two {x}", "d:e": ["x", "y"], "n": 7, "none": None}
 

@@ -8,14 +8,14 @@ from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, t
 from models import VOCABULARY, logits, prepared_units, tiny_model, tokens
 from transformers import PreTrainedModel
 
-from scale_prune.batches import training_batches
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core import hard_concrete
 from scale_prune.core.groups import remaining_fraction
 from scale_prune.criteria import CRITERIA, GatedCriterion
 from scale_prune.criteria.flop import Flop
-from scale_prune.gates import Gates
-from scale_prune.pruner import Pruner
+from scale_prune.data.batches import training_batches
+from scale_prune.models.gates import Gates
+from scale_prune.pruning.pruner import Pruner
 
 STEPS = 11
 BLOCKS = token_blocks(VOCABULARY)
@@ -293,7 +293,7 @@ def test_remaining_counts_parameters() -> None:
 
 
 def test_a_criterion_of_components_wants_factorised_weights() -> None:
-    from scale_prune.units import units_of
+    from scale_prune.pruning.units import units_of
 
     with pytest.raises(ValueError, match=r"'flop' removes components, but no weight .* scale_prune\.prepare"):
         units_of(tiny_model("gpt_neo"), PruningConfig(criterion="flop"))

@@ -16,10 +16,10 @@ from models import WIDTHS, export, random_keep
 from outcomes import outcome_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from scale_prune import evaluate
+from scale_prune.commands import evaluate
 from scale_prune.core.compaction import compact_model
-from scale_prune.families import unit_groups
-from scale_prune.harness import as_table
+from scale_prune.inspection.harness import as_table
+from scale_prune.models.families import unit_groups
 
 pytestmark = pytest.mark.distributed
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_run_is_named(work: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_missing_package_is_named(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
-    monkeypatch.delitem(sys.modules, "scale_prune.lm_eval_tasks", raising=False)
+    monkeypatch.delitem(sys.modules, "scale_prune.inspection.lm_eval_tasks", raising=False)
     code, stderr = outcome_of(evaluate.main, *flags(work, "--lm_eval", "next_word"))
     (error,) = errors_of(stderr)
     assert code == 2

@@ -1,4 +1,4 @@
-"""The house rules: which part may import which, and which packages stay in one place."""
+"""The house rules: rooms, which of them may import which, and which packages stay in one room."""
 
 import ast
 import sys
@@ -6,50 +6,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 
 import scale_prune
 
 ROOT = Path(scale_prune.__file__).parent
 
-# From the ground up. A part, which is a module or a package, imports itself and what stands on lower lines.
-LAYERS = (
-    {"settings", "config_files", "modeling_per_layer", "modeling_factorized"},
-    {"config"},
-    {"forms", "recipes", "ds_limits", "folders", "labels", "latency", "seconds", "stop", "text_files", "holdout"},
-    {"core", "cli", "ds_config", "files", "batches", "evaluation", "monitor", "comparison_rows", "beginnings"},
-    {"checkpoint_state", "comparison_figures", "criteria", "families", "report", "rows", "embedded", "job", "slices"},
-    {"factorized"},
-    {"embedding"},
-    {"export_factors"},
-    {"shard_backend", "data", "export", "estimate", "rehearsal", "comparison", "gates"},
-    {"gating", "activations", "sweep_cells"},
-    {"zero3", "pruner", "sweep"},  # on one line: pruning knows a shard backend, not DeepSpeed
-    {"pruner_state", "units"},
-    {"inputs", "api", "checkpoint", "distillation", "ranks"},
-    {"finished_models", "output", "resume", "tasks", "model_writer", "analysis"},
-    {"quality"},
-    {"run", "dry_run"},
-    {"train", "analysis_report"},
-    {"analysis_figures", "lm_eval_tasks"},
-    {"analyze", "harness"},
-    {"evaluate"},
-)
 # Copied into exported folders, where there is no scale_prune.
-ALONE = ("modeling_per_layer", "modeling_factorized")
+ALONE = ("models/modeling_per_layer", "models/modeling_factorized")
 
 ONLY_IN = {
     "deepspeed": {"zero3"},
-    "datasets": {"rows", "text_files"},
-    "pyarrow": {"rows", "text_files"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "tokenizers": {"data"},
     "sacrebleu": {"tasks"},
     "scipy": {"tasks"},
     "sklearn": {"tasks"},
     "rouge_score": {"tasks"},
-    "torch.utils.tensorboard": {"monitor"},
-    "tqdm": {"monitor"},
-    "tokenizers": {"embedded"},
-    "lm_eval": {"lm_eval_tasks"},
-    "matplotlib": {"analysis_figures", "comparison_figures"},
+    "torch.utils.tensorboard": {"run"},
+    "tqdm": {"run"},
+    "lm_eval": {"inspection"},
+    "matplotlib": {"inspection", "study"},
 }
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -78,23 +56,16 @@ def inside(name: str, package: str) -> bool:
     return f"{name}.".startswith(f"{package}.")
 
 
-def own_parts(path: Path) -> set[str]:
-    """Return the parts of scale_prune that a file imports."""
-    names = [name.split(".") for name in imports(path) if inside(name, "scale_prune")]
-    return {name[1] for name in names if len(name) > 1} - {"__version__"}
+def test_imports_run_down_from_floor_to_floor() -> None:
+    assert lint_imports(config_filename=str(ROOT.parent / "pyproject.toml"), no_cache=True) == 0
 
 
-def test_every_part_stands_on_one_layer() -> None:
-    parts = [part for layer in LAYERS for part in layer]
-    assert sorted(parts) == sorted({part_of(path) for path in FILES})
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_layer_imports_only_from_layers_below(path: Path) -> None:
-    part = part_of(path)
-    height = next((height for height, layer in enumerate(LAYERS) if part in layer), 0)
-    below = set().union(*LAYERS[:height])
-    assert own_parts(path) <= below | {part}
+def test_rooms_are_few_and_have_faces_that_are_taken_in_at_a_glance() -> None:
+    rooms = [path for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert len(rooms) <= 16
+    assert len([path for path in ROOT.glob("*.py") if path.name != "__init__.py"]) <= 2
+    for room in rooms:
+        assert len((room / "__init__.py").read_text(encoding="utf-8").splitlines()) <= 20, room
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -130,4 +101,4 @@ def test_the_front_door_imports_nothing_at_once() -> None:
     assert [type(node).__name__ for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)] == [
         "ImportFrom"
     ]
-    assert own_parts(ROOT / "__init__.py") == {"api"}
+    assert [name for name in imports(ROOT / "__init__.py") if inside(name, "scale_prune")] == ["scale_prune.api"]

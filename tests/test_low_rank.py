@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from scale_prune.core.low_rank import generator_of, random_factors, saves, svd_factors
-from scale_prune.factorized import FactorizedLinear
+from scale_prune.models.factorized import FactorizedLinear
 
 SHAPES = [(7, 13), (13, 7), (11, 11)]
 

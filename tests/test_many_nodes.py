@@ -9,7 +9,7 @@ import pytest
 from command import ROOT, arguments, make_work, report_of, wait_until
 from two_nodes import Node, NotPermittedError, deepspeed_command, torchrun_command, two_nodes
 
-from scale_prune.stop import LOST_CONTACT
+from scale_prune.system.exits import LOST_CONTACT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 

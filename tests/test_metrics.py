@@ -6,7 +6,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from scale_prune.forms import FORMS
+from scale_prune.data.forms import FORMS
 from scale_prune.tasks.metrics import METRICS, bleu, chrf, exact_match, normalised, rouge
 
 WRITTEN = ["Alimentum is a place in the city.", "The Eagle serves food", "Nothing alike here at all."]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scale_prune.monitor import Monitor
+from scale_prune.run.monitor import Monitor
 
 
 def test_scores_of_any_size_have_a_histogram(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from models import VOCABULARY, tiny_model, tokens
 from torch import Tensor
 from torch.func import functional_call
 
-from scale_prune.batches import training_batches
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import UnitGroup, UnitLayout
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.similarity import Similarity
 from scale_prune.criteria import CRITERIA, Criterion, Moment, ShardView, State, with_defaults
-from scale_prune.families import unit_groups
-from scale_prune.pruner import Pruner
+from scale_prune.data.batches import training_batches
+from scale_prune.models.families import unit_groups
+from scale_prune.pruning.pruner import Pruner
 
 SCHEDULE = Schedule(total_steps=11, target=0.5, warmup_fraction=0.2, cooldown_fraction=0.3)
 SIZES = (7, 13, 2, 5)

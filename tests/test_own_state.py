@@ -13,7 +13,7 @@ from memory_backend import train
 from torch import Tensor
 
 from scale_prune import attach, compact, load_state, save, save_state
-from scale_prune.pruner import Pruner
+from scale_prune.pruning.pruner import Pruner
 from scale_prune.zero3.runtime import training_engine
 
 pytestmark = pytest.mark.distributed

@@ -11,11 +11,11 @@ from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, t
 from models import LAYERS, VOCABULARY, WIDTH, prepared_units, tiny_model
 from torch import Tensor
 
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import Member, UnitGroup
 from scale_prune.criteria import CRITERIA, Criterion, ShardView, unused
-from scale_prune.families import unit_groups
-from scale_prune.pruner import Pruner
+from scale_prune.models.families import unit_groups
+from scale_prune.pruning.pruner import Pruner
 
 STEPS = 11
 M = LAYERS * WIDTH

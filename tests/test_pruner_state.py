@@ -10,12 +10,12 @@ from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, t
 from models import VOCABULARY, prepared_units
 from torch import Tensor
 
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.criteria import CRITERIA
-from scale_prune.pruner import Pruner
-from scale_prune.pruner_state import facts_of, pruner_slices, restore
-from scale_prune.slices import SliceReader, write_slices
-from scale_prune.units import units_of
+from scale_prune.pruning.pruner import Pruner
+from scale_prune.pruning.state import facts_of, pruner_slices, restore
+from scale_prune.pruning.units import units_of
+from scale_prune.system.slices import SliceReader, write_slices
 
 STEPS, CUT = 11, 5
 BLOCKS = token_blocks(VOCABULARY)

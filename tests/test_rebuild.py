@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from scale_prune import attach, compact, save
 from scale_prune.core.compaction import select_units
 from scale_prune.core.groups import UnitGroup
-from scale_prune.families import FAMILIES, auto_model, classifies, unit_groups
+from scale_prune.models.families import FAMILIES, auto_model, classifies, unit_groups
 from scale_prune.zero3 import Zero3Backend, num_parameters
 from scale_prune.zero3.runtime import load_model, training_engine
 

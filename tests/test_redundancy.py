@@ -7,14 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_prune.core.redundancy import (
-    Products,
-    explained_variance,
-    has_similar,
-    mean_absolute,
-    nearest,
-    sample_units,
-)
+from scale_prune.core.redundancy import Products, explained_variance, has_similar, mean_absolute, nearest, sample_units
 
 T, N = 41, 13
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from scale_prune.report import as_markdown, tenths, write_report
+from scale_prune.run.report import as_markdown, tenths, write_report
 
 
 def report(exported: float) -> dict[str, Any]:

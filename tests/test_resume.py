@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from scale_prune import evaluate
-from scale_prune.checkpoint import Checkpoint
-from scale_prune.config import Config
-from scale_prune.resume import check_model_and_text, filled_from
-from scale_prune.stop import STOPPED
-from scale_prune.train import main
+from scale_prune.checkpoint.choice import filled_from
+from scale_prune.checkpoint.folder import Checkpoint
+from scale_prune.checkpoint.run_state import check_model_and_text
+from scale_prune.commands import evaluate
+from scale_prune.commands.prune import main
+from scale_prune.config.settings import Config
+from scale_prune.system.exits import STOPPED
 
 pytestmark = pytest.mark.distributed
 
@@ -195,7 +196,7 @@ def test_offloaded_state_in_bf16_goes_on_bit_for_bit(work: Path) -> None:
 
 def stopping(flags: list[str], step: int) -> tuple[int, str]:
     """Run the command, and send rank 0 alone the scheduler's warning in the middle of a step."""
-    from scale_prune import run
+    from scale_prune.run import run
 
     make_step = run.Run._step
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.core.shards import FlatSlice, shard_bounds
-from scale_prune.slices import SliceReader, portions, write_slices
+from scale_prune.system.slices import SliceReader, portions, write_slices
 
 TENSORS = {
     "weights": torch.randn(101, generator=torch.Generator().manual_seed(0)),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from command import ROOT, arguments, make_work, report_of, wait_until
 
-from scale_prune.checkpoint import newest_first
-from scale_prune.stop import STOPPED
+from scale_prune.checkpoint.folder import newest_first
+from scale_prune.system.exits import STOPPED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 

@@ -17,9 +17,9 @@ import yaml
 from command import BATCH, BLOCK, ROOT, errors_of, make_work, report_of, wait_until
 from outcomes import outcome_of
 
-from scale_prune.stop import STOPPED
-from scale_prune.sweep import main
-from scale_prune.sweep_cells import read_sweep
+from scale_prune.commands.sweep import main
+from scale_prune.study.cells import read_sweep
+from scale_prune.system.exits import STOPPED
 
 # In place of a launcher and the run behind it. Seed 1 takes long and saves itself on SIGTERM, seed 2 can fail.
 STANDS_IN = """

@@ -8,7 +8,7 @@ from distributed import run_ranks
 from memory_backend import steady_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scale_prune.embedded import train_tokenizer
+from scale_prune.data.embedded import train_tokenizer
 
 pytestmark = pytest.mark.distributed
 

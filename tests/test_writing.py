@@ -14,8 +14,8 @@ from models import tiny_model, tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from scale_prune import evaluate
-from scale_prune.config import TaskConfig
+from scale_prune.commands import evaluate
+from scale_prune.config.settings import TaskConfig
 from scale_prune.tasks.generation import complete, neutral
 from scale_prune.tasks.metrics import bleu
 from scale_prune.zero3 import Runtime

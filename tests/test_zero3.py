@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from scale_prune import attach, save
-from scale_prune.config import PruningConfig
+from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.selection import budget
 from scale_prune.criteria import CRITERIA
-from scale_prune.pruner import Pruner
+from scale_prune.pruning.pruner import Pruner
 from scale_prune.zero3 import Zero3Backend
 from scale_prune.zero3.runtime import load_model, training_engine
 

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.config import PruningConfig
-from scale_prune.core.groups import Kind, Member, Role, UnitGroup, UnitSpan
-from scale_prune.core.low_rank import full_rank
-from scale_prune.core.schedule import Schedule
-from scale_prune.core.selection import select
-from scale_prune.core.shards import unit_sum
+from scale_prune.core import Kind, Member, Role, Schedule, UnitGroup, UnitSpan, full_rank, select, unit_sum
 
 Need = Literal["weight", "grad", "activation", "gate"]
 State = dict[str, Tensor]

@@ -10,10 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scale_prune.core.groups import Kind, UnitGroup
-from scale_prune.core.low_rank import full_rank
-from scale_prune.core.schedule import Schedule
-from scale_prune.core.selection import budget
+from scale_prune.core import Kind, Schedule, UnitGroup, budget, full_rank
 from scale_prune.criteria.base import OF_COMPONENTS, Criterion
 
 

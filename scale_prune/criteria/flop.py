@@ -21,11 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scale_prune.core import hard_concrete
-from scale_prune.core.adam import adam_step
-from scale_prune.core.groups import Kind, UnitGroup, UnitSpan
-from scale_prune.core.low_rank import generator_of
-from scale_prune.core.schedule import Schedule
+from scale_prune.core import Kind, Schedule, UnitGroup, UnitSpan, adam_step, generator_of, hard_concrete
 from scale_prune.criteria.base import OF_COMPONENTS, GatedCriterion, Moment, State
 
 SPREAD = 0.01

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scale_prune.core.groups import UnitSpan
-from scale_prune.core.low_rank import generator_of
+from scale_prune.core import UnitSpan, generator_of
 from scale_prune.criteria.base import Criterion, State
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scale_prune.core.groups import UnitSpan
+from scale_prune.core import UnitSpan
 from scale_prune.criteria.base import Criterion, Moment, ShardView, State
 
 

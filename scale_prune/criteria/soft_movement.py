@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from scale_prune.core.groups import UnitGroup
-from scale_prune.core.schedule import Schedule
+from scale_prune.core import Schedule, UnitGroup
 from scale_prune.criteria.base import Moment
 from scale_prune.criteria.movement import Movement
 

@@ -17,11 +17,20 @@ from torch.nn.functional import kl_div, log_softmax, mse_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from scale_prune.batches import dealt
 from scale_prune.config import Config
-from scale_prune.forms import Template, columns_of, templates_of
-from scale_prune.inputs import SELF, Inputs, check_tokens
-from scale_prune.rows import Split, Text, load_text, tokenised
+from scale_prune.data import (
+    SELF,
+    Inputs,
+    Split,
+    Template,
+    Text,
+    check_tokens,
+    columns_of,
+    dealt,
+    load_text,
+    templates_of,
+    tokenised,
+)
 from scale_prune.tasks.examples import refuse_empty, selected, short_enough
 from scale_prune.tasks.label_metrics import measured
 from scale_prune.tasks.labels import Labels, of_model, of_rows

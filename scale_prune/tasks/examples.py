@@ -20,11 +20,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from scale_prune.batches import IGNORED, dealt
-from scale_prune.beginnings import bos_of, continuing
 from scale_prune.config import Config
-from scale_prune.forms import Template, columns_of, templates_of
-from scale_prune.rows import Split, Text, Tokens, load_text, tokenised
+from scale_prune.core import IGNORED
+from scale_prune.data import (
+    Split,
+    Template,
+    Text,
+    Tokens,
+    bos_of,
+    columns_of,
+    continuing,
+    dealt,
+    load_text,
+    templates_of,
+    tokenised,
+)
 from scale_prune.tasks.task import MicroBatch, Step
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from scale_prune.rows import Text, say
+from scale_prune.data import Text, say
 
 DEFAULT_NAME = "LABEL_{}"
 """How transformers calls the classes of a config that does not name them."""

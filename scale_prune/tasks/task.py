@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from scale_prune.distillation import token_divergence
-from scale_prune.evaluation import perplexity
-from scale_prune.inputs import Inputs
+from scale_prune.core import perplexity, token_divergence
+from scale_prune.data import Inputs
 from scale_prune.zero3 import Runtime
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.config import TaskConfig
-from scale_prune.forms import FORMS, templates_of
-from scale_prune.inputs import Inputs, check_tokens
-from scale_prune.rows import Split
+from scale_prune.data import FORMS, Inputs, Split, check_tokens, templates_of
 from scale_prune.tasks.examples import Examples, prepare, training_steps, validation_batches
 from scale_prune.tasks.generation import complete
 from scale_prune.tasks.metrics import METRICS

@@ -1,7 +1,9 @@
 """Everything that touches DeepSpeed: processes, engines, shards in and out, and the rebuild after compaction."""
 
 from scale_prune.zero3.backend import Zero3Backend, num_parameters
+from scale_prune.zero3.prepare import prepare_units
+from scale_prune.zero3.randomness import random_state, set_random_state
+from scale_prune.zero3.ranks import joined, launched_as
 from scale_prune.zero3.rebuild import compact_engine
-from scale_prune.zero3.runtime import Runtime
-
-__all__ = ["Runtime", "Zero3Backend", "compact_engine", "num_parameters"]
+from scale_prune.zero3.runtime import Runtime, inference_engine, load_model, precision, release, training_engine
+from scale_prune.zero3.teacher import Teacher

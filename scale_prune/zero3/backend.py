@@ -15,13 +15,12 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Zero
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
-from scale_prune.core.groups import Member, UnitGroup
-from scale_prune.core.shards import expand_to_shard, shard_bounds
+from scale_prune.core import Member, UnitGroup, expand_to_shard, shard_bounds
 from scale_prune.criteria import ShardView
 
 
 class Zero3Backend:
-    """The shards of one engine on this rank; see `scale_prune.shard_backend.ShardBackend`.
+    """The shards of one engine on this rank; see `scale_prune.pruning.backend.ShardBackend`.
 
     Args:
         engine: a DeepSpeed engine with ZeRO stage 3 and an optimizer.

@@ -17,7 +17,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
-from scale_prune.ds_limits import get
+from scale_prune.config import get
 
 # What DeepSpeed takes out of the parameters of Adam before it makes one.
 OF_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}

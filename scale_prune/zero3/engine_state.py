@@ -18,7 +18,7 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scale_prune.core.shards import FlatSlice, shard_bounds
+from scale_prune.core import FlatSlice, shard_bounds
 from scale_prune.zero3.backend import Zero3Backend
 
 MASTER = "master"

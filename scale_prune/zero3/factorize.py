@@ -11,9 +11,9 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from scale_prune.core.low_rank import generator_of, random_factors, svd_factors
-from scale_prune.embedding import Cluster, put_clusters
-from scale_prune.factorized import full_shape, put_factors
+from scale_prune.core import generator_of, random_factors, svd_factors
+from scale_prune.models import full_shape, put_clusters, put_factors
+from scale_prune.models.embedding import Cluster
 
 Factors = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
 """(name, (D_out, D_in) weight, C) -> down (C, D_in) and up (D_out, C), float32."""

@@ -14,9 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from scale_prune.core.compaction import select_units, set_members
-from scale_prune.core.groups import Member, UnitGroup
-from scale_prune.core.shards import shard_bounds
+from scale_prune.core import Member, UnitGroup, select_units, set_members, shard_bounds
 from scale_prune.zero3.backend import Zero3Backend
 from scale_prune.zero3.engine_state import MASTER, facts_of, kinds_of, local_slice, restore, trained
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
 
-from scale_prune.families import auto_model, classifies
+from scale_prune.models import auto_model, classifies
 from scale_prune.zero3.ds_check import refusal
 
 KIBIBYTE = 1024

@@ -1,0 +1,295 @@
+"""Checkpoints: a folder that is whole or invisible, written by all ranks, read by any number of them.
+
+    checkpoints/step-00000100/
+        rank-00000-0000.safetensors ...   each rank's slices, see scale_prune.system.slices
+        state.json                        everything that is the same on all ranks
+        manifest.json                     size and SHA-256 of every other file
+
+All ranks write into `step-00000100.partial`; rank 0 renames it when everything is on disk. So all ranks must see one
+disk. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_prune.checkpoint.schema import problem_of
+from scale_prune.core import FlatSlice
+from scale_prune.system import appears, name_beside, sync, write_atomically
+from scale_prune.system.slices import SliceReader, portions, write_slices
+from scale_prune.zero3 import Runtime
+
+FOLDER = "checkpoints"
+NEWEST = "newest"
+NAME = r"step-\d{8,}"
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+FILE_BYTES = 2**30
+AT_MOST = 30  # checkpoints that are tried
+PATIENCE = 60.0  # seconds that a shared disk may take to show a file to another node
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be used; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest and state could be read.
+
+    Attributes:
+        folder: where it is.
+        state: what was the same on all ranks.
+        files: (size in bytes, SHA-256) by name.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that had been made."""
+        return int(self.state["step"])
+
+    @property
+    def compacted(self) -> bool:
+        """True where the removed units were gone from the model."""
+        return self.step > int(self.state["pruner"]["step"])
+
+    def reader(self) -> SliceReader:
+        """Open the slices of all ranks."""
+        return SliceReader(sorted(self.folder / name for name in self.files if name.endswith(".safetensors")))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def newest_first(output: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, the one with the most steps first."""
+    found = [path for path in (output / FOLDER).glob("step-*") if re.fullmatch(NAME, path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read what a checkpoint says of itself, and see that its files have their sizes; their contents are not read.
+
+    Raises:
+        DamagedError: a file is missing, has another size, cannot be read or lies outside the folder, or it is no
+            checkpoint at all.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise DamagedError(f"{MANIFEST} has the format {manifest.get('format')}, this version reads {FORMAT}")
+    try:
+        files = {name: (int(each["bytes"]), str(each["sha256"])) for name, each in manifest["files"].items()}
+        own_state = {STATE: files[STATE]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST} does not say which files there are") from error
+    for name, (size, _) in files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            raise DamagedError(f"{name} is not a file of its own folder")
+        if not path.is_file():
+            raise DamagedError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedError(f"{name} has {path.stat().st_size} bytes, not {size}")
+    _check_contents(folder, own_state)
+    state = _read_json(folder / STATE)
+    if problem := problem_of(state):
+        raise DamagedError(f"{STATE} {problem}")
+    return Checkpoint(folder, state, files)
+
+
+def newest_whole(output: Path, runtime: Runtime, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return a run's newest checkpoint that is whole, None where there is none. A collective.
+
+    Args:
+        output: the run's folder.
+        runtime: the ranks; they share the reading of the files, rank 0 decides which checkpoints there are.
+        say: is told of those that are damaged.
+
+    Raises:
+        ValueError: there are checkpoints, but none is whole.
+    """
+    names = [path.name for path in newest_first(output)][:AT_MOST]
+    problems = []
+    for name in runtime.gather_texts(" ".join(names))[0].split():
+        folder = output / FOLDER / name
+        problem = damage(folder, runtime)
+        if problem is None:
+            return open_checkpoint(folder)
+        problems.append(f"checkpoint {folder} is damaged: {problem}")
+        say(f"{problems[-1]}; trying the one before it")
+    if problems:
+        raise ValueError(
+            f"no checkpoint in {output / FOLDER} is whole, the newest: {problems[0]}; "
+            "to start anew, give --overwrite without --resume"
+        )
+    return None
+
+
+def damage(folder: Path, runtime: Runtime) -> str | None:
+    """Compare all files with the manifest, and return what is wrong with the checkpoint. A collective.
+
+    Every rank reads its part of the files.
+    """
+
+    def check() -> None:
+        checkpoint = open_checkpoint(folder)
+        own = sorted(checkpoint.files.items())[runtime.rank :: runtime.world_size]
+        _check_contents(folder, dict(own))
+
+    return next(filter(None, _problems(check, runtime)), None)
+
+
+def set_newer_aside(output: Path, step: int) -> None:
+    """Rename checkpoints of later steps, which the run that goes on from `step` will not come to as they are."""
+    for path in newest_first(output):
+        if int(path.name.removeprefix("step-")) > step:
+            _abandon(path)
+
+
+def _abandon(folder: Path) -> None:
+    aside = folder.with_name(f"{folder.name}.abandoned")
+    folder.rename(name_beside(folder, "abandoned") if os.path.lexists(aside) else aside)
+
+
+def _check_contents(folder: Path, files: dict[str, tuple[int, str]]) -> None:
+    for name, (_, expected) in files.items():
+        if _sha256(folder / name) != expected:
+            raise DamagedError(f"the contents of {name} are not what was written")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedError(f"{path.name} is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path.name} is not an object")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def save(
+    output: Path, *, state: dict[str, Any], slices: Iterable[tuple[str, FlatSlice]], runtime: Runtime, keep: int
+) -> Path:
+    """Write a checkpoint and remove the oldest ones. A collective.
+
+    Args:
+        output: the run's folder, on a disk that all ranks see.
+        state: what is the same on all ranks, for JSON; "step" is the number of steps that were made.
+        slices: this rank's slices; taken one at a time, FILE_BYTES of them are held at once.
+        runtime: the ranks.
+        keep: newest checkpoints that stay, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: a rank cannot write, e.g. because the disk is full; the earlier checkpoints are as they were.
+    """
+    folder = output / FOLDER / f"step-{state['step']:08d}"
+    partial = folder.with_name(f"{folder.name}.partial")
+
+    def begin() -> None:
+        for leftover in (output / FOLDER).glob("*.partial"):
+            if re.fullmatch(NAME, leftover.stem):
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        write_atomically(partial / STATE, json.dumps(state, allow_nan=False))
+        files = {STATE: _entry(partial / STATE)}
+        for rank in range(runtime.world_size):
+            files |= _sums_of(partial, rank)
+        write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync(partial)
+        if os.path.lexists(folder):  # no run comes to a step twice, so it is not of this one
+            _abandon(folder)
+        partial.rename(folder)
+        sync(folder.parent)
+
+    try:
+        _together("begin", begin if runtime.is_main else None, runtime, folder)
+        _together("write", lambda: _write_own(partial, runtime.rank, slices), runtime, folder)
+        _together("finish", finish if runtime.is_main else None, runtime, folder)
+    except ValueError:
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if runtime.is_main:
+        for old in newest_first(output)[keep:]:
+            _remove(old)
+    return folder
+
+
+def _write_own(partial: Path, rank: int, slices: Iterable[tuple[str, FlatSlice]]) -> None:
+    entries = {}
+    for number, portion in enumerate(portions(slices, FILE_BYTES)):
+        path = partial / f"rank-{rank:05d}-{number:04d}.safetensors"
+        write_slices(path, portion)
+        sync(path)
+        entries[path.name] = _entry(path)
+    write_atomically(partial / f"rank-{rank:05d}.json", json.dumps(entries))
+
+
+def _sums_of(partial: Path, rank: int) -> dict[str, Any]:
+    """Return what a rank says of its files, and remove the note."""
+    note = partial / f"rank-{rank:05d}.json"
+    if not appears(note, PATIENCE):
+        raise FileNotFoundError(f"{note} of rank {rank} is not on the disk that rank 0 sees")
+    entries: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    note.unlink()
+    return entries
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; it is invisible before the first of its files is gone."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _together(what: str, work: Callable[[], None] | None, runtime: Runtime, folder: Path) -> None:
+    """Do a part of the writing on the ranks that have one; if it fails anywhere, all ranks raise."""
+    failed = {rank: problem for rank, problem in enumerate(_problems(work or (lambda: None), runtime)) if problem}
+    if failed:
+        rank, problem = next(iter(failed.items()))
+        whole = ", ".join(path.name for path in newest_first(folder.parents[1])) or "none"
+        raise ValueError(
+            f"checkpoint {folder} cannot be written, rank {rank} fails to {what}: {problem}; all ranks need to see one "
+            f"--output_dir with free space. Earlier checkpoints are as they were: {whole}"
+        )
+
+
+def _problems(work: Callable[[], None], runtime: Runtime) -> list[str]:
+    """Do this rank's work and return what went wrong with it on every rank, "" where nothing did. A collective."""
+    problem = ""
+    try:
+        work()
+    except (OSError, DamagedError) as error:
+        problem = str(error)
+    if not any(runtime.gather_numbers(float(bool(problem)))):
+        return [""] * runtime.world_size
+    return runtime.gather_texts(problem)

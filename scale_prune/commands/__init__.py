@@ -1,0 +1,1 @@
+"""The commands, one a module, each with `main(argv)`: parse, call, print."""

@@ -1,0 +1,182 @@
+"""The command that measures finished models: `launch/evaluate.py --model FOLDER [--task TASK] [--latency]`."""
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from scale_prune.config import CLASSIFICATION, parse_some, user_errors
+from scale_prune.data import Inputs
+from scale_prune.inspection import add_models, harness, positive, read_models, speeds
+from scale_prune.system import versions, write_atomically
+from scale_prune.tasks import make_task
+from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
+
+SETTINGS = (
+    *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "bos", "eval_tokens"),
+    *("task", "prompt_template", "completion_template", "label_column", "long_examples"),
+    *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
+    *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
+)
+DESCRIPTION = "Measure how good models are at a task on validation data, and how fast they generate."
+SPEED = {
+    "prefill_ms": "prefill, ms",
+    "ms_per_token": "a token, ms",
+    "tokens_per_second": "tokens a second",
+    "parameters": "parameters",
+    "flops_per_token": "FLOPs a token",
+    "weight_bytes": "bytes of weights",
+    "peak_bytes": "peak bytes",
+}
+"""What the table calls the numbers of a model's speed."""
+
+LM_EVAL = "lm_eval"
+RESULT = ("baseline", "models", "flags", "versions")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `launch/evaluate.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    rank, world_size = launched_as()
+    with user_errors(rank):
+        with redirect_stdout(None if rank else sys.stdout):
+            config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+        _check_output(own)
+        inputs = read_models(own, config, explicit, world_size, "validation", needs_groups=False)
+        if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:
+            asked = "--latency" if own.latency else "--lm_eval"
+            raise ValueError(f"{asked} needs models that write text, not encoders of --task {CLASSIFICATION}")
+        if own.latency:
+            _check_positions(inputs, own)
+        tasks = harness.tasks_of(own, world_size)
+        with joined(rank) as runtime:
+            report: dict[str, dict[str, Any]] = {name: _measured(each, runtime) for name, each in inputs.items()}
+            if tasks is not None:
+                for name, each in inputs.items():
+                    report[name][LM_EVAL] = tasks.measure(each, runtime)
+            if own.latency and runtime.is_main:
+                _add_speeds(report, inputs, own, runtime.device)
+            if runtime.is_main:
+                _write(report, inputs, own)
+            runtime.barrier()
+
+
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own flags."""
+    add_models(parser)
+    parser.add_argument("--latency", action="store_true", help="measure speed too, all models by turns, on rank 0")
+    parser.add_argument("--batch", type=positive, default=1, help="prompts at once; default: 1")
+    parser.add_argument("--prompt_tokens", type=positive, default=64, help="tokens of a prompt; default: 64")
+    parser.add_argument("--new_tokens", type=positive, default=32, help="tokens generated after it; default: 32")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each model, the median counts; default: 5")
+    harness.add_flags(parser)
+    output = "JSON file for the results; default: they are only printed"
+    parser.add_argument("--output", type=expanduser, metavar="FILE", help=output)
+
+
+def _check_output(own: argparse.Namespace) -> None:
+    """Refuse to write the results over anything but earlier ones."""
+    if own.output is None or not os.path.lexists(own.output):
+        return
+    file = Path(own.output)
+    try:
+        earlier = file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() >= set(RESULT)
+    except (OSError, ValueError, AttributeError):
+        earlier = False
+    if not earlier:
+        raise ValueError(f"--output {own.output} is there already and no earlier result; give another name")
+
+
+def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
+    """Refuse to generate past a model's positions."""
+    for name, each in inputs.items():
+        positions = getattr(each.model_config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and own.prompt_tokens + own.new_tokens > positions:
+            raise ValueError(
+                f"--prompt_tokens {own.prompt_tokens} and --new_tokens {own.new_tokens} are more than the {positions} "
+                f"positions of {name}"
+            )
+
+
+def _measured(inputs: Inputs, runtime: Runtime) -> dict[str, float | None]:
+    training = inputs.config.training
+    task = make_task(inputs, runtime, ("validation",))
+    model = load_model(
+        str(training.model),
+        inputs.ds_config,
+        trust_remote_code=training.trust_remote_code,
+        config=task.model_config,
+    )
+    engine = inference_engine(model, inputs.ds_config)
+    found = task.measure(engine, thorough=True)
+    release(engine)
+    return {"perplexity": found.perplexity, **found.metrics}
+
+
+def _add_speeds(
+    report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace, device: torch.device
+) -> None:
+    """Load every model whole on one device and measure them in turns."""
+    gc.collect()
+    models = {}
+    for name, each in inputs.items():
+        training = each.config.training
+        models[name] = AutoModelForCausalLM.from_pretrained(
+            str(training.model), dtype=precision(each.ds_config), trust_remote_code=training.trust_remote_code
+        )
+        models[name].eval().to(device)
+    vocabulary = min(each.model_config.get_text_config().vocab_size for each in inputs.values())
+    measured = speeds(
+        models,
+        vocabulary=vocabulary,
+        batch=own.batch,
+        prompt=own.prompt_tokens,
+        new_tokens=own.new_tokens,
+        rounds=own.rounds,
+    )
+    for name, speed in measured.items():
+        report[name] |= speed.summary(own.batch)
+
+
+def _write(report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
+    baseline = next(iter(inputs)) if own.baseline else None
+    table = as_table(report, baseline)
+    if own.output:
+        bos = {name: each.begins_with_bos for name, each in inputs.items()}
+        contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True)) | {"bos": bos}
+        Path(own.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
+    print(f"\n{table}")
+    if own.lm_eval:
+        print(harness.as_table({name: each[LM_EVAL] for name, each in report.items()}))
+
+
+def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:
+    """Lay the models out, one row each; with a baseline its ratios stand in brackets."""
+    metrics = [key for each in report.values() for key in each if key not in (*SPEED, LM_EVAL)]
+    columns = {key: key for key in metrics} | SPEED
+    shown = [key for key in columns if any(each.get(key) is not None for each in report.values())]
+    lines = [f"| model | {' | '.join(columns[key] for key in shown)} |", "|---|" + "---:|" * len(shown)]
+    for name, each in report.items():
+        cells = [_cell(each.get(key), report[baseline].get(key) if baseline else None) for key in shown]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if baseline:
+        lines += ["", f"In brackets: ratio to {baseline}."]
+        if "prefill_ms" in shown:
+            lines += ["At best prefill follows the FLOPs, and a token of a small batch the bytes of the weights."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return ""
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+    return f"{number} ({value / dense:.3f})" if dense else number

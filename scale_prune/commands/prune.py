@@ -1,0 +1,44 @@
+"""One run from the command line to the report: read, fine-tune and prune, compact, export, measure.
+
+inputs -> sharded model -> engine + pruner -> loop -> smaller engine -> recovery -> pruned/ -> re-load -> report
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+
+from scale_prune.checkpoint import filled_from, glance
+from scale_prune.config import dry_run_ranks, load, parse, user_errors
+from scale_prune.criteria import CRITERIA, check_uniqueness
+from scale_prune.preflight import check_output, check_same, dry_run, fill_in, goes_on, is_complete, read_inputs
+from scale_prune.run import embedded_default, prune
+from scale_prune.zero3 import joined, launched_as
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `launch/prune.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    rank, world_size = launched_as()
+    with user_errors(rank):
+        ranks = dry_run_ranks(argv, world_size)
+        if ranks is not None:
+            raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))
+        with redirect_stdout(None if rank else sys.stdout):  # --help once, not once a rank
+            config, explicit = parse(argv, criteria=tuple(CRITERIA))
+        fill_in(config)
+        load(config.training.ds_config)
+        check_output(config)
+        checkpoint = glance(config)
+        if goes_on(config) and is_complete(config):
+            with redirect_stdout(None if rank else sys.stdout):
+                print(f"the run in {config.output.output_dir} is complete, there is nothing to go on with", flush=True)
+            return
+        if checkpoint is None:
+            check_uniqueness(config.pruning)
+        if config.training.model is not None:
+            inputs = read_inputs(filled_from(checkpoint, config), explicit, world_size)
+            if checkpoint is not None:
+                check_same(checkpoint, inputs)
+        with joined(rank, config.training.collective_timeout) as runtime:
+            if config.training.model is None:
+                config = embedded_default(config, explicit, runtime)
+            prune(config, explicit, runtime)

@@ -1,0 +1,48 @@
+"""The command that runs a grid of settings."""
+
+import argparse
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+
+from scale_prune.config import parse_some, user_errors
+from scale_prune.study.cells import Cell, read_sweep
+from scale_prune.study.sweep import _time_left, run_all
+
+DESCRIPTION = "Run a grid of settings, one ordinary run a cell; start it again to go on where it was interrupted."
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `launch/sweep.py`; the exit code is 1 where cells failed, 75 where it was stopped, 2 for a user's mistake."""
+    with user_errors(rank=0):
+        own = parse_some(argv, (), DESCRIPTION, add_own)[2]
+        cells = read_sweep(own.recipe)
+        if own.list:
+            print(listing(cells))
+            return
+        launcher = shlex.split(own.launcher)
+        if not launcher or shutil.which(launcher[0]) is None:
+            raise ValueError(f"--launcher {own.launcher} is not a command that can be found")
+        raise SystemExit(run_all(cells, launcher))
+
+
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own flags."""
+    add = parser.add_argument
+    add("recipe", type=os.path.expanduser, metavar="RECIPE", help="YAML file of settings, lists are axes of the grid")
+    add("--launcher", default="deepspeed", help="what starts launch/prune.py; default: deepspeed")
+    add("--list", action="store_true", help="print the cells, and which are done; run nothing")
+
+
+def listing(cells: Sequence[Cell]) -> str:
+    """Return a line for each cell, and one for all."""
+    left = [cell for cell in cells if not cell.is_done]
+    lines = [f"{_state(cell):5}  {cell.folder}" for cell in cells]
+    return "\n".join([*lines, f"{len(cells) - len(left)} of {len(cells)} done; {_time_left(cells, left)}"])
+
+
+def _state(cell: Cell) -> str:
+    if cell.is_done:
+        return "done"
+    return "begun" if cell.is_begun else "to do"

@@ -1,0 +1,357 @@
+"""Every setting of a run: frozen keyword-only dataclasses, one per concern.
+
+A field's declaration is its documentation, in `--help` and here: what it is, its unit, its range, its default. The same
+range is what the field is checked against. `Config` joins the concerns; `scale_prune.config.command_line` turns flags
+and recipes into one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from scale_prune.config.setting import BLOCKS, POSITIVE, Range, Settings, setting
+
+EMBEDDING = "embedding"
+TARGETS = ("mlp", "attention", EMBEDDING)
+CLASSIFICATION = "classification"
+TASKS = ("lm", "text_to_sql", "summarization", "data_to_text", CLASSIFICATION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    """Which text, and how it is cut."""
+
+    dataset: str | None = setting(
+        None,
+        "data set: a local file (txt, jsonl, csv, parquet, each also .gz), a `datasets` folder, or a hub name",
+        otherwise="text that comes with Python",
+        is_path=True,
+    )
+    dataset_config: str | None = setting(
+        None, "configuration of a hub data set, e.g. wikitext-103-raw-v1", otherwise="the data set's own"
+    )
+    train_file: str | None = setting(
+        None, "file with the training text", otherwise="the training split of --dataset", is_path=True
+    )
+    validation_file: str | None = setting(
+        None, "file with the validation text", otherwise="the validation split of --dataset", is_path=True
+    )
+    text_column: str = setting("text", "column that holds the text")
+    block_size: int = setting(128, "tokens in a block, at most the model's positions", Range(2))
+    bos: str = setting(
+        "auto",
+        "begin each block and prompt with the tokenizer's BOS token: always, never, or auto, as the tokenizer does by "
+        "itself; classification takes the tokenizer's special tokens",
+        choices=("auto", "always", "never"),
+    )
+    eval_tokens: int = setting(
+        0, "validation tokens used for perplexity, from the start of the stream, 0 takes all", Range(0)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_tokens == 1:
+            raise ValueError("--eval_tokens 1 predicts nothing, give at least 2, or 0 for all")
+        if self.dataset_config is not None and self.dataset is None:
+            raise ValueError(f"--dataset_config {self.dataset_config} belongs to a --dataset, which is not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(Settings):
+    """What the model learns to do with the data, and how that is measured."""
+
+    task: str = setting(
+        "lm",
+        "lm: running text; text_to_sql, summarization, data_to_text: a prompt and its completion on each row, of which "
+        "the completion is learnt, generated and compared with the row's own; classification: a text and its label, "
+        "for encoders such as BERT",
+        choices=TASKS,
+    )
+    prompt_template: str | None = setting(
+        None,
+        r"the prompt of a row, with {column} where a column's value goes; \n is a new line",
+        otherwise="the task's own (see README)",
+    )
+    completion_template: str | None = setting(
+        None, "what follows the prompt, before the end-of-text token", otherwise="the task's own (see README)"
+    )
+    label_column: str | None = setting(
+        None,
+        "column with the label of a text: texts or whole numbers are classes, other numbers are predicted",
+        otherwise="label for classification",
+    )
+    long_examples: str = setting(
+        "refuse",
+        "what becomes of examples with more tokens than block_size: refuse ends the run, drop leaves them out",
+        choices=("refuse", "drop"),
+    )
+    eval_examples: int | None = setting(
+        None,
+        "validation examples that the metrics are taken from, from the first on, 0 takes all",
+        Range(0),
+        otherwise="200 where text is generated, else all",
+    )
+    max_new_tokens: int = setting(64, "tokens generated at most for one prompt", Range(1))
+    num_beams: int = setting(1, "beams of the search for a completion, 1 is greedy", Range(1))
+    generation_batch_size: int | None = setting(
+        None, "prompts that a rank completes at once", BLOCKS, otherwise="as micro_batch_size"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompt_template", "completion_template"):
+            if self.task == "lm" and getattr(self, name) is not None:
+                raise ValueError(f"--{name} belongs to a task with prompts, --task lm reads running text")
+        if self.task == CLASSIFICATION and self.completion_template is not None:
+            raise ValueError("--completion_template belongs to a task with completions, not to --task classification")
+        if self.task != CLASSIFICATION and self.label_column is not None:
+            raise ValueError(f"--label_column belongs to --task classification, not to {self.task}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig(Settings):
+    """What is pruned, by which criterion, how fast."""
+
+    criterion: str = setting("gum", "rule that scores neurons")
+    scope: str | None = setting(
+        None,
+        "rank all neurons of the model together (global), or within each layer's MLP (per_group)",
+        choices=("global", "per_group"),
+        otherwise="global for gum, else per_group",
+    )
+    remaining: float = setting(
+        0.5, "fraction of the neurons that is kept at the end, 1 is plain fine-tuning", Range(0, 1, "(]")
+    )
+    warmup_fraction: float = setting(
+        0.1, "fraction of the steps that stay dense before pruning starts", Range(0, 1, "[)")
+    )
+    cooldown_fraction: float = setting(0.3, "fraction of the steps after the target is reached", Range(0, 1, "[)"))
+    update_every: int = setting(1, "steps between two updates of the masks", Range(1))
+    score_learning_rate: float = setting(1e-2, "learning rate of the movement scores", POSITIVE)
+    score_optimizer: str = setting("adam", "optimizer of the movement scores", choices=("adam", "sgd"))
+    regularization: float | None = setting(
+        None, "weight lambda_f of the score penalty", Range(0), otherwise="the criterion's own (see README)"
+    )
+    uniqueness: float | None = setting(
+        None,
+        "weight lambda_gum of the similarity inside the score penalty",
+        Range(0),
+        otherwise="the criterion's own (see README)",
+    )
+    similarity: str = setting(
+        "batch",
+        "batch: keep N numbers a group (smoothed row sums); running: keep N*N sums of products, sharded by rows",
+        choices=("batch", "running"),
+    )
+    similarity_every: int = setting(10, "steps between two samples of activations", Range(1))
+    similarity_tokens: int = setting(1024, "tokens in one sample, over all ranks", Range(2, 1_000_000, "[]"))
+    similarity_weight: float = setting(0.999, "weight of the newest sample in the similarity", Range(0, 1, "(]"))
+    min_kept: int = setting(1, "neurons that every layer keeps under scope global", Range(1))
+    width_multiple: int = setting(1, "final widths are rounded to multiples of this many neurons", Range(1))
+    targets: str = setting(
+        "mlp", "weights that are factorised where components are removed: any of mlp, attention, embedding, with commas"
+    )
+    factors: str = setting(
+        "svd", "where factors come from: the pretrained weights (svd) or chance (random)", choices=("svd", "random")
+    )
+    initial_rank: int | None = setting(
+        None, "components that a factorised weight has at the start", Range(1), otherwise="its full rank"
+    )
+    embedding_clusters: int = setting(
+        4, "clusters of tokens, by how often they occur in training, that the target embedding is cut into", Range(1)
+    )
+    tie_embeddings: bool = setting(
+        False, "insist that the output of the model shares the target embedding; without it that is as the model has it"
+    )
+    gate_learning_rate: float | None = setting(
+        None,
+        "learning rate of the gates",
+        POSITIVE,
+        otherwise="what moves a gate by 20 (flop, neuron_l0) or 0.5 (flop_agp) while the target is approached",
+    )
+    lambda_learning_rate: float | None = setting(
+        None,
+        "learning rate of the multipliers that hold the gates' budget",
+        POSITIVE,
+        otherwise="what moves them by 40 (flop) or 20 (neuron_l0) while the target is approached",
+    )
+    target_warmup_fraction: float = setting(
+        0.4,
+        "fraction of the steps, after the dense ones, over which the gates' budget falls to its target",
+        Range(0, 1, "[]"),
+    )
+    initial_drop_rate: float = setting(
+        0.05, "probability of a closing gate at the start, pretrained weights want a small one", Range(0, 1, "()")
+    )
+    gate_l1: float = setting(0.0, "weight of the mean absolute gate in the loss, for flop_agp", Range(0))
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The targets one by one."""
+        return tuple(self.targets.split(","))
+
+    @property
+    def linear_targets(self) -> tuple[str, ...]:
+        """The targets that are linear maps of the layers."""
+        return tuple(target for target in self.target_names if target != EMBEDDING)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for target in self.target_names:
+            if target not in TARGETS or self.target_names.count(target) > 1:
+                raise ValueError(
+                    f"--targets {self.targets} is not valid, give some of {', '.join(TARGETS)}, each once, with commas"
+                )
+        if self.warmup_fraction + self.cooldown_fraction > 1:
+            raise ValueError(
+                f"--warmup_fraction {self.warmup_fraction} and --cooldown_fraction {self.cooldown_fraction} "
+                f"leave no steps to prune in, their sum must be at most 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Settings):
+    """Which model, and how it is fine-tuned."""
+
+    ds_config: str | None = setting(
+        None,
+        'DeepSpeed configuration with ZeRO stage 3, values may be "auto": a JSON file or the name of one in ds_configs',
+        otherwise="zero3_cpu",
+        is_path=True,
+    )
+    model: str | None = setting(
+        None,
+        "Hugging Face folder or hub name",
+        otherwise="a small GPT-Neo that is built and trained here",
+        is_path=True,
+    )
+    max_steps: int = setting(300, "optimizer steps of fine-tuning with pruning", Range(1))
+    recovery_steps: int = setting(0, "optimizer steps after compaction", Range(0))
+    train_batch_size: int | None = setting(
+        None,
+        "blocks in one optimizer step, over all ranks",
+        BLOCKS,
+        otherwise="what --micro_batch_size makes, else 16, or the next number that the ranks divide",
+    )
+    micro_batch_size: int | None = setting(
+        None, "blocks in one forward pass of a rank", BLOCKS, otherwise="what the other two batch sizes leave"
+    )
+    gradient_accumulation_steps: int | None = setting(
+        None,
+        "forward passes of a rank in one optimizer step",
+        BLOCKS,
+        otherwise="what the other two batch sizes leave, else 1",
+    )
+    learning_rate: float = setting(5e-4, "peak learning rate of the weights", POSITIVE)
+    weight_decay: float = setting(0.01, "weight decay of the weights", Range(0))
+    lr_warmup_fraction: float = setting(
+        0.1, "fraction of the steps over which the learning rate rises", Range(0, 1, "[)")
+    )
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm, 0 turns clipping off", Range(0))
+    precision: str = setting(
+        "fp32", 'fills bf16.enabled and fp16.enabled where they are "auto"', choices=("fp32", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    seed: int = setting(0, "seed of data order, dropout and random scores", Range(0, 2**32 - 1, "[]"))
+    collective_timeout: float = setting(
+        1800.0, "seconds that a rank waits for the others before it gives them up", Range(0, 31_536_000, "(]")
+    )
+    trust_remote_code: bool = setting(False, "run code that comes with the model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig(Settings):
+    """What the model learns beside the text."""
+
+    teacher: str | None = setting(
+        None,
+        "dense model to learn from: Hugging Face folder or hub name, or self for the model as it was loaded",
+        otherwise="no distillation",
+        is_path=True,
+    )
+    distill_alpha: float = setting(
+        0.5, "weight of the divergence from the teacher, the text has 1 - this", Range(0, 1, "(]")
+    )
+    distill_temperature: float = setting(
+        2.0, "temperature that flattens both distributions in the divergence", POSITIVE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(Settings):
+    """Where results go, in which form."""
+
+    output_dir: str = setting(
+        "out", "folder for everything that the run writes, must not hold a run already", is_path=True
+    )
+    overwrite: bool = setting(False, "replace the run that output_dir holds, once the new one is complete")
+    layout: str | None = setting(
+        None,
+        "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
+        "needs trust_remote_code)",
+        choices=("uniform", "pad", "per_layer"),
+        otherwise="per_layer for scope global and for components, else uniform",
+    )
+    eval_every: int = setting(
+        0, "steps between two evaluations while training, 0 evaluates only before and after", Range(0)
+    )
+    log_every: int = setting(10, "steps between two points in TensorBoard", Range(1))
+    tensorboard: bool = setting(True, "write TensorBoard events to output_dir/tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """What a killed run can go on from."""
+
+    save_every: int = setting(0, "optimizer steps between two checkpoints, 0 saves only on SIGTERM", Range(0))
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept, older ones are removed", Range(1))
+    resume: str | None = setting(
+        None,
+        "go on from a checkpoint: its folder, or without a value the newest whole one of output_dir; where there is "
+        "none yet the run starts from the beginning",
+        bare="newest",
+        otherwise="start a new run",
+        is_path=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    pruning: PruningConfig = PruningConfig()
+    training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    output: OutputConfig = OutputConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """Build from settings by their flags' names, the inverse of `flat`; absent names take their defaults.
+
+        Raises:
+            ValueError: a name is not a setting's, or a value is not valid.
+        """
+        if unknown := values.keys() - cls().flat().keys():
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return cls(
+            **{
+                concern: kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+                for concern, kind in concerns().items()
+            }
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its flag's name, without the leading dashes."""
+        return {f.name: getattr(part, f.name) for part in self.parts() for f in fields(part)}  # type: ignore[arg-type]  # every subclass is a dataclass
+
+    def parts(self) -> tuple[Settings, ...]:
+        """Return the concerns."""
+        return self.data, self.task, self.pruning, self.training, self.distillation, self.output, self.checkpoint
+
+
+def concerns() -> dict[str, Any]:
+    """Return the class of each concern by its name in `Config`."""
+    return {spec.name: spec.type for spec in fields(Config)}

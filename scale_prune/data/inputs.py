@@ -1,0 +1,70 @@
+"""What a run reads, once it is known to be usable."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from scale_prune.config import CLASSIFICATION, Config
+from scale_prune.data.beginnings import bos_of
+
+SELF = "self"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A run's inputs, all of them usable.
+
+    Attributes:
+        config: the settings, with scope, layout and bos filled in.
+        ds_config: a DeepSpeed configuration without "auto" values.
+        model_config: the model's own configuration.
+        tokenizer: the model's tokenizer.
+        validation: what the validation text is, in words.
+    """
+
+    config: Config
+    ds_config: dict[str, Any]
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    validation: str = ""
+
+    @property
+    def bos(self) -> int | None:
+        """The token that blocks and prompts begin with, if there is one."""
+        return bos_of(self.config.data.bos, self.tokenizer)
+
+    @property
+    def begins_with_bos(self) -> bool | None:
+        """Whether blocks and prompts begin with a BOS token; None for labelled texts, which have special tokens."""
+        return None if self.config.task.task == CLASSIFICATION else self.bos is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Blocks in one optimizer step, over all ranks."""
+        return int(self.ds_config["train_batch_size"])
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks in one forward pass of a rank."""
+        return int(self.ds_config["train_micro_batch_size_per_gpu"])
+
+
+def check_tokens(largest: Mapping[str, int], inputs: Inputs) -> None:
+    """Refuse a text with tokens that the model has no embedding for, as under the tokenizer of another model.
+
+    Args:
+        largest: the largest token of each text.
+        inputs: the model.
+
+    Raises:
+        ValueError: there are such tokens.
+    """
+    vocabulary = getattr(inputs.model_config.get_text_config(), "vocab_size", None)
+    for split, token in largest.items():
+        if vocabulary is not None and token >= vocabulary:
+            raise ValueError(
+                f"the {split} text has the token {token}, but --model {inputs.config.training.model} "
+                f"knows {vocabulary}; the tokenizer is of another model"
+            )

@@ -1,0 +1,4 @@
+"""The pruned model as a Hugging Face folder."""
+
+from scale_prune.export.card import model_card
+from scale_prune.export.layouts import check_layout, check_width_key, resolve_layout, write_model

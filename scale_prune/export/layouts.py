@@ -1,0 +1,286 @@
+"""The pruned model as a Hugging Face folder, written tensor by tensor, in one of three layouts."""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from scale_prune.core import Kind, UnitGroup, pad_units
+from scale_prune.export.config_files import write_config, write_tokenizer
+from scale_prune.export.factors import Plan, plan_for, stored_factors
+from scale_prune.models import auto_model, classifies, family_of, stock_class, unit_groups
+from scale_prune.system import complete_or_absent
+from scale_prune.system.tensor_files import write_tensors
+
+LAYOUTS = ("uniform", "pad", "per_layer")
+PROBE = 61
+"""A width that no model has by itself."""
+MODELING_FILE = Path(__file__).parents[1] / "models" / "modeling_per_layer.py"
+FACTORIZED_FILE = MODELING_FILE.with_name("modeling_factorized.py")
+
+
+def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str:
+    """Return the layout to write: the one that was asked for, or the usual one.
+
+    Args:
+        layout: "uniform", "pad", "per_layer", or None for the usual one.
+        scope: "global" or "per_group".
+        kind: what is removed; factors of components have a place in "per_layer" alone, and are multiplied out in
+            "uniform".
+
+    Raises:
+        ValueError: the layout is unknown; it is uniform although global ranking leaves layers of different widths; or
+            it is pad although no neurons are removed.
+    """
+    if layout is None:
+        return "per_layer" if kind == "component" or scope == "global" else "uniform"
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
+    if (layout, kind) == ("pad", "component"):
+        raise ValueError(
+            "--layout pad is for layers of different widths, but removing components leaves widths as they are, "
+            "choose --layout per_layer (factors) or uniform (multiplied out)"
+        )
+    if (layout, scope, kind) == ("uniform", "global", "neuron"):
+        raise ValueError(
+            "--layout uniform cannot hold the widths of --scope global, which differ by layer, "
+            "choose --layout pad or per_layer, or --scope per_group"
+        )
+    return layout
+
+
+def check_layout(layout: str, config: PretrainedConfig) -> None:
+    """Make sure, before training, that a model of this kind can be written in a layout.
+
+    Args:
+        layout: "uniform", "pad" or "per_layer".
+        config: the model's config.
+
+    Raises:
+        ValueError: the layout is per_layer and transformers itself has no model class for this config, so
+            that there is no class for the modelling file to build on; or the model belongs to no registered family.
+    """
+    family_of(config)
+    if layout == "per_layer" and stock_class(config) is None:
+        raise ValueError(
+            f"layout 'per_layer' needs a model class of transformers, which has none for {type(config).__name__}; "
+            f"ask for layout 'pad' or 'uniform'"
+        )
+
+
+def check_width_key(model: PreTrainedModel) -> None:
+    """Make sure, before training, that the config decides about the width, by which a pruned model is built again.
+
+    Args:
+        model: the model to prune, with or without weights; only its config and class are read.
+
+    Raises:
+        ValueError: MLPs are not built as wide as the family's `width_key` says, as where the width is fixed.
+    """
+    family, config = family_of(model.config), copy.deepcopy(model.config)
+    _forget_per_layer(config)
+    setattr(config, family.width_key, PROBE)
+    try:
+        with torch.device("meta"):
+            widths = {group.num_units for group in unit_groups((stock_class(config) or type(model))(config))}
+        problem = "" if widths == {PROBE} else f"MLPs have {sorted(widths)} neurons"
+    except Exception as error:  # whatever an architecture raises at a width that it cannot have
+        problem = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+    if problem:
+        raise ValueError(
+            f"a pruned {config.model_type} could not be written: built from a config with {PROBE} as "
+            f'"{family.width_key}", {problem}; width_key must name the key that sets how wide the MLPs are, and '
+            f"where none does, neurons cannot be pruned"
+        )
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint of a model in one piece holds: parameters and persistent buffers, tied ones once.
+
+    Args:
+        model: the model.
+
+    Yields:
+        The state-dict name, of tied tensors the first one's, and the tensor, not copied.
+    """
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
+
+
+def write_model(
+    folder: str | os.PathLike[str],
+    *,
+    config: PretrainedConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    groups: Sequence[UnitGroup],
+    layout: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str,
+    is_writer: bool,
+    generation_config: GenerationConfig | None = None,
+    tied_output: str = "",
+    max_shard_bytes: int = 5 * 2**30,
+    replace: bool = False,
+) -> None:
+    """Write a compacted model for `from_pretrained` of the class by which its family is loaded.
+
+    Every rank calls it, since making the tensors is a collective; one writes. No more than one shard is in memory at
+    a time. Other ranks may return before the folder is there.
+
+    Args:
+        folder: the folder to make; must not exist, or be empty, or be one to `replace`.
+        config: the model's config; not changed, its width is not read.
+        tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
+            tensor is copied before the next is asked for.
+        groups: the groups of the compacted model.
+        layout: "uniform": one width, in the config key of the family; "pad": zero neurons up to the widest layer;
+            "per_layer": each layer's own, in `per_layer_config`, with a modelling file for `trust_remote_code`.
+        tokenizer: written along, if there is one.
+        card: the model card, Markdown.
+        is_writer: True on the one rank that writes.
+        generation_config: written along as it is, if there is one.
+        tied_output: name of the output that a clustered embedding is tied to, "" where there is none.
+        max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
+        replace: a folder of this name goes when the new one is complete.
+
+    Raises:
+        ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has no
+            class for the config; the model belongs to no registered family; the folder is not empty (writer only).
+    """
+    plan = plan_for(layout, groups, tied_output) if groups[0].kind == "component" else None
+    written_config = _config_for(layout, config, groups) if plan is None else _factorized_config(layout, config, plan)
+    if not is_writer:
+        for _ in tensors:
+            pass
+        return
+    code = _code_of(written_config)
+    with complete_or_absent(Path(folder), replace=replace) as partial:
+        if plan is None:
+            stored = _in_layout(layout, tensors, groups)
+        else:
+            stored = stored_factors(tensors, groups, plan, transposed=family_of(config).transposed)
+        # The names of files are for the classes of transformers; code that comes with a model gets no translation.
+        names = {} if code is not None else dict(family_of(config).checkpoint_names)
+        written: set[str] = set()
+        named = ((names.get(name, name), tensor) for name, tensor in _noted(stored, written))
+        written_config.dtype = write_tensors(partial, named, max_shard_bytes)
+        if written.intersection(getattr(stock_class(config), "_tied_weights_keys", None) or ()):
+            written_config.tie_word_embeddings = False  # whatever the config says, the model has an output of its own
+        write_config(partial, written_config)
+        if code is not None:
+            (partial / code.name).write_text(_modeling_source(code, config), encoding="utf-8")
+        if generation_config is not None:
+            # Not save_pretrained, which refuses combinations that published models do have.
+            generation_config.to_json_file(partial / "generation_config.json")
+        if tokenizer is not None:
+            write_tokenizer(partial, tokenizer)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, and add their names to `names`."""
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
+
+
+def _config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
+    """Return a copy of the config that tells the widths in the way of the layout."""
+    check_layout(layout, config)
+    widths = {group.layer: group.num_units for group in groups}
+    if layout == "uniform" and len(set(widths.values())) > 1:
+        raise ValueError(
+            f"layout 'uniform' needs layers of one width, but they have {list(widths.values())}; "
+            f"ask for layout 'pad' or 'per_layer'"
+        )
+    config = copy.deepcopy(config)
+    _forget_per_layer(config)
+    setattr(config, family_of(config).width_key, max(widths.values()))
+    stock = stock_class(config)
+    if stock is not None:
+        config.architectures = [stock.__name__]
+    if layout == "per_layer":
+        _tell_per_layer(config, widths)
+    return config
+
+
+def _forget_per_layer(config: PretrainedConfig) -> None:
+    """Undo `_tell_per_layer`, for a model that was pruned before and is pruned again."""
+    config.per_layer_config = None
+    vars(config).pop("serialize_explicit_per_layer_config", None)
+    if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
+        del config.auto_map
+
+
+def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
+    key = family_of(config).width_key
+    config.per_layer_config = {layer: {key: width} for layer, width in widths.items()}
+    # Without it, layers as wide as the widest are left out of config.json.
+    config.serialize_explicit_per_layer_config = True
+    _tell_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
+
+
+def _factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
+    """Return a copy of the config that tells what stays factorised."""
+    check_layout(layout, config)
+    config = copy.deepcopy(config)
+    stock = stock_class(config)
+    if stock is not None:
+        config.architectures = [stock.__name__]
+    if told := plan.settings():
+        config.update(told)
+        _tell_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
+    if plan.cluster_ranks:
+        config.tie_word_embeddings = False  # the output uses the clusters, there is nothing to tie
+    return config
+
+
+def _tell_code(config: PretrainedConfig, file: Path, name: str) -> None:
+    config.architectures = [name]
+    config.auto_map = {auto_model(config).__name__: f"{file.stem}.{name}"}
+
+
+def _code_of(config: PretrainedConfig) -> Path | None:
+    """Return the modelling file that a written config names, if it is one of ours."""
+    told = str(getattr(config, "auto_map", None))
+    return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in told), None)
+
+
+def _modeling_source(file: Path, config: PretrainedConfig) -> str:
+    """Return a modelling file of ours, which is GPT-Neo's, with the names of another family."""
+    family = family_of(config)
+    names = {
+        "AutoModelForCausalLM": auto_model(config).__name__,
+        "A causal language model": "A classifier" if classifies(config) else "A causal language model",
+        "GPTNeoForCausalLM": stock_class(config).__name__,
+        "GPTNeoConfig": type(config).__name__,
+        "transformer.h": family.layers,
+        "intermediate_size": family.width_key,
+    }
+    source = file.read_text(encoding="utf-8")
+    for ours, theirs in names.items():
+        source = source.replace(ours, theirs)
+    return source
+
+
+def _in_layout(
+    layout: str, tensors: Iterable[tuple[str, Tensor]], groups: Sequence[UnitGroup]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield private CPU copies, padded where the layout asks for it."""
+    members = {member.name: member for group in groups for member in group.members}
+    widest = max(group.num_units for group in groups)
+    for name, tensor in tensors:
+        copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        member = members.pop(name, None)
+        if member is not None:
+            assert copied.shape == member.shape, f"{name} is {copied.shape}, its group says {member.shape}"
+            copied = pad_units(copied, widest, member.dim) if layout == "pad" else copied
+        yield name, copied
+    assert not members, f"tensors of {sorted(members)} are missing"

@@ -1,0 +1,352 @@
+"""Where a model family keeps its MLP neurons: a few lines of data each.
+
+To prune another architecture, describe it and register the description:
+
+    register(Family(model_types=("persimmon",), layers="model.layers", mlp="mlp",
+                    inputs=("dense_h_to_4h",), output="dense_4h_to_h", width_key="intermediate_size"))
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from scale_prune.core import Member, Role, UnitGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The names by which models of one kind store their MLPs.
+
+    Attributes:
+        model_types: the `model_type` of the configs that the description fits.
+        layers: dotted name of the list of layers; each is built as `Layer(config, index)`.
+        mlp: name of the MLP within a layer, "" where the projections belong to the layer itself.
+        inputs: names of the projections that make the neurons' activations; two in a gated MLP.
+        output: name of the projection that reads them.
+        width_key: the config's key for the number of neurons of an MLP.
+        transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
+        checkpoint_names: pairs of a name in the state dict and the one in files, where transformers tells them apart.
+        attention: names of the linear projections of attention within a layer.
+        classifies: True for encoders, which classify texts; False for causal language models.
+        spare_positions: rows of the table of positions that are never used, counted from `pad_token_id` on.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str
+    mlp: str
+    inputs: tuple[str, ...]
+    output: str
+    width_key: str
+    transposed: bool = False
+    checkpoint_names: tuple[tuple[str, str], ...] = ()
+    attention: tuple[str, ...] = ()
+    classifies: bool = False
+    spare_positions: bool = False
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known under each of its model types; a later description takes the place of an earlier one.
+
+    Args:
+        family: the description.
+    """
+    FAMILIES.update(dict.fromkeys(family.model_types, family))
+
+
+register(
+    Family(
+        model_types=("gpt_neo",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="intermediate_size",
+        attention=tuple(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("gptj",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("fc_in",),
+        output="fc_out",
+        width_key="n_inner",
+        attention=tuple(f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("gpt2",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="n_inner",
+        transposed=True,
+        attention=("attn.c_attn", "attn.c_proj"),
+    )
+)
+register(
+    Family(
+        model_types=(
+            *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
+            *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "stablelm", "cohere", "cohere2"),
+            *("exaone4", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
+        ),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("gate_proj", "up_proj"),
+        output="down_proj",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("arcee", "apertus", "nemotron"),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("up_proj",),
+        output="down_proj",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("starcoder2",),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
+)
+register(
+    Family(
+        model_types=("phi",),
+        layers="model.layers",
+        mlp="mlp",
+        inputs=("fc1",),
+        output="fc2",
+        width_key="intermediate_size",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
+    )
+)
+register(
+    Family(
+        model_types=("gpt_bigcode",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("c_fc",),
+        output="c_proj",
+        width_key="n_inner",
+        attention=("attn.c_attn", "attn.c_proj"),
+    )
+)
+register(
+    Family(
+        model_types=("codegen",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("fc_in",),
+        output="fc_out",
+        width_key="n_inner",
+        attention=("attn.qkv_proj", "attn.out_proj"),
+    )
+)
+register(
+    Family(
+        model_types=("falcon",),
+        layers="transformer.h",
+        mlp="mlp",
+        inputs=("dense_h_to_4h",),
+        output="dense_4h_to_h",
+        width_key="ffn_hidden_size",
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+    )
+)
+register(
+    Family(
+        model_types=("gpt_neox",),
+        layers="gpt_neox.layers",
+        mlp="mlp",
+        inputs=("dense_h_to_4h",),
+        output="dense_4h_to_h",
+        width_key="intermediate_size",
+        checkpoint_names=(("lm_head.weight", "embed_out.weight"),),
+        attention=("attention.query_key_value", "attention.dense"),
+    )
+)
+register(
+    Family(
+        model_types=("opt",),
+        layers="model.decoder.layers",
+        mlp="",
+        inputs=("fc1",),
+        output="fc2",
+        width_key="ffn_dim",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    )
+)
+
+
+for encoder in ("bert", "electra", "roberta"):
+    register(
+        Family(
+            model_types=(encoder,),
+            layers=f"{encoder}.encoder.layer",
+            mlp="",
+            inputs=("intermediate.dense",),
+            output="output.dense",
+            width_key="intermediate_size",
+            attention=(*(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense"),
+            classifies=True,
+            spare_positions=encoder == "roberta",
+        )
+    )
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family that a model's config belongs to.
+
+    Args:
+        config: the model's config.
+
+    Raises:
+        ValueError: the config's `model_type` belongs to no registered family.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"no family is known for model type {config.model_type!r}; known are {', '.join(sorted(FAMILIES))}; "
+            f"describe another in a few lines with scale_prune.models.families.register(Family(...))"
+        )
+    return FAMILIES[config.model_type]
+
+
+def classifies(config: PretrainedConfig) -> bool:
+    """Tell whether a config is that of an encoder, which classifies; of an unknown family, what its folder holds."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type].classifies
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def auto_model(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads models of a config."""
+    return AutoModelForSequenceClassification if classifies(config) else AutoModelForCausalLM
+
+
+def stock_class(config: PretrainedConfig) -> Any:
+    """Return the model class of transformers for a config, None if it has none."""
+    heads = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if classifies(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return heads.get(type(config), None)
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model can read at once, None where its config does not say."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or config.model_type not in FAMILIES or not FAMILIES[config.model_type].spare_positions:
+        return positions
+    return int(positions - (config.pad_token_id + 1))
+
+
+def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """List a model's linear modules of some kinds, layer by layer.
+
+    Args:
+        model: the model.
+        targets: any of "mlp" and "attention".
+
+    Raises:
+        ValueError: the family has none of a kind, or its description does not fit the model.
+    """
+    family = family_of(model.config)
+    within = {
+        "attention": family.attention,
+        "mlp": tuple(".".join(filter(None, (family.mlp, name))) for name in (*family.inputs, family.output)),
+    }
+    for target in targets:
+        if not within[target]:
+            found = ", ".join(name for name, projections in within.items() if projections)
+            raise ValueError(
+                f"--targets {target}: the family of {model.config.model_type} has no {target}, only {found}"
+            )
+    try:
+        num_layers = len(list(model.get_submodule(family.layers).children()))
+        names = [
+            f"{family.layers}.{layer}.{name}"
+            for layer in range(num_layers)
+            for target in targets
+            for name in within[target]
+        ]
+        for name in names:
+            model.get_submodule(name)
+    except AttributeError as missing:
+        raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
+    return names
+
+
+def unit_groups(model: PreTrainedModel) -> tuple[UnitGroup, ...]:
+    """List the MLP neurons of a model, one group for each layer.
+
+    Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
+
+    Args:
+        model: the model, in one piece or partitioned by ZeRO-3; layers may differ in width.
+
+    Returns:
+        The groups, by layer. A projection without bias has no bias member; the output projection's bias belongs to no
+        neuron and is never a member.
+
+    Raises:
+        ValueError: the model's type belongs to no registered family; or the family's description does not fit the
+            model, because a module has another name or the members differ in their number of neurons.
+    """
+    family = family_of(model.config)
+    try:
+        layers = model.get_submodule(family.layers)
+        return tuple(_group(model, family, index) for index in range(len(list(layers.children()))))
+    except AttributeError as missing:
+        raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
+
+
+def _group(model: nn.Module, family: Family, layer: int) -> UnitGroup:
+    name = ".".join(filter(None, (family.layers, str(layer), family.mlp)))
+    members = tuple(_members(model, family, name))
+    widths = {member.name: member.shape[member.dim] for member in members}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"{family} does not describe a {type(model).__name__}: neurons of {name} counted as {widths}")
+    num_units = next(iter(widths.values()))
+    return UnitGroup(name=name, layer=layer, num_units=num_units, members=members, output=f"{name}.{family.output}")
+
+
+def _members(model: nn.Module, family: Family, mlp: str) -> Iterator[Member]:
+    in_dim, out_dim = (1, 0) if family.transposed else (0, 1)
+    for name in (f"{mlp}.{projection}" for projection in family.inputs):
+        yield _member(model, f"{name}.weight", in_dim, "in")
+        if getattr(model.get_submodule(name), "bias", None) is not None:
+            yield _member(model, f"{name}.bias", 0, "bias")
+    yield _member(model, f"{mlp}.{family.output}.weight", out_dim, "out")
+
+
+def _member(model: nn.Module, name: str, dim: int, role: Role) -> Member:
+    parameter = model.get_parameter(name)
+    # ZeRO-3 leaves a partitioned parameter with the shape (0,) and records the full one here.
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return Member(name=name, shape=shape, dim=dim, role=role)

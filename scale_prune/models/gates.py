@@ -1,0 +1,86 @@
+"""Gates: numbers that the units' activations are multiplied by, one a unit, anew before every step.
+
+They belong to pruning, not to the model: plain tensors, no parameters, known whole by every rank. What a rank's
+backward passes leave in their gradient is its share of every unit's number, M numbers a step, like any other share.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale_prune.core import UnitGroup
+from scale_prune.models.embedding import Cluster
+from scale_prune.models.factorized import FactorizedLinear
+
+GATED = (FactorizedLinear, Cluster)
+"""Modules that multiply by their gates themselves; others get them on what comes in."""
+
+
+class Gate:
+    """The gates of one group, while training and in evaluation; None leaves the activations as they are."""
+
+    def __init__(self) -> None:
+        self.training: Tensor | None = None
+        self.evaluation: Tensor | None = None
+
+    def __call__(self, module: nn.Module) -> Tensor | None:
+        """Return the (N,) gates for a module in its present mode."""
+        return self.training if module.training else self.evaluation
+
+
+class Gates:
+    """The gates of a model.
+
+    Args:
+        module: the model, before or after an engine is made around it.
+        groups: the groups that are gated.
+    """
+
+    def __init__(self, module: nn.Module, groups: Sequence[UnitGroup]) -> None:
+        self.sizes = [group.num_units for group in groups]
+        self.gates = [Gate() for _ in groups]
+        self.holders = [module.get_submodule(group.output) for group in groups]
+        self.handles = [
+            holder.register_forward_pre_hook(_multiplier(gate))
+            for holder, gate in zip(self.holders, self.gates, strict=True)
+            if not isinstance(holder, GATED)
+        ]
+        for holder, gate in zip(self.holders, self.gates, strict=True):
+            if isinstance(holder, GATED):
+                holder.gate = gate
+
+    def put_on(self, training: Tensor | None, evaluation: Tensor | None) -> None:
+        """Use these from now on: (M,) lines over all groups, or None for no gates."""
+        for name, line in (("training", training), ("evaluation", evaluation)):
+            parts = [None] * len(self.sizes) if line is None else line.split(self.sizes)
+            for gate, part in zip(self.gates, parts, strict=True):
+                setattr(gate, name, None if part is None else part.detach().clone())
+        for gate in self.gates:
+            if gate.training is not None:
+                gate.training.requires_grad_()
+
+    def gradient(self) -> Tensor | None:
+        """Return this rank's (M,) gradient with respect to the training gates, None while there are none."""
+        if any(gate.training is None for gate in self.gates):
+            return None
+        values: list[Any] = [gate.training for gate in self.gates]
+        return torch.cat([torch.zeros_like(value) if value.grad is None else value.grad for value in values])
+
+    def remove(self) -> None:
+        """Leave the model without gates."""
+        self.put_on(None, None)
+        for handle in self.handles:
+            handle.remove()
+        for holder in self.holders:
+            if isinstance(holder, GATED):
+                holder.gate = None
+
+
+def _multiplier(gate: Gate) -> Any:
+    def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        values = gate(module)
+        return None if values is None else (args[0] * values.to(args[0].dtype), *args[1:])
+
+    return multiply

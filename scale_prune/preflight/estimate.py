@@ -1,0 +1,290 @@
+"""What a run needs, reckoned before it starts: memory of a rank, bytes between ranks, space on disk.
+
+Plain arithmetic on shapes and settings. What DeepSpeed holds, and when, is read off its source (0.19.8, ZeRO stage 3);
+each assumption stands at the line that makes it. `benchmarks/memory.md` holds the figures against measured peaks.
+
+Shape letters: P elements of all parameters, S elements of a rank's shards, M units, N units of a group, W ranks.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+
+import torch
+
+from scale_prune.config import get
+from scale_prune.core import ROWS_AT_ONCE
+from scale_prune.criteria import CRITERIA
+from scale_prune.preflight.job import FP32, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Job
+
+PROCESS = 550 * 2**20
+"""Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
+KEPT = "all, kept"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes of a rank: what they are for, and where they lie ("GPU" or "host")."""
+
+    name: str
+    place: str
+    size: int
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(job: Job) -> dict[str, list[Part]]:
+    """Return what a rank holds in each phase of a run; the peak is the largest phase.
+
+    A phase's parts are those that live together at its worst moment; evaluation needs less than what is there. A
+    process without a GPU has one more phase, `KEPT`: with the settings of launch/setup.sh glibc keeps what is freed,
+    and the phases of a step hardly find room in each other's blocks, so that they add up.
+    """
+    always = [*_process(job), *_buffers(job), *_scores(job), *_teacher(job)]
+    held = [*always, *_states(job, job.shards, "")]
+    own = _phases(job)
+    phases = {"loading": [*_process(job), *_loading(job)]} | {name: [*held, *parts] for name, parts in own.items()}
+    if job.pruning.remaining < 1:
+        phases["compaction"] = [*always, *_compaction(job)]
+    if not job.on_gpu:
+        phases[KEPT] = [*held, *chain.from_iterable(own.values()), *_growth(phases.get("compaction", []), held)]
+    return {name: [part for part in parts if part.size] for name, parts in phases.items()}
+
+
+def _growth(compaction: list[Part], held: list[Part]) -> list[Part]:
+    """Return what compaction needs beyond the blocks of what it frees."""
+    return [Part("compaction", "host", max(0, total(compaction, "host") - total(held, "host")))]
+
+
+def _phases(job: Job) -> dict[str, list[Part]]:
+    """Return what each phase adds to what an engine and its pruner hold all the time."""
+    device = job.place()
+    passing = [
+        Part("gathered parameters", device, _gathered(job)),
+        Part("activations", device, job.activations),
+    ]
+    return {
+        "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
+        "reduce-scatter": [
+            Part("similarity", device, _sampled(job)),
+            Part("copy of a bucket", device, _reducing(job)),
+        ],
+        "scores, masks": [
+            Part("similarity", device, 2 * _sampled(job) + _cosines(job)),
+            Part("temporaries", device, _scoring(job)),
+        ],
+        "optimizer step": [
+            Part("similarity", device, _sampled(job)),
+            Part("temporaries", device, _stepping(job)),
+        ],
+    }
+
+
+def total(parts: Iterable[Part], place: str) -> int:
+    """Return the bytes in one place."""
+    return sum(part.size for part in parts if part.place == place)
+
+
+def peak(phases: dict[str, list[Part]], place: str) -> int:
+    """Return the bytes of the largest phase in one place."""
+    return max(total(parts, place) for parts in phases.values())
+
+
+def _process(job: Job) -> list[Part]:
+    return [Part("process", "host", PROCESS)]
+
+
+def _states(job: Job, shards: int, prefix: str) -> list[Part]:
+    """Return what an engine holds all the time: working copy, master, averaged gradients, moments.
+
+    In fp32 the master is a second copy: DeepSpeed would share one only on a GPU, and then masks could not hold.
+    An optimizer on the host has a float32 copy of the gradients beside it.
+    """
+    optimizer = job.place("offload_optimizer")
+    offloaded = job.on_gpu and optimizer != "GPU"
+    return [
+        Part(f"{prefix}parameters", job.place("offload_param"), shards * job.width),
+        Part(f"{prefix}master", optimizer, shards * FP32),
+        Part(f"{prefix}gradients", optimizer, shards * (job.gradient_width + FP32 * offloaded)),
+        Part(f"{prefix}optimizer", optimizer, shards * FP32 * job.moments),
+    ]
+
+
+def _teacher(job: Job) -> list[Part]:
+    """Return the teacher's shards, which are taken to be as large as the model's; its logits are not counted."""
+    return [Part("teacher", job.place("offload_param"), job.shards * job.width * job.taught)]
+
+
+def _buffers(job: Job) -> list[Part]:
+    """Return the model's buffers and the bucket in which gradients wait for their reduce-scatter."""
+    contiguous = get(job.ds_config, "zero_optimization.contiguous_gradients") is not False
+    bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET) if contiguous else 0
+    return [
+        Part("buffers of the model", job.place(), job.buffers),
+        Part("reduce bucket", job.place(), bucket * job.width),
+    ]
+
+
+def _reducing(job: Job) -> int:
+    """Return the bytes of a bucket's copy, cut by ranks.
+
+    A gradient that is larger than the bucket travels alone, so the copy can be of that size. The largest one is the
+    embedding's, which is whole only after the last layer's backward pass, when the activations are gone.
+    """
+    bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET)
+    return max(min(bucket, job.num_parameters), max(job.numels)) * job.width if job.world_size > 1 else 0
+
+
+def _loading(job: Job) -> list[Part]:
+    """Return the shards, one whole tensor, and the file of weights, which rank 0 maps into memory.
+
+    The file is taken to hold the working type, at least 2 bytes; the system can take its pages back.
+    """
+    return [
+        Part("parameters", job.place("offload_param"), job.shards * job.width),
+        Part("buffers of the model", job.place(), job.buffers),
+        Part("gathered parameters", job.place(), max(job.numels) * job.width),
+        Part("file of weights", "host", job.num_parameters * job.width),
+    ]
+
+
+def _gathered(job: Job) -> int:
+    """Return the bytes of parameters that are whole at one time: kept ones, the one in use, and prefetched ones twice.
+
+    On a single rank the shard is the whole.
+    """
+    if job.world_size == 1 and job.place("offload_param") == job.place():
+        return 0
+    prefetched = job.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET)
+    elements = min(job.num_parameters, job.kept_gathered + job.persistent + max(job.numels) + prefetched)
+    return (elements + min(prefetched, job.num_parameters)) * job.width
+
+
+def _needs(job: Job, what: str) -> bool:
+    return job.pruning.remaining < 1 and what in CRITERIA[job.pruning.criterion].needs
+
+
+def _scores(job: Job) -> list[Part]:
+    """Return scores and masks of all units, the criterion's state of the owned ones, and running products."""
+    owned = 3 * FP32 * job.layout.per_rank  # similarity, weights in the mean, totals
+    scores = _criterion_state(job) + owned + job.layout.num_units * (FP32 + 2)  # masks now and before
+    return [
+        Part("scores", job.place(), scores),
+        Part("similarity", job.place(), _products(job)),
+    ]
+
+
+def _criterion_state(job: Job) -> int:
+    criterion = CRITERIA[job.pruning.criterion](job.pruning, seed=0)
+    state = criterion.initial_state(job.layout.owned_spans(0), torch.device("cpu"))
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def _products(job: Job) -> int:
+    """Return the bytes of the running sums of products: N numbers for each owned unit."""
+    if not _needs(job, "activation") or job.pruning.similarity != "running":
+        return 0
+    return sum(FP32 * (span.last - span.first + 1) * span.group.num_units for span in job.layout.owned_spans(0))
+
+
+def _tokens(job: Job) -> int:
+    """Return the tokens that a rank samples."""
+    passes = job.world_size * job.accumulation
+    return -(-job.pruning.similarity_tokens // passes) * job.accumulation
+
+
+def _sampled(job: Job) -> int:
+    """Return the bytes of the activations that a rank samples, of all groups."""
+    return _tokens(job) * job.layout.num_units * job.width if _needs(job, "activation") else 0
+
+
+def _cosines(job: Job) -> int:
+    """Return the bytes of one group's gathered sample, also in float32, and of a block of products, thrice."""
+    if not _needs(job, "activation"):
+        return 0
+    widest = max(group.num_units for group in job.groups)
+    gathered = job.world_size * _tokens(job) * widest * (job.width + FP32)
+    return gathered + 3 * FP32 * min(ROWS_AT_ONCE, job.layout.per_rank, widest) * widest
+
+
+def _scoring(job: Job) -> int:
+    """Return the bytes of the largest temporaries on shards.
+
+    Looking for gradients that are not finite makes float32 and float64 of one shard at a time; a share makes its
+    product, a padded copy and float64 of it.
+    """
+    members = [prod(member.shape) for group in job.groups for member in group.members]
+    return max(12 * job.shard_of(max(job.numels)), 20 * job.shard_of(max(members)))
+
+
+def _stepping(job: Job) -> int:
+    """Return the bytes that an optimizer step adds, for one sub-group of shards.
+
+    The gradients are joined and turned into float32. PyTorch's Adam makes 2 temporaries of their size on a CPU and 1
+    on a GPU; DeepSpeed's own optimizers make none, and on the host the gradients lie ready.
+    """
+    if job.place("offload_optimizer") != job.place():
+        return 0
+    in_torch = bool(get(job.ds_config, "optimizer.params.torch_adam"))
+    temporaries = (1 if job.on_gpu else 2) if in_torch else 0
+    return min(job.shards, job.zero("sub_group_size", SUB_GROUP)) * FP32 * (1 + temporaries)
+
+
+def _compaction(job: Job) -> list[Part]:
+    """Return what there is of engines: the old working copy, slices that are carried over, the smaller engine.
+
+    The old masters, moments and gradients are gone by then. The one tensor that is gathered at a time is small against
+    the rest, unless there are very many ranks. Training on afterwards needs less than before.
+    """
+    pruned = job.shard_of(job.num_pruned)
+    return [
+        Part("parameters", job.place("offload_param"), job.shards * job.width),
+        Part("carried slices", "host", pruned * FP32 * (1 + job.moments)),
+        *_states(job, pruned, "smaller "),
+    ]
+
+
+# --- bytes between ranks ---------------------------------------------------------------------------------------------
+
+
+def communication(job: Job) -> dict[str, int]:
+    """Return the bytes that a rank receives in an optimizer step, by purpose.
+
+    A collective over W ranks hands each rank the (W - 1) / W of its numbers that the rank did not have. Parameters are
+    gathered for the forward and for the backward pass of every micro batch, but for those that stay gathered between
+    the two; small ones once a step.
+    """
+    passes = 2 * (job.num_parameters - job.persistent) - max(job.kept_gathered - job.persistent, 0)
+    received = {
+        "ZeRO-3, parameters": (job.accumulation * passes + job.persistent) * job.width,
+        "ZeRO-3, gradients": job.accumulation * job.num_parameters * job.width,
+        "pruning, shares": FP32 * job.layout.padded if _needs(job, "grad") or _needs(job, "gate") else 0,
+        "pruning, gates": FP32 * job.layout.padded if _needs(job, "gate") else 0,
+        "pruning, at an update of the masks": _update(job),
+        "pruning, at a sample of activations": _sampled(job) * job.world_size,
+    }
+    return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
+
+
+def _update(job: Job) -> int:
+    """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
+    if job.pruning.remaining == 1:
+        return 0
+    return FP32 * job.layout.padded * (3 if _needs(job, "grad") else 4)
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def export_size(job: Job, layout: str) -> int:
+    """Return the bytes of the exported weights, at most: padding may reach up to the dense widths."""
+    return (job.num_parameters if layout == "pad" else job.num_pruned) * job.width
+
+
+def checkpoint_size(job: Job) -> int:
+    """Return the bytes of a checkpoint of all ranks: masters and moments; masks, scores, and the criterion's state."""
+    replicated = job.layout.num_units * (FP32 + 1)
+    sharded = _criterion_state(job) + _products(job) + FP32 * job.layout.per_rank  # similarity
+    return job.num_parameters * FP32 * (1 + job.moments) + replicated + job.world_size * sharded

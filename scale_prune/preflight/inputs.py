@@ -1,0 +1,347 @@
+"""Everything that a run reads, checked before it costs anything: ds_config, model, text, output folder.
+
+All ranks make the same checks on the same files, so all of them stop at the same mistake.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, TrainingConfig, load, resolve
+from scale_prune.core import UnitGroup
+from scale_prune.criteria import CRITERIA, unused, with_defaults
+from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
+from scale_prune.export import check_layout, check_width_key, resolve_layout
+from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
+from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
+from scale_prune.zero3 import ds_check
+
+
+def read_inputs(
+    config: Config,
+    explicit: frozenset[str],
+    world_size: int,
+    splits: Sequence[Split] = SPLITS,
+    *,
+    needs_groups: bool = True,
+) -> Inputs:
+    """Read and check a run's inputs; nothing is written, no weights are loaded, no process talks to another.
+
+    Args:
+        config: the settings; `training.model` and a data set are given.
+        explicit: names of the settings that the user gave.
+        world_size: number of ranks.
+        splits: the texts that are needed.
+        needs_groups: False where the model is only used, not pruned, so that any model will do.
+
+    Raises:
+        ValueError: one of them cannot be used; the message says which, why and what would be valid.
+    """
+    reading = Reading(config=config, explicit=explicit, world_size=world_size, splits=splits, needs_groups=needs_groups)
+    for check in CHECKS:
+        check(reading)
+    return reading.inputs()
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What the checks have read so far; what could not be read stays None or empty, and what needs it is passed over.
+
+    Attributes:
+        config: the settings, with scope, layout and bos once they are filled in.
+        explicit: names of the settings that the user gave.
+        world_size: number of ranks.
+        splits: the texts that are needed.
+        needs_groups: False where the model is only used, not pruned.
+        model_config: the model's own configuration.
+        tokenizer: the model's tokenizer.
+        groups: the model's groups.
+        ds_config: a DeepSpeed configuration without "auto" values.
+        texts: the rows of "train" and "validation".
+    """
+
+    config: Config
+    explicit: frozenset[str]
+    world_size: int
+    splits: Sequence[Split] = SPLITS
+    needs_groups: bool = True
+    model_config: PretrainedConfig | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    groups: tuple[UnitGroup, ...] = ()
+    ds_config: dict[str, Any] = field(default_factory=dict)
+    texts: dict[Split, Text] = field(default_factory=dict)
+
+    def inputs(self) -> Inputs:
+        """Return what was read, where all of it could be."""
+        assert self.model_config is not None
+        assert self.tokenizer is not None
+        return Inputs(
+            config=self.config,
+            ds_config=self.ds_config,
+            model_config=self.model_config,
+            tokenizer=self.tokenizer,
+            validation=self.texts["validation"].part if "validation" in self.texts else "",
+        )
+
+
+def _fill_in(reading: Reading) -> None:
+    reading.config = fill_in(reading.config)
+
+
+def _read_model_config(reading: Reading) -> None:
+    training = reading.config.training
+    if reading.model_config is None:  # a dry run knows that of the embedded model already
+        found = _read_config(training.model, training.trust_remote_code)
+        if reading.needs_groups:
+            _refuse_composite(found, training)
+        reading.model_config = found
+
+
+def _refuse_composite(model_config: PretrainedConfig, training: TrainingConfig) -> None:
+    """Refuse a model that has others for images or sound beside the one for text."""
+    text = model_config.get_text_config()
+    if text is model_config:
+        return
+    known = "" if text.model_type in FAMILIES else ", a family that has to be registered first"
+    raise ValueError(
+        f"--model {training.model} is of model type {model_config.model_type}, a composite whose part for text "
+        f"cannot be pruned inside it; give a folder of that part alone, of model type {text.model_type}{known}"
+    )
+
+
+def _check_task(reading: Reading) -> None:
+    """Refuse a task that a model of this kind is not made for, or that has no text column."""
+    text_column, templates = reading.config.data.text_column, columns_of(reading.config.task)
+    if templates and text_column != DataConfig().text_column:
+        raise ValueError(
+            f"--text_column {text_column} belongs to --task lm; --task {reading.config.task.task} reads the columns "
+            f'that --prompt_template names, as in --prompt_template "{{{text_column}}}"'
+        )
+    if reading.model_config is None:
+        return
+    task, encoder = reading.config.task.task, classifies(reading.model_config)
+    if encoder != (task == CLASSIFICATION):
+        can = f"--task {CLASSIFICATION}" if encoder else f"one of {', '.join(t for t in TASKS if t != CLASSIFICATION)}"
+        raise ValueError(
+            f"--task {task} does not go with --model {reading.config.training.model}, of model type "
+            f"{reading.model_config.model_type}; give {can}"
+        )
+
+
+def _read_tokenizer(reading: Reading) -> None:
+    training = reading.config.training
+    if training.model is not None:
+        reading.tokenizer = _read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code)
+
+
+def _settle_bos(reading: Reading) -> None:
+    """Say in the settings whether there is a BOS token; labelled texts have the tokenizer's special tokens instead."""
+    data, labelled = reading.config.data, reading.config.task.task == CLASSIFICATION
+    if labelled and data.bos == "always":
+        raise ValueError(
+            f"--bos always belongs to blocks and prompts; --task {CLASSIFICATION} takes the tokenizer's special tokens"
+        )
+    if reading.tokenizer is not None:
+        begun = not labelled and bos_of(data.bos, reading.tokenizer) is not None
+        reading.config = replace(reading.config, data=replace(data, bos="always" if begun else "never"))
+
+
+def _check_teacher(reading: Reading) -> None:
+    """Refuse a teacher that predicts other tokens than the model."""
+    model, trusted = reading.config.training.model, reading.config.training.trust_remote_code
+    name = reading.config.distillation.teacher
+    if name in (None, SELF) or reading.model_config is None or reading.tokenizer is None:
+        return
+    size = reading.model_config.vocab_size
+    teachers = _read_config(name, trusted, flag="teacher").get_text_config().vocab_size
+    if teachers != size:
+        raise ValueError(
+            f"--teacher {name} predicts {teachers} tokens, --model {model} {size}; "
+            "a teacher needs the model's own vocabulary"
+        )
+    tokenizer = _read("tokenizer", name, AutoTokenizer, trusted, flag="teacher")
+    if tokenizer.get_vocab() != reading.tokenizer.get_vocab():
+        raise ValueError(
+            f"--teacher {name} has other tokens than --model {model}, though as many; "
+            "a teacher needs the model's own vocabulary"
+        )
+
+
+def _check_layout(reading: Reading) -> None:
+    if reading.model_config is not None and reading.needs_groups:
+        check_layout(str(reading.config.output.layout), reading.model_config)
+
+
+def _check_groups(reading: Reading) -> None:
+    if reading.model_config is None:
+        return
+    model = _built(reading.model_config, reading.config.training)
+    dropped = getattr(reading.model_config, "layerdrop", 0)
+    if reading.needs_groups and dropped and reading.world_size > 1:
+        raise ValueError(
+            f"--model {reading.config.training.model} drops layers by chance (layerdrop {dropped:g}), other ones on "
+            'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
+        )
+    if reading.needs_groups:
+        reading.groups = sketch_units(model, reading.config.pruning)
+        check_min_kept(reading.groups, reading.config.pruning)
+        if not removes_components(reading.config.pruning):
+            check_width_key(model)
+
+
+def _read_ds_config(reading: Reading) -> None:
+    raw = load(reading.config.training.ds_config)
+    # Where the model cannot be read, any width serves to find what else is wrong.
+    found = reading.model_config
+    hidden_size = 1 if found is None else getattr(found.get_text_config(), "hidden_size", None)
+    reading.ds_config = resolve(raw, reading.config, reading.explicit, reading.world_size, hidden_size)
+    ds_check.check(reading.ds_config)
+
+
+def _check_weights(reading: Reading) -> None:
+    if reading.config.training.model is not None:
+        check_weights(Path(reading.config.training.model))
+
+
+def _check_block(reading: Reading) -> None:
+    if reading.model_config is None:
+        return
+    positions = positions_of(reading.model_config)
+    if positions is not None and reading.config.data.block_size > positions:
+        raise ValueError(
+            f"--block_size {reading.config.data.block_size} is more than the {positions} positions of "
+            f"{reading.config.training.model}"
+        )
+
+
+def _read_train_text(reading: Reading) -> None:
+    _read_text(reading, "train")
+
+
+def _read_validation_text(reading: Reading) -> None:
+    _read_text(reading, "validation")
+
+
+def _read_text(reading: Reading, split: Split) -> None:
+    data = reading.config.data
+    task, columns = reading.config.task, columns_of(reading.config.task)
+    if split not in reading.splits or (task.task != "lm" and not columns):
+        return  # or a dry run, in which other mistakes have kept the templates from being filled in
+    if reading.config.training.model is None and data.dataset is None and data.train_file is None:
+        return  # a dry run of the embedded model, whose text needs no check
+    if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
+        data = replace(data, dataset=None, dataset_config=None, train_file=None)
+    reading.texts[split] = load_text(data, split, columns, label_of(task))
+
+
+CHECKS: tuple[Callable[[Reading], None], ...] = (
+    _fill_in,
+    _read_model_config,
+    _check_task,
+    _read_tokenizer,
+    _settle_bos,
+    _check_teacher,
+    _check_layout,
+    _check_groups,
+    _read_ds_config,
+    _check_block,
+    _check_weights,
+    _read_train_text,
+    _read_validation_text,
+)
+"""What is read and checked, in this order; each raises ValueError. A run stops at the first, a dry run at none."""
+
+
+def fill_in(config: Config) -> Config:
+    """Replace settings that were not given, and follow from the criterion or the task, by their values.
+
+    Raises:
+        ValueError: the layout cannot hold what the scope leaves, or a template is not one.
+    """
+    pruning = with_defaults(config.pruning)
+    layout = resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
+    output = replace(config.output, layout=layout)
+    return replace(config, task=with_templates(config.task), pruning=pruning, output=output)
+
+
+def unused_settings(config: Config) -> str:
+    """Return a line about settings that were given and change nothing, empty where there are none."""
+    flat, defaults, task = config.flat(), Config().flat(), config.task.task
+    names = [] if config.distillation.teacher else ["distill_alpha", "distill_temperature"]
+    names += ["max_new_tokens", "num_beams", "generation_batch_size"] if task in ("lm", CLASSIFICATION) else []
+    names += ["long_examples", "eval_examples"] if task == "lm" else []
+    found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
+    listed = ", ".join(f"--{name} {value}" for name, value in found.items())
+    return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""
+
+
+def _built(model_config: PretrainedConfig, training: TrainingConfig) -> PreTrainedModel:
+    """Return a model without weights.
+
+    Raises:
+        ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
+    """
+    told = model_config.to_dict()
+    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTORIZED, "factorised weights")}
+    for key, what in own.items():
+        if told.get(key) and not training.trust_remote_code:
+            raise ValueError(
+                f"--model {training.model} has {what}, which the modelling file in that folder builds; "
+                "give --trust_remote_code to run that file"
+            )
+    try:
+        with torch.device("meta"):
+            model = auto_model(model_config).from_config(model_config, trust_remote_code=training.trust_remote_code)
+    except Exception as error:  # whatever an architecture raises at values it cannot be built with
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise ValueError(f"--model {training.model}: no model can be built from its config: {reason}") from error
+    return model
+
+
+def check_weights(folder: Path) -> None:
+    """See that the files with a local model's weights are whole; what a hub has is found out when it is loaded.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"--model {folder}: its weights cannot be read: {path.name} is damaged, {error}"
+            ) from error
+
+
+def _read_config(name: str | None, trusted: bool, *, flag: str = "model") -> PretrainedConfig:
+    """Read a model's config.
+
+    Raises:
+        ValueError: it cannot be read, or its weights are quantised.
+    """
+    config: PretrainedConfig = _read("model", name, AutoConfig, trusted, flag=flag)
+    told = config.to_dict()
+    parts = [told, *(part for part in told.values() if isinstance(part, dict))]  # of a composite config one may be
+    if quantized := next(filter(None, (part.get("quantization_config") for part in parts)), None):
+        raise ValueError(
+            f"--{flag} {name} has weights quantised by {quantized.get('quant_method', 'some method')}, which can be "
+            "neither trained nor sharded by ZeRO-3; give the 16-bit model that they were made from"
+        )
+    return config
+
+
+def _read(what: str, name: str | None, kind: Any, trusted: bool, *, flag: str = "model") -> Any:
+    assert name is not None
+    try:
+        return kind.from_pretrained(name, trust_remote_code=trusted)
+    except Exception as error:  # a broken file raises whatever its content comes to
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--{flag} {name}: its {what} cannot be read, neither as a folder nor as a hub name: {reason}"
+        ) from error

@@ -1,0 +1,60 @@
+"""The output folder, looked at before anything is written."""
+
+import os
+from pathlib import Path
+
+from scale_prune.checkpoint import NEWEST
+from scale_prune.config import Config
+from scale_prune.system import RECIPE, REPORT
+
+
+def check_output(config: Config) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        ValueError: the folder holds a run that is neither to be overwritten nor gone on with, or it holds something
+            else, or it cannot be written or set aside.
+    """
+    folder = Path(config.output.output_dir)
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written" if above.is_dir() else "is not a folder"
+        raise ValueError(f"--output_dir {folder} cannot be made: {above} {what}")
+    try:
+        if _is_empty(folder):
+            return
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be read: {error.strerror}") from error
+    if not (folder / RECIPE).is_file():
+        raise ValueError(f"--output_dir {folder} holds something that is not a run; give a new or empty folder")
+    if goes_on(config):
+        return
+    if not config.output.overwrite:
+        other = f", and --resume {config.checkpoint.resume} is not of it" if config.checkpoint.resume else ""
+        raise ValueError(
+            f"--output_dir {folder} holds a run already{other}; give another folder, --resume to go on with it, or "
+            "--overwrite to replace it"
+        )
+    if os.path.ismount(folder) or not os.access(folder.resolve().parent, os.W_OK):
+        raise ValueError(
+            f"--output_dir {folder} cannot be set aside until the new run is complete: its parent cannot be written, "
+            "or it is a disk of its own; give a folder below it"
+        )
+
+
+def goes_on(config: Config) -> bool:
+    """Tell whether the run goes on in its output folder, and does not begin there."""
+    wanted = config.checkpoint.resume
+    if wanted is None or wanted == NEWEST:
+        return wanted == NEWEST
+    return Path(config.output.output_dir).resolve() in Path(wanted).resolve().parents
+
+
+def is_complete(config: Config) -> bool:
+    """Tell whether the output folder holds a run that has come to its end."""
+    return (Path(config.output.output_dir) / REPORT).is_file()
+
+
+def _is_empty(folder: Path) -> bool:
+    """Tell whether a folder is not there or holds nothing, or only what a run leaves that is killed as it begins."""
+    return not folder.exists() or all(path.name.startswith(f"{RECIPE}.partial-") for path in folder.iterdir())

@@ -1,0 +1,120 @@
+"""One training step of a model on fake tensors: shapes and lifetimes as in the real one, no numbers, no memory.
+
+Shape letters: B rows of a micro batch, T tokens in a row.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, PreTrainedModel
+
+from scale_prune.models import auto_model, classifies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a step showed.
+
+    Attributes:
+        numels: elements of each parameter, tied ones once.
+        buffers: bytes of the model's buffers, which no rank shares with another.
+        activations: most bytes that live at one time besides parameters and buffers: what the backward pass needs, its
+            temporaries, and the gradients of the parameters just passed, which ZeRO-3 takes away one by one.
+    """
+
+    numels: tuple[int, ...]
+    buffers: int
+    activations: int
+
+
+def rehearse(
+    model_config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    batch: int,
+    block: int,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    prepare: Callable[[PreTrainedModel], object] = lambda model: None,
+) -> Rehearsal:
+    """Make one forward and backward pass and count the bytes that live at one time.
+
+    Counted are the tensors that PyTorch's operators return; scratch memory inside a kernel is not seen. Attention is
+    what transformers chooses on a CPU; where it is fused there, it keeps what a fused kernel on a GPU keeps.
+
+    Args:
+        model_config: the model's configuration; no weights are needed.
+        dtype: of parameters and activations.
+        batch: rows of a micro batch, B.
+        block: tokens in a row, T.
+        gradient_checkpointing: recompute activations layer by layer.
+        trust_remote_code: run code that comes with the model.
+        prepare: what is done to the model before it is trained; called on fake tensors.
+    """
+    live, model_config = _LiveBytes(), copy.deepcopy(model_config)
+    if classifies(model_config):
+        model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
+    with FakeTensorMode():
+        model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+        prepare(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        live.leave_out([*model.parameters(), *model.buffers()])
+        input_ids = torch.zeros(batch, block, dtype=torch.int64)
+        with live:
+            labels = input_ids[:, 0] if classifies(model_config) else input_ids
+            model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
+    return Rehearsal(
+        numels=tuple(parameter.numel() for parameter in model.parameters()),
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        activations=live.peak,
+    )
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages of all tensors that operators return, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._seen: set[int] = set()
+
+    def leave_out(self, tensors: list[Tensor]) -> None:
+        """Never count these."""
+        self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size

@@ -1,0 +1,14 @@
+"""Units, scores and masks over a backend that shards the parameters. No DeepSpeed."""
+
+from scale_prune.pruning.activations import ActivationSampler
+from scale_prune.pruning.pruner import Pruner, check_min_kept
+from scale_prune.pruning.state import facts_of, pruner_slices, restore
+from scale_prune.pruning.units import (
+    FACTORIZED,
+    clusters_of,
+    components_of,
+    embedding_tied_as_asked,
+    removes_components,
+    sketch_units,
+    units_of,
+)

@@ -1,0 +1,47 @@
+"""The line between pruning and the system that shards the parameters."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scale_prune.core import Member, UnitGroup
+from scale_prune.criteria import ShardView
+
+
+class ShardBackend(Protocol):
+    """What pruning needs of the system that shards the parameters."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    module: nn.Module
+    accumulation_steps: int
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of this step was multiplied by, in fp16; else 1."""
+
+    def at_boundary(self) -> bool:
+        """Tell whether the coming step will be an optimizer step, and not only accumulate gradients."""
+
+    def steps_made(self) -> int:
+        """Return how many optimizer steps the engine has made in its life, those that changed nothing included."""
+
+    def step_applied(self) -> bool:
+        """Tell whether the last optimizer step changed the weights; False where fp16 gradients overflowed."""
+
+    def master(self, member: Member, *, grad: bool) -> ShardView:
+        """Return this rank's slice of the float32 master weights, with the unscaled gradient if `grad`."""
+
+    def working(self, member: Member) -> ShardView:
+        """Return this rank's slice of what the forward pass uses."""
+
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+        """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses."""
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Add up (W * n,) over ranks and return the n numbers of this rank."""
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Join the ranks' (n, ...) tensors along the first axis, in order of rank."""

@@ -1,0 +1,78 @@
+"""What a pruner remembers between steps, and how another one takes it over, on any number of ranks.
+
+All of it is either the same on all ranks, and goes into plain values, or a line of M numbers by unit (N * N by group)
+of which each rank has a slice. A step's activations are sampled by a generator that is seeded anew each time, so no
+generator is part of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_prune.core import FlatSlice, ReadSlice
+from scale_prune.pruning.pruner import Pruner
+
+
+def facts_of(pruner: Pruner) -> dict[str, Any]:
+    """Return what is the same on all ranks that own units; rank 0 always does."""
+    return {
+        "step": pruner.step,
+        "churn": pruner.churn,
+        "sampled": any(rows.values is not None for rows in pruner.similarities),
+        "scalars": {name: float(value) for name, value in pruner.state.items() if value.dim() == 0},
+        "groups": {group.name: group.num_units for group in pruner.groups},
+    }
+
+
+def pruner_slices(pruner: Pruner) -> Iterator[tuple[str, FlatSlice]]:
+    """Yield this rank's slices of everything else, copied to the CPU."""
+    owned = pruner.layout.owned(pruner.backend.rank)
+    lines = {
+        "masks": torch.cat(pruner.masks)[owned],
+        "scores": torch.cat(pruner.scores)[owned],
+        "similarity": pruner.similarity,
+        **{f"state/{name}": value for name, value in pruner.state.items() if value.dim()},
+    }
+    for name, line in lines.items():
+        yield name, FlatSlice(owned.start, line.to("cpu", copy=True))
+    for span, rows in zip(pruner.spans, pruner.similarities, strict=True):
+        for name, each in rows.remembered().items():
+            yield f"{name}/{span.group.name}", FlatSlice(each.start, each.values.to("cpu", copy=True))
+
+
+@torch.no_grad()
+def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
+    """Give a new pruner of the same groups and settings what another one remembered.
+
+    The masks are not on the working copy after this; `pruner.put_masks_on()` puts them there.
+
+    Args:
+        pruner: one that has not made a step.
+        facts: of `facts_of`.
+        read: reads what `pruner_slices` of all ranks held.
+    """
+    device, owned = pruner.backend.device, pruner.layout.owned(pruner.backend.rank)
+    sizes = [group.num_units for group in pruner.groups]
+
+    def own(name: str) -> Tensor:
+        return read(name, owned.start, pruner.num_owned).to(device)
+
+    pruner.step, pruner.churn = facts["step"], facts["churn"]
+    pruner.masks = list(read("masks", 0, pruner.layout.num_units).to(device).split(sizes))
+    pruner.scores = list(read("scores", 0, pruner.layout.num_units).to(device).split(sizes))
+    pruner.widths = [int(mask.sum()) for mask in pruner.masks]
+    pruner.similarity = own("similarity").clone()
+    pruner.state = {
+        name: own(f"state/{name}").to(value) if value.dim() else torch.full_like(value, facts["scalars"][name])
+        for name, value in pruner.state.items()
+    }
+    if facts["sampled"]:
+        for span, rows in zip(pruner.spans, pruner.similarities, strict=True):
+            rows.go_on_from(pruner.similarity[span.place].clone(), _reader_of(span.group.name, read))
+    pruner.prepare_step()
+
+
+def _reader_of(group_name: str, read: ReadSlice) -> ReadSlice:
+    return lambda name, start, count: read(f"{name}/{group_name}", start, count)

@@ -1,0 +1,142 @@
+"""What a criterion removes from a model: its neurons, or components of weights that are factorised first."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scale_prune.config import EMBEDDING, PruningConfig
+from scale_prune.core import UnitGroup, frequency_clusters, full_rank, zipf_clusters
+from scale_prune.criteria import CRITERIA, Criterion
+from scale_prune.models import (
+    cluster_groups,
+    component_groups,
+    full_shape,
+    linear_names,
+    put_clusters,
+    put_factors,
+    unit_groups,
+)
+from scale_prune.models.embedding import Cluster, SketchedEmbedding
+
+FACTORIZED = ("factorized", "factorized_embedding")
+"""Keys of a config that say what the export has left as factors."""
+
+
+def removes_components(pruning: PruningConfig) -> bool:
+    """Tell whether a run factorises weights."""
+    criterion = CRITERIA.get(pruning.criterion)
+    return criterion is not None and criterion.kind == "component" and pruning.remaining < 1
+
+
+def clusters_of(model: PreTrainedModel, pruning: PruningConfig, token_counts: Tensor | None) -> list[Tensor]:
+    """Return the tokens of each cluster of the target embedding."""
+    size = full_shape(model.get_input_embeddings().weight)[0]
+    if token_counts is None:
+        return zipf_clusters(size, pruning.embedding_clusters)
+    return frequency_clusters(token_counts, pruning.embedding_clusters)
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """Return the name of a model's embedding, and of its output if that is tied to it."""
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = output is not None and output.weight is table.weight
+    return [names[id(table)], names[id(output)]] if tied else [names[id(table)]]
+
+
+def embedding_tied_as_asked(model: PreTrainedModel, pruning: PruningConfig) -> list[str]:
+    """Return `embedding_names`.
+
+    Raises:
+        ValueError: the output is not tied, be it by the config or by a checkpoint with an output of its own, though the
+            settings insist on it.
+    """
+    names = embedding_names(model)
+    if pruning.tie_embeddings and len(names) == 1:
+        raise ValueError(
+            f"--tie_embeddings: the output of this model is not tied to its embedding {names[0]}; leave it out, and "
+            "the embedding alone is factorised"
+        )
+    return names
+
+
+def components_of(model: nn.Module) -> tuple[UnitGroup, ...]:
+    """List the components of a model's factorised weights; none where there are none."""
+    return (*cluster_groups(model), *component_groups(model))
+
+
+def units_of(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
+    """List the units of a model that has been prepared.
+
+    Raises:
+        ValueError: the criterion removes components, and the model's weights are not factorised; or as `unit_groups`.
+    """
+    if not removes_components(pruning):
+        return unit_groups(model)
+    if not (groups := components_of(model)):
+        raise ValueError(
+            f"criterion {pruning.criterion!r} removes components, but no weight of the model is factorised; call "
+            "scale_prune.prepare(model, config) before deepspeed.initialize"
+        )
+    return groups
+
+
+def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
+    """List the units of a model without weights, on the meta device or of fake tensors; it is changed in place.
+
+    Raises:
+        ValueError: the model has no such targets, is factorised already, or `initial_rank` is more than a full rank.
+    """
+    told = model.config.to_dict()
+    if any(told.get(key) for key in FACTORIZED):
+        raise ValueError(
+            "the model has factorised weights already, which cannot be pruned again; give the model that it was made "
+            "from"
+        )
+    if not removes_components(pruning):
+        return unit_groups(model)
+    criterion = CRITERIA[pruning.criterion](pruning, 0)
+    for name in linear_names(model, pruning.linear_targets):
+        _put_empty_factors(model, name, criterion)
+    if EMBEDDING in pruning.target_names:
+        _put_empty_clusters(model, pruning, criterion)
+    return components_of(model)
+
+
+def _put_empty_factors(model: nn.Module, name: str, criterion: Criterion) -> None:
+    weight: Any = model.get_submodule(name).weight
+    transposed = hasattr(model.get_submodule(name), "nf")
+    rows, columns = reversed(full_shape(weight)) if transposed else full_shape(weight)
+    put_factors(model, name, *_empty_factors(name, (rows, columns), criterion, weight))
+
+
+def _put_empty_clusters(model: PreTrainedModel, pruning: PruningConfig, criterion: Criterion) -> None:
+    names, table = embedding_tied_as_asked(model, pruning), model.get_input_embeddings()
+    weight: Any = table.weight
+    tokens = clusters_of(model, pruning, None)
+    clusters = [
+        Cluster(*_empty_factors(f"{names[0]}, cluster {index}", (len(each), weight.shape[1]), criterion, weight))
+        for index, each in enumerate(tokens)
+    ]
+    put_clusters(model, names, clusters, [each.to(weight.device) for each in tokens], SketchedEmbedding)
+
+
+def _empty_factors(name: str, shape: tuple[int, int], criterion: Criterion, like: Tensor) -> list[nn.Parameter]:
+    """Return down and up without values.
+
+    Raises:
+        ValueError: there would be more components than the full rank.
+    """
+    rows, columns = shape
+    count = criterion.components(shape)
+    if count > full_rank(shape):
+        raise ValueError(
+            f"--initial_rank {count} is more than the full rank {full_rank(shape)} of {name} ({rows} x {columns}); "
+            "give at most that"
+        )
+    return [
+        nn.Parameter(torch.empty(size, device=like.device, dtype=like.dtype))
+        for size in ((count, columns), (rows, count))
+    ]

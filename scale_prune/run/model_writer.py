@@ -1,0 +1,61 @@
+"""A run's model as a Hugging Face folder."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from scale_prune.core import UnitGroup
+from scale_prune.data import Inputs
+from scale_prune.export import model_card, write_model
+from scale_prune.models import auto_model, tied_output
+from scale_prune.zero3 import Runtime, Zero3Backend
+
+
+class ModelWriter:
+    """Writes what an engine holds into the run's folder.
+
+    Args:
+        inputs: the run's inputs, of which configuration and tokenizer are written along.
+        generation_config: of the model as it was loaded, if it has one.
+        runtime: the ranks; rank 0 writes.
+    """
+
+    def __init__(self, inputs: Inputs, generation_config: GenerationConfig | None, runtime: Runtime) -> None:
+        self.inputs, self.generation_config, self.runtime = inputs, generation_config, runtime
+
+    def write(self, name: str, backend: Zero3Backend, groups: tuple[UnitGroup, ...], layout: str) -> Path:
+        """Write a folder of a name, and return it when it is there for all ranks. A collective.
+
+        Raises:
+            ValueError: rank 0 cannot write it, e.g. because the disk is full.
+        """
+        config = self.inputs.config
+        folder = Path(config.output.output_dir) / name
+        tensors, problem = backend.named_tensors(), ""
+        try:
+            write_model(
+                folder,
+                config=self.inputs.model_config,
+                tensors=tensors,
+                groups=groups,
+                layout=layout,
+                tokenizer=self.inputs.tokenizer,
+                card=model_card(
+                    config.flat(),
+                    groups=groups,
+                    layout=layout,
+                    loader=auto_model(self.inputs.model_config).__name__,
+                ),
+                is_writer=self.runtime.is_main,
+                generation_config=self.generation_config,
+                tied_output=tied_output(backend.module),
+                replace=True,  # what this run wrote before it was killed, and resumed
+            )
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+            for _ in tensors:  # the other ranks gather them to the end
+                pass
+        if problem := self.runtime.gather_texts(problem)[0]:
+            raise ValueError(f"{folder} cannot be written: {problem}")
+        return folder

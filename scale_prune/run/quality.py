@@ -1,0 +1,83 @@
+"""How good a run's model is at each stage: what was measured, kept for the report and for going on after a kill."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scale_prune.run.monitor import Monitor
+from scale_prune.system import write_atomically
+from scale_prune.tasks import Measured, Task
+
+THOROUGH = ("dense", "masked", "exported")
+"""Stages at which text is generated; at the others only what is cheap is measured."""
+
+GENERATIONS = "generations.jsonl"
+
+
+class Quality:
+    """What was measured of a run's model.
+
+    Args:
+        task: what it is measured by.
+        monitor: where it is written to as it is known.
+    """
+
+    def __init__(self, task: Task, monitor: Monitor) -> None:
+        self.task, self.monitor = task, monitor
+        self.stages: dict[str, Measured] = {}
+
+    def measure(self, engine: Any, step: int, stage: str | None = None) -> None:
+        """Measure an engine's model after a step; it is kept where the stage of the run has a name. A collective."""
+        found = self.task.measure(engine, thorough=stage in THOROUGH)
+        if stage is not None:
+            self.stages[stage] = found
+        numbers = ({} if found.perplexity is None else {"perplexity": found.perplexity}) | found.metrics
+        self.monitor.scalars(step, {f"validation/{name}": value for name, value in numbers.items()})
+        told = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        self.monitor.say(f"step {step}: validation {told}{f' ({stage})' if stage else ''}")
+
+    def check_exported(self, folder: Path) -> None:
+        """See that the model that was exported and loaded again is the one that it was written from.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        before = self.stages.get("recovered") or self.stages["compacted"]
+        expected, found = before.checked, self.stages["exported"].checked
+        if not math.isclose(expected, found, rel_tol=1e-3, abs_tol=1e-5):
+            name = "loss" if self.stages["exported"].perplexity is None else "perplexity"
+            raise RuntimeError(f"the model in {folder} has {name} {found}, the one it was written from {expected}")
+
+    @property
+    def perplexities(self) -> dict[str, float | None]:
+        """The perplexity at each stage."""
+        return {stage: found.perplexity for stage, found in self.stages.items()}
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """The other metrics at each stage that has any."""
+        return {stage: found.metrics for stage, found in self.stages.items() if found.metrics}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {
+            "perplexities": self.perplexities,
+            "metrics": self.metrics,
+            "generated": {stage: found.generated for stage, found in self.stages.items() if found.generated},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint kept."""
+        metrics, generated = state.get("metrics", {}), state.get("generated", {})
+        for stage, perplexity in state["perplexities"].items():
+            found = Measured(perplexity=perplexity, metrics=metrics.get(stage, {}), generated=generated.get(stage, []))
+            self.stages[stage] = found
+
+    def write_generations(self, folder: Path) -> None:
+        """Write some prompts with references and completions, one a line, where the task has such."""
+        generated = {stage: found.generated for stage, found in self.stages.items() if found.generated}
+        if generated:
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in self.task.samples(generated)]
+            write_atomically(folder / GENERATIONS, "\n".join(lines) + "\n")

@@ -1,0 +1,119 @@
+"""What a run leaves in words and numbers: report.json, report.md, kept.json, scores, and the model card."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scale_prune.core import UnitGroup
+from scale_prune.system import whole_or_absent, write_atomically
+
+
+def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
+    """Write kept.json, {group: [indices in the dense model]}, and scores.safetensors, {group: (N,) float32}."""
+    kept = {group.name: mask.nonzero().flatten().tolist() for group, mask in zip(groups, masks, strict=True)}
+    write_atomically(folder / "kept.json", json.dumps(kept) + "\n")
+    final = {group.name: score.float().cpu().contiguous() for group, score in zip(groups, scores, strict=True)}
+    with whole_or_absent(folder / "scores.safetensors") as partial:
+        save_file(final, partial)
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write report.md, then report.json, which says that the run is complete.
+
+    A perplexity or metric that is not finite is null in report.json: JSON knows neither infinity nor NaN.
+    """
+    write_atomically(folder / "report.md", as_markdown(report))
+    metrics = {stage: _finite(values) for stage, values in report.get("metrics", {}).items()}
+    finite = {**report, "perplexity": _finite(report["perplexity"]), "metrics": metrics}
+    text = json.dumps(finite, indent=2, allow_nan=False)
+    write_atomically(folder / "report.json", text + "\n")
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: v if v is None or math.isfinite(v) else None for name, v in values.items()}
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """Lay a report out for people: results first, then widths, time, settings."""
+    perplexity, parameters, remaining = report["perplexity"], report["parameters"], report["remaining"]
+    whole = {"neuron": "neurons", "component": "factorised weights' parameters"}[report["unit"]]
+    lines = [
+        f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the {whole}",
+        "",
+        "| | dense | pruned | ratio |",
+        "|---|---|---|---|",
+        _row("parameters", parameters["dense"], parameters["pruned"]),
+        _row("parameters in the file", parameters["dense"], parameters["stored"]),
+        *_quality(perplexity, report.get("metrics", {})),
+        f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}{_by_gates(remaining)}. "
+        f"Layout {report['layout']}, widths {report['widths']}.",
+        "",
+        *_clusters(report["embedding"]),
+        "| seconds | |",
+        "|---|---|",
+        *(f"| {part} | {seconds:.1f} |" for part, seconds in report["seconds"].items()),
+        "",
+        f"Seconds a step, by tenths of the run: {', '.join(f'{mean:.2f}' for mean in report['step_seconds'])}.",
+        "",
+        f"{report['steps']} steps, {report['tokens']:,} tokens, {report['world_size']} ranks, peak memory "
+        f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}.",
+        "",
+        "| setting | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in report["settings"].items() if value is not None),
+        "",
+        ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _clusters(clusters: Sequence[Mapping[str, int]]) -> list[str]:
+    """Return a table of the clusters of a factorised embedding, nothing where there are none."""
+    if not clusters:
+        return []
+    names = list(clusters[0])
+    rows = [f"| {' | '.join(f'{cluster[name]:,}' for name in names)} |" for cluster in clusters]
+    return [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---:|' * len(names)}", *rows, ""]
+
+
+def _by_gates(remaining: Mapping[str, float | None]) -> str:
+    """Say what the gates came to by themselves, before the budget was made exact, where there are any."""
+    return f" (by gates {remaining['gates']:.2%})" if remaining["gates"] is not None else ""
+
+
+def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the rows of perplexity and metrics, and the stages' perplexities where the task has such."""
+    rows = [_row(name, metrics["dense"][name], value) for name, value in metrics.get("exported", {}).items()]
+    if perplexity["exported"] is None:
+        return [*rows, ""]
+    stages = {"dense": "dense before training", "exported": "exported and re-loaded"}
+    told = [f"{stages.get(name, name)} {_number(value)}" for name, value in perplexity.items() if value is not None]
+    return [
+        _row("validation perplexity", perplexity["dense"] or math.nan, perplexity["exported"]),
+        *rows,
+        "",
+        f"Perplexity: {', '.join(told)}.",
+    ]
+
+
+def tenths(seconds: Sequence[float]) -> list[float]:
+    """Return the means of ten consecutive parts, fewer where there are fewer numbers."""
+    parts = min(10, len(seconds))
+    bounds = [len(seconds) * part // parts for part in range(parts + 1)] if parts else []
+    return [fmean(seconds[first:last]) for first, last in pairwise(bounds)]
+
+
+def _row(name: str, dense: float, pruned: float) -> str:
+    ratio = f"{pruned / dense:.3f}" if dense else ""
+    return f"| {name} | {_number(dense)} | {_number(pruned)} | {ratio} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"

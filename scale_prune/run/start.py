@@ -1,0 +1,81 @@
+"""One run from its settings to the report."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from scale_prune.checkpoint import choose, filled_from
+from scale_prune.config import Config
+from scale_prune.data import build
+from scale_prune.preflight import check_same, read_inputs, unused_settings
+from scale_prune.run.output import drop_replaced
+from scale_prune.run.report import write_report
+from scale_prune.run.run import Run
+from scale_prune.system import REPORT, StopSignal
+from scale_prune.tasks import make_task
+from scale_prune.zero3 import Runtime
+
+CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[2] / ".cache"))
+
+
+BASE = {
+    "max_steps": 250,
+    "learning_rate": 3e-3,
+    "remaining": 1.0,
+    "criterion": "random",
+    "eval_tokens": 20_000,
+}
+
+
+def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime) -> Config:
+    """Build and train the small model that stands in where the user names none; both are cached.
+
+    Returns:
+        The settings with that model, and with its text where the user names none.
+    """
+    with runtime.main_first():
+        folder = build(CACHE)
+    base = folder / "base"
+    text = {"train_file": str(folder / "train.jsonl"), "validation_file": str(folder / "validation.jsonl")}
+    if not (base / REPORT).is_file():
+        if runtime.is_main:
+            print(f"training the small base model, {BASE['max_steps']} steps; it is kept in {base}", flush=True)
+        given = {name: getattr(config.training, name) for name in ("ds_config", "precision")}
+        settings = (
+            BASE | text | given | {"model": str(folder / "untrained"), "output_dir": str(base), "overwrite": True}
+        )
+        prune(Config.from_flat(settings), frozenset(), runtime)  # the ds_config wins
+        runtime.barrier()
+    own_text = config.data.dataset is not None or config.data.train_file is not None
+    return Config.from_flat(config.flat() | ({} if own_text else text) | {"model": str(base / "pruned")})
+
+
+def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[str, Any]:
+    """Fine-tune and prune one model; the report, and everything else, is in the output folder.
+
+    Raises:
+        SystemExit: SIGTERM came, and the run is saved; with the code STOPPED.
+        ValueError: an input cannot be used, the loss is not finite, or the disk is full.
+        RuntimeError: masks did not take hold, or the exported model is not the one that was trained.
+    """
+    stop = StopSignal()
+    checkpoint = choose(config, runtime)
+    inputs = read_inputs(filled_from(checkpoint, config), explicit, runtime.world_size)
+    config = inputs.config
+    if checkpoint is not None:
+        for line in check_same(checkpoint, inputs):
+            runtime.say(line)
+    elif config.checkpoint.resume is not None:
+        runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
+    if line := unused_settings(config):
+        runtime.say(line)
+    task = make_task(inputs, runtime)
+    run = Run(task.inputs, runtime, task, checkpoint, stop)
+    try:
+        report = run.go()
+    finally:
+        run.monitor.close()  # so that a message does not stand behind the progress bar
+    if runtime.is_main:
+        write_report(run.folder, report)
+        drop_replaced(config)
+    return report

@@ -1,0 +1,16 @@
+"""Files, folders, clocks and exit codes."""
+
+from scale_prune.system.exits import LOST_CONTACT, STOPPED, StopSignal
+from scale_prune.system.folders import (
+    RECIPE,
+    REPORT,
+    appears,
+    complete_or_absent,
+    is_set_aside,
+    name_beside,
+    sync,
+    whole_or_absent,
+    write_atomically,
+)
+from scale_prune.system.stopwatch import Seconds
+from scale_prune.system.versions import versions

@@ -1,0 +1,97 @@
+"""Files and folders that appear complete or not at all, and the files by which a run's folder is known."""
+
+import glob
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+
+RECIPE = "recipe.yaml"
+REPORT = "report.json"
+UNFINISHED = ".unfinished-scale_prune"  # in a folder that is being written
+
+
+def name_beside(path: Path, what: str) -> Path:
+    """Return a name beside a path that is nobody's: `NAME.WHAT-` and eight random hexadecimal digits."""
+    return path.with_name(f"{path.name}.{what}-{token_hex(4)}")
+
+
+def is_set_aside(name: str, before: str = "") -> bool:
+    """Tell whether a folder's name is one of `name_beside(folder, "replaced")`, of any folder or of that name."""
+    return re.fullmatch(rf"{re.escape(before) or '.+'}\.replaced-[0-9a-f]{{8}}", name) is not None
+
+
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` on success and is gone on failure."""
+    partial = name_beside(path, "partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_or_absent(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to write into that takes its name on success and is gone on failure.
+
+    Args:
+        folder: the folder to make; its parents are made too.
+        replace: a folder of this name goes when the new one is complete.
+
+    Yields:
+        A folder beside it. At the end of the `with` block it is flushed to disk and renamed in one step.
+
+    Raises:
+        ValueError: the folder exists and is not empty, or is a file, and is not to be replaced.
+    """
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; results go to a new or an empty folder")
+    for mark in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*/{UNFINISHED}"):
+        shutil.rmtree(mark.parent, ignore_errors=True)  # of a process that was killed
+    partial, replaced = name_beside(folder, "partial"), name_beside(folder, "replaced")
+    partial.mkdir(parents=True)
+    (partial / UNFINISHED).touch()
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        (partial / UNFINISHED).unlink()
+        if replace and folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def appears(path: Path, patience: float) -> bool:
+    """Wait for a file that another node has written; a shared disk may take its time to show it."""
+    deadline = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text that is there as a whole or not at all."""
+    with whole_or_absent(path) as partial:
+        partial.write_text(text, encoding="utf-8")

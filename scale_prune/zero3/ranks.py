@@ -1,0 +1,55 @@
+"""What every command does around its work: who am I, join the others, and leave them, also where they are gone."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from scale_prune.system import LOST_CONTACT
+from scale_prune.zero3.runtime import Runtime, is_lost_contact, remove_shared_memory
+
+COLLECTIVE_TIMEOUT = 1800.0
+
+
+def launched_as() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks, as the launcher says; a process by itself is 0 of 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(rank: int, timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[Runtime]:
+    """Join the process group for the time of the `with` block.
+
+    Args:
+        rank: this process's.
+        timeout: seconds that a rank waits for the others before it gives them up.
+    """
+    with lost_contact(rank):
+        runtime = Runtime.start(timeout)
+    try:
+        with lost_contact(rank):
+            yield runtime
+    finally:
+        runtime.stop()
+
+
+@contextmanager
+def lost_contact(rank: int) -> Iterator[None]:
+    """Turn a failed collective into one message of this rank and the exit code LOST_CONTACT.
+
+    The process ends at once: whatever would close the process group in good order could wait for the others again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"error: rank {rank} has lost contact with the other ranks, one of which has died or cannot be reached; "
+            f"--resume goes on from the newest checkpoint. {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        remove_shared_memory(rank)
+        os._exit(LOST_CONTACT)
