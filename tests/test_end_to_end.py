@@ -37,7 +37,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from scale_prune.core.selection import select
-from scale_prune.run import run
+from scale_prune.run import student
 from scale_prune.system.exits import LOST_CONTACT
 
 pytestmark = pytest.mark.distributed
@@ -349,7 +349,7 @@ def test_dense_is_before_the_weights_are_factorised(
 
 def outcome_with_a_broken_gradient(flags: list[str], step: int) -> tuple[int, str]:
     """Run with a gradient that is NaN in one step, although the loss is finite."""
-    load = run.load_model
+    load = student.load_model
 
     def load_model(*args: Any, **options: Any) -> Any:
         model = load(*args, **options)
@@ -362,7 +362,7 @@ def outcome_with_a_broken_gradient(flags: list[str], step: int) -> tuple[int, st
         model.get_submodule("transformer.h.2.mlp").register_full_backward_hook(spoil)
         return model
 
-    run.load_model = load_model
+    student.load_model = load_model
     return outcome(flags)
 
 

@@ -7,15 +7,15 @@ import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command import arguments, finish, launch, make_work, outcome, pids_of, report_of, wait_until
 from distributed import run_ranks, start_ranks
 
 from scale_prune.checkpoint.folder import newest_first
-from scale_prune.run import run
+from scale_prune.run.progress import Progress
 from scale_prune.system.exits import STOPPED
+from scale_prune.zero3.ranks import launched_as
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
@@ -54,15 +54,14 @@ class Kill:
 
 def counting(flags: list[str], steps: Path) -> tuple[int, str]:
     """Run the command; rank 0 notes every step that it has made."""
-    make_step = run.Run._step
+    count_step = Progress.count_step
 
-    def noted(self: run.Run, micro_batches: Any, step: int) -> float:
-        loss = make_step(self, micro_batches, step)
-        if self.runtime.is_main:
-            steps.write_text(str(step))
-        return loss
+    def noted(self: Progress, tokens: int, seconds: float) -> None:
+        count_step(self, tokens, seconds)
+        if launched_as()[0] == 0:
+            steps.write_text(str(self.step))
 
-    run.Run._step = noted  # type: ignore[method-assign]
+    Progress.count_step = noted  # type: ignore[method-assign]
     return outcome(flags)
 
 

@@ -28,7 +28,10 @@ from scale_prune.checkpoint.run_state import check_model_and_text
 from scale_prune.commands import evaluate
 from scale_prune.commands.prune import main
 from scale_prune.config.settings import Config
+from scale_prune.run import loop
+from scale_prune.run.run import Run
 from scale_prune.system.exits import STOPPED
+from scale_prune.tasks.task import MicroBatch
 
 pytestmark = pytest.mark.distributed
 
@@ -196,16 +199,14 @@ def test_offloaded_state_in_bf16_goes_on_bit_for_bit(work: Path) -> None:
 
 def stopping(flags: list[str], step: int) -> tuple[int, str]:
     """Run the command, and send rank 0 alone the scheduler's warning in the middle of a step."""
-    from scale_prune.run import run
+    forward = loop.loss_of
 
-    make_step = run.Run._step
-
-    def warned(self: run.Run, micro_batches: Any, number: int) -> float:
-        if number == step and self.runtime.is_main:
+    def warned(run: Run, micro_batch: MicroBatch) -> torch.Tensor:
+        if run.progress.step + 1 == step and run.runtime.is_main:
             os.kill(os.getpid(), signal.SIGTERM)
-        return make_step(self, micro_batches, number)
+        return forward(run, micro_batch)
 
-    run.Run._step = warned  # type: ignore[method-assign,assignment]
+    loop.loss_of = warned
     return outcome(flags)
 
 

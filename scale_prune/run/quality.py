@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_prune.run.monitor import Monitor
-from scale_prune.system import write_atomically
+from scale_prune.system import Seconds, write_atomically
 from scale_prune.tasks import Measured, Task
 
 THOROUGH = ("dense", "masked", "exported")
@@ -22,21 +22,27 @@ class Quality:
     Args:
         task: what it is measured by.
         monitor: where it is written to as it is known.
+        seconds: where the time of it is added, as "evaluation".
     """
 
-    def __init__(self, task: Task, monitor: Monitor) -> None:
-        self.task, self.monitor = task, monitor
+    def __init__(self, task: Task, monitor: Monitor, seconds: Seconds) -> None:
+        self.task, self.monitor, self.seconds = task, monitor, seconds
         self.stages: dict[str, Measured] = {}
 
     def measure(self, engine: Any, step: int, stage: str | None = None) -> None:
         """Measure an engine's model after a step; it is kept where the stage of the run has a name. A collective."""
-        found = self.task.measure(engine, thorough=stage in THOROUGH)
-        if stage is not None:
-            self.stages[stage] = found
-        numbers = ({} if found.perplexity is None else {"perplexity": found.perplexity}) | found.metrics
+        with self.seconds.measure("evaluation"):
+            measured = self.task.measure(engine, thorough=stage in THOROUGH)
+            if stage is not None:
+                self.stages[stage] = measured
+            self._show(measured, step, stage)
+
+    def _show(self, measured: Measured, step: int, stage: str | None) -> None:
+        perplexity = {} if measured.perplexity is None else {"perplexity": measured.perplexity}
+        numbers = perplexity | measured.metrics
         self.monitor.scalars(step, {f"validation/{name}": value for name, value in numbers.items()})
-        told = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-        self.monitor.say(f"step {step}: validation {told}{f' ({stage})' if stage else ''}")
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        self.monitor.say(f"step {step}: validation {shown}{f' ({stage})' if stage else ''}")
 
     def check_exported(self, folder: Path) -> None:
         """See that the model that was exported and loaded again is the one that it was written from.

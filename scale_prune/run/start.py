@@ -10,7 +10,8 @@ from scale_prune.data import build
 from scale_prune.preflight import check_same, read_inputs, unused_settings
 from scale_prune.run.output import drop_replaced
 from scale_prune.run.report import write_report
-from scale_prune.run.run import Run
+from scale_prune.run.run import set_up
+from scale_prune.run.stages import go
 from scale_prune.system import REPORT, StopSignal
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime
@@ -69,10 +70,9 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
         runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
     if line := unused_settings(config):
         runtime.say(line)
-    task = make_task(inputs, runtime)
-    run = Run(task.inputs, runtime, task, checkpoint, stop)
+    run = set_up(make_task(inputs, runtime), runtime, checkpoint, stop)
     try:
-        report = run.go()
+        report = go(run, checkpoint)
     finally:
         run.monitor.close()  # so that a message does not stand behind the progress bar
     if runtime.is_main:

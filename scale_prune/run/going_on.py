@@ -1,0 +1,53 @@
+"""Saving a run, and going on with it."""
+
+from scale_prune.checkpoint import Checkpoint, restore_engine, restore_pruner, restore_randomness, save_run
+from scale_prune.run.run import Run
+from scale_prune.system import STOPPED
+
+
+def go_on_from(run: Run, checkpoint: Checkpoint) -> None:
+    """Bring everything to where it was after the checkpoint's step. A collective."""
+    measured, student = checkpoint.state["measured"], run.student
+    tokens_per_step = run.inputs.batch_size * run.config.data.block_size
+    run.progress.restore(checkpoint.step, measured, tokens_per_step=tokens_per_step)
+    run.quality.restore(measured)
+    restore_pruner(checkpoint, student.pruner)
+    student.pruner.seconds.update(measured["pruner_seconds"])
+    if checkpoint.compacted:
+        student.compact(run.progress.seconds)
+    restore_engine(checkpoint, student.backend)
+    if not checkpoint.compacted:
+        student.pruner.put_masks_on()
+    restore_randomness(checkpoint, run.runtime, run.config.training.seed)
+    run.monitor.say(f"going on after step {checkpoint.step}, from {checkpoint.folder}")
+
+
+def save_if_due(run: Run, stopping: bool) -> None:
+    """Save where it is time to, and where the run is to end. A collective.
+
+    Raises:
+        SystemExit: the run is to end; with the code STOPPED.
+        ValueError: the checkpoint cannot be written.
+    """
+    step, every = run.progress.step, run.config.checkpoint.save_every
+    if stopping or (every and step % every == 0):
+        _save(run)
+    if stopping:
+        run.monitor.say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+        raise SystemExit(STOPPED)
+
+
+def _save(run: Run) -> None:
+    progress, pruner = run.progress, run.student.pruner
+    measured = {**progress.state(), "pruner_seconds": dict(pruner.seconds), **run.quality.state()}
+    with progress.seconds.measure("checkpoints"):
+        folder = save_run(
+            run.inputs,
+            run.runtime,
+            run.student.backend,
+            pruner,
+            step=progress.step,
+            texts=run.task.fingerprints,
+            measured=measured,
+        )
+    run.monitor.say(f"step {progress.step}: saved {folder}")

@@ -1,0 +1,26 @@
+"""What TensorBoard is told of a step."""
+
+from scale_prune.run.run import Run
+
+
+def log(run: Run, *, loss: float, tokens_per_second: float) -> None:
+    """Write the numbers of the step that was made, and what has become of every layer."""
+    step, pruner = run.progress.step, run.student.pruner
+    values = {
+        "train/loss": loss,
+        "train/learning_rate": run.student.engine.get_lr()[0],
+        "train/tokens_per_second": tokens_per_second,
+        "pruning/score_learning_rate": run.config.pruning.score_learning_rate * pruner.schedule.learning_rate(step),
+        "pruning/remaining_target": pruner.schedule.remaining(step),
+        "pruning/remaining": pruner.remaining,
+        "pruning/mask_churn": pruner.churn,
+    }
+    similarity = pruner.mean_similarity()
+    if similarity is not None:
+        values["pruning/similarity"] = similarity
+    if pruner.gating is not None:
+        values["pruning/remaining_by_gates"] = pruner.gating.expected
+    parts = {**run.progress.seconds, **pruner.seconds}
+    values |= {f"seconds/{part}": seconds / step for part, seconds in parts.items()}
+    run.monitor.scalars(step, values)
+    run.monitor.layers(step, masks=pruner.masks, scores=pruner.scores)

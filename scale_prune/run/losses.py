@@ -1,0 +1,60 @@
+"""The loss of a step: of the labels, of a teacher's logits, and over all ranks."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from scale_prune.run.run import Run
+from scale_prune.tasks import MicroBatch
+
+
+def loss_of(run: Run, micro_batch: MicroBatch) -> Tensor:
+    """Return the loss of a micro batch, times its weight; with a teacher also that of its logits. A collective."""
+    inputs = micro_batch.to(run.runtime.device)
+    teacher_logits = _teacher_logits(run, inputs)
+    with run.progress.seconds.measure("forward_backward"):
+        output = run.student.engine(**inputs, **run.task.options)
+        loss: Tensor = output.loss
+        if teacher_logits is not None:
+            alpha, temperature = run.config.distillation.distill_alpha, run.config.distillation.distill_temperature
+            divergence = run.task.divergence(output.logits, teacher_logits, inputs["labels"], temperature)
+            loss = (1 - alpha) * loss + alpha * divergence
+        return loss * micro_batch.weight
+
+
+def _teacher_logits(run: Run, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Return the teacher's logits, None where there is no teacher."""
+    if run.teacher is None:
+        return None
+    with run.progress.seconds.measure("teacher"):
+        return run.teacher.logits({**inputs, **run.task.options, "labels": None})
+
+
+def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:
+    """Return the ranks' mean loss, and whether one was told to stop; call it before the loss reaches the weights.
+
+    In fp16 the loss scaler skips steps whose loss or gradient is not finite.
+
+    Raises:
+        ValueError: the loss or a gradient is not finite; the model as it was before is written.
+    """
+    gradients_broken = not run.student.backend.gradients_finite()
+    own = torch.tensor([own_loss, float(gradients_broken), float(run.stop.received)], dtype=torch.float64)
+    total_loss, num_broken, num_stopping = run.runtime.add_over_ranks(own).tolist()
+    loss = total_loss / run.runtime.world_size
+    is_finite = math.isfinite(loss) and not num_broken
+    if not is_finite and not run.student.engine.fp16_enabled():
+        raise ValueError(_not_finite(run, loss))
+    return loss, num_stopping > 0
+
+
+def _not_finite(run: Run, loss: float) -> str:
+    """Write the model as it is, and return what to say. A collective."""
+    student = run.student
+    last_good = run.writer.write("last_good", student.backend, student.groups, student.layout)
+    what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    return (
+        f"{what} at step {run.progress.step + 1}; the model as it was before that step is in "
+        f"{last_good}; try a smaller --learning_rate than {run.config.training.learning_rate}"
+    )

@@ -1,0 +1,63 @@
+"""How far a run has come, and where its time went."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from scale_prune.system import Seconds
+
+
+class Progress:
+    """What is counted from step to step, and kept in checkpoints.
+
+    Attributes:
+        step: optimizer steps made, recovery included.
+        tokens: tokens learned from, over all ranks, without padding.
+        step_seconds: wall-clock seconds of each step.
+        resumed_at: steps after which the run has gone on from a checkpoint.
+        seconds: wall-clock seconds by part of the work.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.tokens = 0
+        self.step_seconds: list[float] = []
+        self.resumed_at: list[int] = []
+        self.seconds = Seconds()
+        self._started = time.monotonic()
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall-clock seconds since the start, those before a checkpoint included."""
+        return time.monotonic() - self._started
+
+    def count_step(self, tokens: int, seconds: float) -> None:
+        """Take note of a step that was made."""
+        self.step += 1
+        self.tokens += tokens
+        self.step_seconds.append(seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the step."""
+        return {
+            "total_seconds": self.total_seconds,
+            "seconds": dict(self.seconds),
+            "tokens": self.tokens,
+            "step_seconds": self.step_seconds,
+            "resumed_at": self.resumed_at,
+        }
+
+    def restore(self, step: int, state: Mapping[str, Any], *, tokens_per_step: int) -> None:
+        """Take over what a checkpoint kept.
+
+        Args:
+            step: the checkpoint's.
+            state: what `state` returned.
+            tokens_per_step: of a checkpoint in which no tokens were counted yet.
+        """
+        self.step = step
+        self.tokens = state.get("tokens", step * tokens_per_step)
+        self.step_seconds = [*state.get("step_seconds", [])]
+        self.resumed_at = [*state["resumed_at"], step]
+        self.seconds.update(state["seconds"])
+        self._started -= state["total_seconds"]

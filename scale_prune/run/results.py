@@ -1,0 +1,71 @@
+"""What a run has come to: the contents of report.json."""
+
+from typing import Any
+
+from scale_prune.models import cluster_sizes
+from scale_prune.run.report import tenths
+from scale_prune.run.run import Run
+from scale_prune.system import versions
+from scale_prune.zero3 import precision
+
+
+def results(run: Run, *, pruned_parameters: int, stored_parameters: int) -> dict[str, Any]:
+    """Return the report of a run whose exported folder was loaded again. A collective.
+
+    Args:
+        run: the run.
+        pruned_parameters: parameters of the student at the end.
+        stored_parameters: parameters in the folder's files.
+    """
+    config, progress, pruner = run.config, run.progress, run.student.pruner
+    settings = config.flat()
+    dense_parameters = run.student.dense_parameters
+    return {
+        **{name: settings[name] for name in ("model", "criterion", "scope", "layout", "seed")},
+        "dataset": settings["dataset"] or settings["train_file"],
+        "validation": run.inputs.validation,
+        "world_size": run.runtime.world_size,
+        "steps": run.last_step,
+        "remaining": {
+            "target": config.pruning.remaining,
+            "measured": pruner.remaining,
+            "gates": pruner.gating.expected if pruner.gating is not None else None,
+        },
+        "unit": run.student.kind,
+        "widths": pruner.widths,
+        "parameters": {"dense": dense_parameters, "pruned": pruned_parameters, "stored": stored_parameters},
+        "task": config.task.task,
+        "bos": run.inputs.begins_with_bos,
+        **_quality(run),
+        "seconds": {"total": progress.total_seconds, **progress.seconds, **pruner.seconds},
+        "embedding": cluster_sizes(pruner.groups, pruner.widths),
+        "step_seconds": tenths(progress.step_seconds),
+        "resumed_at": progress.resumed_at,
+        "distillation": _distillation(run),
+        "tokens": progress.tokens,
+        "peak_memory_bytes": run.runtime.peak_memory(),
+        "settings": settings,
+        "ds_config": run.inputs.ds_config,
+        "versions": versions(),
+    }
+
+
+def _quality(run: Run) -> dict[str, Any]:
+    return {
+        "perplexity": {"recovered": None, **run.quality.perplexities},
+        "metrics": run.quality.metrics,
+        "dropped_examples": dict(run.task.dropped),
+    }
+
+
+def _distillation(run: Run) -> dict[str, Any] | None:
+    """Return what the teacher cost: seconds of this rank, and bytes of every rank."""
+    if run.teacher is None:
+        return None
+    bytes_each = precision(run.inputs.ds_config).itemsize
+    return {
+        "teacher": run.config.distillation.teacher,
+        "parameters": run.teacher.num_parameters,
+        "bytes_per_rank": -(-run.teacher.num_parameters // run.runtime.world_size) * bytes_each,
+        "seconds": run.progress.seconds["teacher"],
+    }

@@ -1,0 +1,86 @@
+"""The stages of a run: prune, compact, recover, export, and load the result again."""
+
+import gc
+from typing import Any
+
+from scale_prune.checkpoint import Checkpoint
+from scale_prune.run.going_on import go_on_from
+from scale_prune.run.loop import train
+from scale_prune.run.report import write_kept
+from scale_prune.run.results import results
+from scale_prune.run.run import Run
+from scale_prune.run.student import load_dense
+from scale_prune.zero3 import inference_engine, load_model, num_parameters, random_state, release, set_random_state
+
+
+def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Train, prune, compact, export and measure, from the start or from a checkpoint; return the report.
+
+    Raises:
+        SystemExit: the run was told to stop, and is saved; with the code STOPPED.
+        ValueError: the loss is not finite, or something cannot be written.
+        RuntimeError: masks did not take hold, or the exported model is not the one that was trained.
+    """
+    student, progress = run.student, run.progress
+    if checkpoint is None:
+        _measure_start(run)
+    else:
+        go_on_from(run, checkpoint)
+    steps = run.task.steps(student.engine.gradient_accumulation_steps(), progress.step)
+    last_pruning_step = student.pruner.schedule.last_pruning_step
+    if progress.step <= last_pruning_step:
+        train(run, steps, last_pruning_step)
+        run.measure("masked")
+        student.compact(progress.seconds)
+        run.measure("compacted")
+    if last_pruning_step < run.last_step:
+        train(run, steps, run.last_step)
+        run.measure("recovered")
+    pruned_parameters = student.num_parameters
+    _export(run)
+    stored_parameters = _reload(run)
+    return results(run, pruned_parameters=pruned_parameters, stored_parameters=stored_parameters)
+
+
+def _measure_start(run: Run) -> None:
+    """Measure the dense model, and the one that training starts from, if its weights are factorised."""
+    if run.student.kind == "neuron":
+        run.measure("dense")
+        return
+    randomness = random_state()
+    dense = inference_engine(load_dense(run.inputs, run.task), run.inputs.ds_config)
+    set_random_state(randomness)
+    run.quality.measure(dense, run.progress.step, "dense")
+    dense.empty_partition_cache()
+    release(dense)
+    run.measure("factorized")
+
+
+def _export(run: Run) -> None:
+    student, pruner = run.student, run.student.pruner
+    with run.progress.seconds.measure("export"):
+        if run.runtime.is_main:
+            write_kept(run.folder, pruner.groups, pruner.masks, pruner.scores)
+        run.writer.write("pruned", student.backend, student.groups, str(run.config.output.layout))
+
+
+def _reload(run: Run) -> int:
+    """Load the exported folder as a user would, measure it, and return the number of parameters it stores.
+
+    Raises:
+        RuntimeError: it is not as good as the model it was written from.
+    """
+    run.student.let_go()
+    if run.teacher is not None:
+        run.teacher.let_go()
+    gc.collect()
+    folder = run.folder / "pruned"
+    # The code of a per_layer folder is ours; a base model's own code runs only where the user trusts it.
+    trusted = run.config.output.layout == "per_layer" or run.config.training.trust_remote_code
+    model = load_model(str(folder), run.inputs.ds_config, trust_remote_code=trusted)
+    run.student.engine = inference_engine(model, run.inputs.ds_config)
+    run.measure("exported")
+    run.quality.check_exported(folder)
+    if run.runtime.is_main:
+        run.quality.write_generations(run.folder)
+    return num_parameters(model)
