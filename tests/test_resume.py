@@ -28,6 +28,8 @@ from scale_prune.checkpoint.run_state import check_model_and_text
 from scale_prune.commands import evaluate
 from scale_prune.commands.prune import main
 from scale_prune.config.settings import Config
+from scale_prune.data import Inputs
+from scale_prune.preflight.inputs import Reading
 from scale_prune.run import loop
 from scale_prune.run.run import Run
 from scale_prune.system.exits import STOPPED
@@ -210,13 +212,27 @@ def stopping(flags: list[str], step: int) -> tuple[int, str]:
     return outcome(flags)
 
 
+def reading_once(flags: list[str]) -> tuple[int, str]:
+    """Run the command, and see that it reads its inputs once."""
+    inputs_of, reads = Reading.inputs, []
+
+    def counted(self: Reading) -> Inputs:
+        reads.append(self)
+        return inputs_of(self)
+
+    Reading.inputs = counted  # type: ignore[method-assign]
+    result = outcome(flags)
+    assert len(reads) == 1
+    return result
+
+
 def test_a_warned_run_saves_and_goes_on_with_resume_alone(whole: Path, work: Path) -> None:
     output = work / "stopped"
     flags = arguments(work, output, **SETTINGS)
     assert codes(run_ranks(stopping, 2, flags, 6)) == [STOPPED, STOPPED]
     assert [path.name for path in checkpoints(output)] == ["step-00000004", "step-00000006"]
     assert not (output / "report.json").exists()
-    assert codes(run_ranks(outcome, 2, [*flags, "--resume"])) == [0, 0]
+    assert codes(run_ranks(reading_once, 2, [*flags, "--resume"])) == [0, 0]
     assert_same_run(output, whole)
     assert losses(output) == losses(whole)
     assert report_of(output)["resumed_at"] == [6]

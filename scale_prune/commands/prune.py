@@ -6,6 +6,7 @@ inputs -> sharded model -> engine + pruner -> loop -> smaller engine -> recovery
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cache
 
 from scale_prune.checkpoint import filled_from, glance
 from scale_prune.config import dry_run_ranks, load, parse, user_errors
@@ -34,11 +35,12 @@ def main(argv: Sequence[str]) -> None:
             return
         if checkpoint is None:
             check_uniqueness(config.pruning)
+        read = cache(read_inputs)  # again only where the checkpoint turns out damaged, and another one fills other gaps
         if config.training.model is not None:
-            inputs = read_inputs(filled_from(checkpoint, config), explicit, world_size)
+            inputs = read(filled_from(checkpoint, config), explicit, world_size)
             if checkpoint is not None:
                 check_same(checkpoint, inputs)
         with joined(rank, config.training.collective_timeout) as runtime:
             if config.training.model is None:
                 config = embedded_default(config, explicit, runtime)
-            prune(config, explicit, runtime)
+            prune(config, explicit, runtime, read)

@@ -1,12 +1,13 @@
 """One run from its settings to the report."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scale_prune.checkpoint import choose, filled_from
 from scale_prune.config import Config
-from scale_prune.data import build
+from scale_prune.data import Inputs, build
 from scale_prune.preflight import check_same, read_inputs, unused_settings
 from scale_prune.run.output import drop_replaced
 from scale_prune.run.report import write_report
@@ -51,8 +52,16 @@ def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime)
     return Config.from_flat(config.flat() | ({} if own_text else text) | {"model": str(base / "pruned")})
 
 
-def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[str, Any]:
+def prune(
+    config: Config, explicit: frozenset[str], runtime: Runtime, read: Callable[..., Inputs] = read_inputs
+) -> dict[str, Any]:
     """Fine-tune and prune one model; the report, and everything else, is in the output folder.
+
+    Args:
+        config: the settings, as the user gave them.
+        explicit: names of those that the user gave.
+        runtime: the ranks.
+        read: `read_inputs`, or what remembers what that has read already.
 
     Raises:
         SystemExit: SIGTERM came, and the run is saved; with the code STOPPED.
@@ -61,7 +70,7 @@ def prune(config: Config, explicit: frozenset[str], runtime: Runtime) -> dict[st
     """
     stop = StopSignal()
     checkpoint = choose(config, runtime)
-    inputs = read_inputs(filled_from(checkpoint, config), explicit, runtime.world_size)
+    inputs = read(filled_from(checkpoint, config), explicit, runtime.world_size)
     config = inputs.config
     if checkpoint is not None:
         for line in check_same(checkpoint, inputs):
