@@ -232,11 +232,11 @@ def test_an_interrupted_sweep_goes_on_with_what_is_missing(
     assert capsys.readouterr().out.splitlines() == [
         "goes on with seed_1, cell 2 of 3; 2 left, about 4 min",
         "runs seed_2, cell 3 of 3; 1 left, about 2 min",
-        f"all 3 cells are done; `python launch/compare.py {folder}` compares them",
+        f"all 3 cells are done; `scale-prune compare {folder}` compares them",
     ]
     assert (folder / "seed_0" / "report.json").stat().st_mtime_ns == first
     assert [report_of(folder / f"seed_{seed}")["started"] for seed in range(3)] == [False, True, False]
-    assert report_of(folder / "seed_0")["launched"] == str(ROOT / "launch" / "prune.py")
+    assert report_of(folder / "seed_0")["launched"] == str(ROOT / "scale_prune" / "commands" / "__main__.py")
 
 
 def test_a_killed_sweep_keeps_others_away_from_the_run_it_leaves(sweep: list[str], tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
 """One run from its settings to the report."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from scale_prune.checkpoint import choose, filled_from
-from scale_prune.config import Config
+from scale_prune.config import Config, cache_folder
 from scale_prune.data import Inputs, build
 from scale_prune.preflight import check_same, read_inputs, unused_settings
 from scale_prune.run.output import drop_replaced
@@ -17,9 +15,7 @@ from scale_prune.system import REPORT, StopSignal
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime
 
-CACHE = Path(os.environ.get("SCALE_PRUNE_CACHE", Path(__file__).resolve().parents[2] / ".cache"))
-
-
+CACHE = cache_folder()
 BASE = {
     "max_steps": 250,
     "learning_rate": 3e-3,

@@ -18,7 +18,9 @@ import yaml
 from scale_prune.study.cells import Cell
 from scale_prune.system import STOPPED, StopSignal, write_atomically
 
-PRUNE = Path(__file__).resolve().parents[2] / "launch" / "prune.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "commands" / "__main__.py"
+"""A file, not a module's name: each launcher has another flag for modules."""
+
 LOCK = ".sweep.lock"
 
 
@@ -27,7 +29,7 @@ def run_all(cells: Sequence[Cell], launcher: Sequence[str]) -> int:
 
     Args:
         cells: all cells of the sweep.
-        launcher: the words before `launch/prune.py`.
+        launcher: the words before the program.
 
     Returns:
         the exit code: 0, 1 where cells failed, STOPPED after SIGINT or SIGTERM.
@@ -56,13 +58,13 @@ def run(cell: Cell, launcher: Sequence[str], stop: StopSignal, lock: int) -> int
 
     Args:
         cell: which one.
-        launcher: the words before `launch/prune.py`.
+        launcher: the words before the program.
         stop: tells when to pass SIGTERM on.
         lock: descriptor of the lock, which the run holds too, so that no sweep disturbs a run that outlived its own.
     """
     recipe = yaml.safe_dump(cell.settings, sort_keys=False)
     write_atomically(cell.recipe, recipe)
-    command = [*launcher, str(PRUNE), "--config", str(cell.recipe), *(["--resume"] if cell.is_begun else [])]
+    command = [*launcher, str(PROGRAM), "prune", "--config", str(cell.recipe), *(["--resume"] if cell.is_begun else [])]
     with cell.log.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             command,
@@ -150,7 +152,7 @@ def _ending(cells: Sequence[Cell], failed: Sequence[Cell], *, stopped: bool) -> 
         for cell in failed:
             _say(f"  {cell.name}: {_reason(cell)}")
         return 1
-    _say(f"all {len(cells)} cells are done; `python launch/compare.py {folder}` compares them")
+    _say(f"all {len(cells)} cells are done; `scale-prune compare {folder}` compares them")
     return 0
 
 
