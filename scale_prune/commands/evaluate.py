@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from scale_prune.config import CLASSIFICATION, parse_some, user_errors
+from scale_prune.config import CLASSIFICATION, load_plugins, parse_some, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import add_models, harness, positive, read_models, speeds
 from scale_prune.system import versions, write_atomically
@@ -25,7 +25,7 @@ SETTINGS = (
     *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "bos", "eval_tokens"),
     *("task", "prompt_template", "completion_template", "label_column", "long_examples"),
     *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
-    *("ds_config", "precision", "micro_batch_size", "trust_remote_code"),
+    *("ds_config", "precision", "micro_batch_size", "trust_remote_code", "plugin"),
 )
 DESCRIPTION = "Measure how good models are at a task on validation data, and how fast they generate."
 SPEED = {
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+        load_plugins(config.training.plugin)
         _check_output(own)
         inputs = read_models(own, config, explicit, world_size, "validation", needs_groups=False)
         if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from functools import cache
 
 from scale_prune.checkpoint import filled_from, glance
-from scale_prune.config import dry_run_ranks, load, parse, user_errors
+from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins_of, user_errors
 from scale_prune.criteria import CRITERIA, check_uniqueness
 from scale_prune.preflight import check_output, check_same, dry_run, fill_in, goes_on, is_complete, read_inputs
 from scale_prune.run import embedded_default, prune
@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `launch/prune.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
+        load_plugins(plugins_of(argv))
         ranks = dry_run_ranks(argv, world_size)
         if ranks is not None:
             raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))

@@ -16,8 +16,8 @@ DESCRIPTION = "Run a grid of settings, one ordinary run a cell; start it again t
 def main(argv: Sequence[str]) -> None:
     """Run `launch/sweep.py`; the exit code is 1 where cells failed, 75 where it was stopped, 2 for a user's mistake."""
     with user_errors(rank=0):
-        own = parse_some(argv, (), DESCRIPTION, add_own)[2]
-        cells = read_sweep(own.recipe)
+        config, _, own = parse_some(argv, ("plugin",), DESCRIPTION, add_own)
+        cells = read_sweep(own.recipe, config.training.plugin)
         if own.list:
             print(listing(cells))
             return
@@ -31,7 +31,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
     add = parser.add_argument
     add("recipe", type=os.path.expanduser, metavar="RECIPE", help="YAML file of settings, lists are axes of the grid")
-    add("--launcher", default="deepspeed", help="what starts launch/prune.py; default: deepspeed")
+    add("--launcher", default="deepspeed", help="what starts the runs, up to the program; default: deepspeed")
     add("--list", action="store_true", help="print the cells, and which are done; run nothing")
 
 

@@ -1,9 +1,10 @@
 """Every setting, and the ways it is given: flags, recipes, DeepSpeed's own file."""
 
-from scale_prune.config.command_line import Mistakes, dry_run_ranks, parse, parse_some, user_errors
+from scale_prune.config.command_line import Mistakes, dry_run_ranks, parse, parse_some, plugins_of, user_errors
 from scale_prune.config.ds_config import DEFAULT, load, precision, resolve
 from scale_prune.config.ds_limits import get
 from scale_prune.config.places import cache_folder
+from scale_prune.config.plugins import load_plugins
 from scale_prune.config.recipes import as_settings, check_value, read_recipe, read_yaml, with_keys
 from scale_prune.config.settings import (
     CLASSIFICATION,

@@ -12,11 +12,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn
 
-from scale_prune.config.recipes import NOUNS, check_value, kind_of, nearest, read_recipe, specs
+from scale_prune.config.recipes import NOUNS, check_value, kind_of, nearest, read_recipe, read_yaml, specs
 from scale_prune.config.setting import describe
 from scale_prune.config.settings import Config, concerns
 
@@ -124,6 +124,25 @@ def dry_run_ranks(argv: Sequence[str], world_size: int) -> int | None:
     if asked.world_size is not None and not re.fullmatch("0*[1-9][0-9]*", asked.world_size):
         raise ValueError(f"--world_size {asked.world_size} is not valid, it must be a whole number, at least 1")
     return int(asked.world_size or world_size) if asked.dry_run else None
+
+
+def plugins_of(argv: Sequence[str]) -> str | None:
+    """Return what `--plugin` or the recipe says, before anything is checked that plugins can add to.
+
+    Args:
+        argv: the arguments, without the program's name.
+
+    Returns:
+        None where there are none, or a mistake that `parse` will name.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin")
+    parser.add_argument("--config", type=os.path.expanduser)
+    with suppress(ValueError):
+        asked, _ = parser.parse_known_args(argv)
+        given = asked.plugin or (read_yaml(asked.config).get("plugin") if asked.config else None)
+        return given if isinstance(given, str) else None
+    return None
 
 
 class Mistakes(list[str]):

@@ -257,6 +257,11 @@ class TrainingConfig(Settings):
         1800.0, "seconds that a rank waits for the others before it gives them up", Range(0, 31_536_000, "(]")
     )
     trust_remote_code: bool = setting(False, "run code that comes with the model")
+    plugin: str | None = setting(
+        None,
+        "your own criteria and families: modules that Python can import, or .py files, with commas",
+        otherwise="those of scale_prune",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

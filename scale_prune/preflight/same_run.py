@@ -12,7 +12,7 @@ MAY_CHANGE = frozenset(
     | {"ds_config", "train_batch_size", "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
     # how long, how fast, what is written
     | {"max_steps", "recovery_steps", "learning_rate", "weight_decay", "lr_warmup_fraction", "max_grad_norm"}
-    | {"eval_every", "log_every", "tensorboard", "layout", "collective_timeout", "trust_remote_code"}
+    | {"eval_every", "log_every", "tensorboard", "layout", "collective_timeout", "trust_remote_code", "plugin"}
     | {"save_every", "keep_checkpoints", "resume", "generation_batch_size"}
 )
 

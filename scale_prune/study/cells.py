@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scale_prune.config import Config, as_settings, check_value, read_recipe, read_yaml, with_keys
+from scale_prune.config import Config, as_settings, check_value, load_plugins, read_recipe, read_yaml, with_keys
 from scale_prune.criteria import CRITERIA, check_uniqueness, with_defaults
 from scale_prune.export import resolve_layout
 from scale_prune.study.naming import differing, short
@@ -75,11 +75,12 @@ class Cell:
         return float(json.loads((self.folder / REPORT).read_text(encoding="utf-8"))["seconds"]["total"])
 
 
-def read_sweep(path: str) -> list[Cell]:
+def read_sweep(path: str, plugin: str | None = None) -> list[Cell]:
     """Read the recipe of a sweep and check every cell.
 
     Args:
         path: a YAML file; keys as in a run's recipe, and `cells`.
+        plugin: that of all cells; None leaves it to the recipe.
 
     Returns:
         the cells, in the order of `cells` first and of the last list fastest.
@@ -87,14 +88,17 @@ def read_sweep(path: str) -> list[Cell]:
     Raises:
         ValueError: the recipe cannot be read; a key is unknown, or one that a sweep cannot have; a list is empty; the
             settings of a cell are not valid; two cells are the same run or have the same name; a file that no sweep has
-            written stands where a cell's recipe would; or a finished cell has been run with other settings.
+            written stands where a cell's recipe would; a finished cell has been run with other settings; or a plugin
+            cannot be imported.
     """
     common = with_keys(path, read_yaml(path), also=(CELLS,))
     over = _over(path, common.pop(CELLS, [{}]))
     sweep = _output_dir(path, common.pop("output_dir", Config().output.output_dir))
     _refuse(path, common, *over)
     points = [point for lines in over for point in _points(path, common | lines)]
-    given = [as_settings(path, point) for point in points]
+    given = [as_settings(path, point | ({"plugin": plugin} if plugin else {})) for point in points]
+    for each in given:
+        load_plugins(each.get("plugin"))
     axes = {key for lines in (*over, common) for key in lines if isinstance(lines[key], list)}
     names = _names(given, {*differing(given), *axes})
     cells = [_cell(path, sweep / name, each) for name, each in zip(names, given, strict=True)]

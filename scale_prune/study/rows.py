@@ -29,7 +29,7 @@ LOWER_IS_BETTER = (PERPLEXITY, "loss")
 
 NO_METHOD = frozenset(
     {"seed", "remaining", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints"}
-    | {"log_every", "eval_every", "tensorboard", "collective_timeout"}
+    | {"log_every", "eval_every", "tensorboard", "collective_timeout", "plugin"}
 )
 FOLLOWING = frozenset({"layout", "regularization", "uniqueness"})
 """Settings that have the criterion's or the scope's own value where they are not given."""
