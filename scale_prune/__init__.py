@@ -1,15 +1,22 @@
 """Structured pruning of causal language models while they are fine-tuned under DeepSpeed ZeRO-3."""
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["attach", "compact", "load_state", "prepare", "save", "save_state"]
+
+_ROOMS = {
+    "api": ("attach", "compact", "load_state", "prepare", "save", "save_state"),
+    "config": ("PruningConfig",),
+    "criteria": ("Criterion", "GatedCriterion", "Moment", "ShardView", "State", "register_criterion"),
+    "models": ("Family", "register_family"),
+}
+__all__ = [name for names in _ROOMS.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface for loops of one's own only when it is used: it starts DeepSpeed, which takes seconds."""
-    if name in __all__:
-        from scale_prune import api
-
-        return getattr(api, name)
+    """Import a name when it is used: the interface for loops of one's own starts DeepSpeed, which takes seconds."""
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"scale_prune.{room}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

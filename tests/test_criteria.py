@@ -27,8 +27,8 @@ WITH_SHARE = [name for name, criterion in CRITERIA.items() if criterion.needs & 
 CHOOSING = [name for name in CRITERIA if name != "factorize"]
 BY_GRADIENT = [name for name, criterion in CRITERIA.items() if "grad" in criterion.needs]
 
-# Shape, the axis that counts units, role.
-MEMBERS: list[tuple[tuple[int, ...], int, Role]] = [((7, 5), 0, "in"), ((5, 7), 1, "out"), ((7,), 0, "bias")]
+# Shape, the axis that counts units, role; means over 4 are exact.
+MEMBERS: list[tuple[tuple[int, ...], int, Role]] = [((7, 4), 0, "in"), ((4, 7), 1, "out"), ((7,), 0, "bias")]
 
 
 def make(name: str, **settings: Any) -> Criterion:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wanda  # noqa: F401  # the ranks import this file and no conftest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_fp32_param

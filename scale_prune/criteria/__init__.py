@@ -2,4 +2,11 @@
 
 from scale_prune.criteria.base import Criterion, GatedCriterion, Moment, Need, ShardView, State
 from scale_prune.criteria.flop import Flop
-from scale_prune.criteria.registry import CRITERIA, check_uniqueness, schedule_of, unused, with_defaults
+from scale_prune.criteria.registry import (
+    CRITERIA,
+    check_uniqueness,
+    register_criterion,
+    schedule_of,
+    unused,
+    with_defaults,
+)

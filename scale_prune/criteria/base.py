@@ -1,8 +1,8 @@
 """What a criterion is: the rule that gives each unit a score.
 
 A criterion knows nothing of ranks. It turns a slice of a tensor into the slice's additive share of every unit's number,
-and updates state for some units, whichever they are. A new criterion is a new file in this folder; it says only what
-distinguishes it.
+and updates state for some units, whichever they are. A new criterion is a new file, in this folder or anywhere else
+with `register_criterion`; it says only what distinguishes it.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from torch import Tensor
 from scale_prune.config import PruningConfig
 from scale_prune.core import Kind, Member, Role, Schedule, UnitGroup, UnitSpan, full_rank, select, unit_sum
 
-Need = Literal["weight", "grad", "activation", "gate"]
+Need = Literal["weight", "grad", "activation", "activity", "gate"]
 State = dict[str, Tensor]
 
 OF_COMPONENTS = frozenset({"targets", "factors", "initial_rank", "embedding_clusters", "tie_embeddings"})
@@ -75,6 +75,7 @@ class Criterion:
     Attributes:
         needs: what the shares are made of. "grad": they are taken after every backward pass and `update` runs every
             step. "weight" alone: only when masks are chosen. "activation": `Moment.similarity` is kept up to date.
+            "activity": every `similarity_every` steps `activity` gets `similarity_tokens` tokens, before `update`.
             "gate": there are no shares; units are multiplied by gates, and `update` gets the gradient of these.
         kind: what is removed: neurons, or components of the weights that the run factorises before it begins.
         roles: the members that have a share.
@@ -105,7 +106,25 @@ class Criterion:
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Return the state of the spans' units, (U,) tensors by name."""
-        return {"total": torch.zeros(sum(span.last - span.first for span in spans), device=device)}
+        zeros = torch.zeros(sum(span.last - span.first for span in spans), device=device)
+        return {"total": zeros} | ({"activity": zeros.clone()} if "activity" in self.needs else {})
+
+    def activity(self, activations: Tensor) -> Tensor:
+        """Return what tokens add to every unit, where "activity" is needed: (N,), or (K, N) for K numbers a unit.
+
+        Args:
+            activations: (T, N) float32, what the output projection of a group reads; a rank may have no tokens of it.
+        """
+        raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no activity")
+
+    def observe(self, state: State, activity: Tensor) -> State:
+        """Return the state after a step whose tokens were sampled; by default the samples add up. Pure.
+
+        Args:
+            state: (U,) tensors by name.
+            activity: (U,) or (K, U) float32, added up over the tokens of all ranks.
+        """
+        return state | {"activity": state["activity"] + activity}
 
     def update(self, state: State, total: Tensor, moment: Moment) -> State:
         """Return the state after this step, where shares are made of gradients. Pure.

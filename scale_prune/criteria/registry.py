@@ -1,30 +1,89 @@
-"""The criteria, registered by being there: one module of this package each, named like its criterion."""
+"""The criteria by name: one module of this package each, registered by being there, and those of plugins."""
 
+import re
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from types import ModuleType
+from typing import Any, get_args
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core import Schedule
-from scale_prune.criteria.base import Criterion
+from scale_prune.core import Kind, Role, Schedule
+from scale_prune.criteria.base import Criterion, GatedCriterion, Need
 
 NO_CRITERIA = ("base", "registry")
+CRITERIA: dict[str, type[Criterion]] = {}
 
 
-def _discover() -> dict[str, type[Criterion]]:
-    """Import every module but those that hold none; movement.py holds `class Movement`."""
-    found = {}
+def register_criterion(name: str, criterion: type[Criterion]) -> None:
+    """Make a criterion known as `--criterion name`; the same class may come again, as where a notebook is run twice.
+
+    Args:
+        name: a small letter, then small letters, digits and _.
+        criterion: a subclass of `Criterion`.
+
+    Raises:
+        ValueError: the name is not valid or is another criterion's, or the class contradicts itself.
+    """
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"criterion {name!r}: a name is a small letter, then small letters, digits and _")
+    if not (isinstance(criterion, type) and issubclass(criterion, Criterion)):
+        raise ValueError(f"criterion {name}: {criterion!r} is no subclass of scale_prune.Criterion")
+    known = CRITERIA.get(name, criterion)
+    if (known.__module__, known.__qualname__) != (criterion.__module__, criterion.__qualname__):
+        raise ValueError(f"criterion {name} is {known.__module__}.{known.__qualname__} already, give another name")
+    if problem := _problem_of(criterion):
+        raise ValueError(f"criterion {name}: {problem}")
+    CRITERIA[name] = criterion
+
+
+def _problem_of(criterion: type[Criterion]) -> str | None:
+    """Tell what a class says that cannot be."""
+    settings = [spec.name for spec in fields(PruningConfig)]
+    words = {
+        "needs": (criterion.needs, get_args(Need)),
+        "kind": ([criterion.kind], get_args(Kind)),
+        "roles": (criterion.roles, get_args(Role)),
+        "settings": (criterion.settings, settings),
+        "defaults": (criterion.defaults, settings),
+    }
+    for attribute, (found, valid) in words.items():
+        if unknown := sorted(map(str, set(found) - set(valid))):
+            return f"{attribute} has {unknown[0]!r}, valid are {', '.join(valid)}"
+    if criterion.defaults.get("scope") not in ("global", "per_group"):
+        return 'defaults must have a "scope", global or per_group'
+    if ("gate" in criterion.needs) != issubclass(criterion, GatedCriterion):
+        return 'needs has "gate" where the class is a GatedCriterion, and nowhere else'
+    methods = {"weight": ("share",), "grad": ("share", "update"), "activity": ("activity",), "gate": ("update",)}
+    for need, names in methods.items():
+        for method in names if need in criterion.needs else ():
+            if getattr(criterion, method) is getattr(Criterion, method):
+                return f"needs has {need!r}, but the class has no method {method}"
+    return None
+
+
+def criterion_in(module: ModuleType) -> type[Criterion] | None:
+    """Return the criterion that a module defines, if any: the one that is named like it, else the last one."""
+    own = {
+        name.lower(): each
+        for name, each in vars(module).items()
+        if isinstance(each, type) and issubclass(each, Criterion) and each.__module__ == module.__name__
+    }
+    stem = module.__name__.rpartition(".")[2]
+    return own.get(stem.replace("_", ""), next(reversed(own.values()), None))
+
+
+def _discover() -> None:
     for module_info in iter_modules([str(Path(__file__).parent)]):
         if module_info.name in NO_CRITERIA:
             continue
-        module = import_module(f"scale_prune.criteria.{module_info.name}")
-        found[module_info.name] = getattr(module, module_info.name.title().replace("_", ""))
-    return found
+        criterion = criterion_in(import_module(f"scale_prune.criteria.{module_info.name}"))
+        if criterion is not None:
+            register_criterion(module_info.name, criterion)
 
 
-CRITERIA: dict[str, type[Criterion]] = _discover()
+_discover()
 
 
 def with_defaults(config: PruningConfig) -> PruningConfig:

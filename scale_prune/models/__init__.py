@@ -4,11 +4,13 @@ from scale_prune.models.embedding import cluster_groups, cluster_sizes, put_clus
 from scale_prune.models.factorized import component_groups, full_shape, put_factors
 from scale_prune.models.families import (
     FAMILIES,
+    Family,
     auto_model,
     classifies,
     family_of,
     linear_names,
     positions_of,
+    register_family,
     stock_class,
     unit_groups,
 )

@@ -2,8 +2,8 @@
 
 To prune another architecture, describe it and register the description:
 
-    register(Family(model_types=("persimmon",), layers="model.layers", mlp="mlp",
-                    inputs=("dense_h_to_4h",), output="dense_4h_to_h", width_key="intermediate_size"))
+    register_family(Family(model_types=("persimmon",), layers="model.layers", mlp="mlp",
+                           inputs=("dense_h_to_4h",), output="dense_4h_to_h", width_key="intermediate_size"))
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,13 +57,21 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def register(family: Family) -> None:
+def register_family(family: Family) -> None:
     """Make a family known under each of its model types; a later description takes the place of an earlier one.
 
     Args:
         family: the description.
+
+    Raises:
+        ValueError: it is something else.
     """
+    if not isinstance(family, Family):
+        raise ValueError(f"{family!r} is no scale_prune.Family")
     FAMILIES.update(dict.fromkeys(family.model_types, family))
+
+
+register = register_family  # its name before the front door had it
 
 
 register(
@@ -234,7 +242,7 @@ def family_of(config: PretrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"no family is known for model type {config.model_type!r}; known are {', '.join(sorted(FAMILIES))}; "
-            f"describe another in a few lines with scale_prune.models.families.register(Family(...))"
+            f"describe another in a few lines, scale_prune.register_family(scale_prune.Family(...)), in a --plugin"
         )
     return FAMILIES[config.model_type]
 

@@ -197,7 +197,9 @@ def _tokens(job: Job) -> int:
 
 def _sampled(job: Job) -> int:
     """Return the bytes of the activations that a rank samples, of all groups."""
-    return _tokens(job) * job.layout.num_units * job.width if _needs(job, "activation") else 0
+    return (
+        _tokens(job) * job.layout.num_units * job.width if _needs(job, "activation") or _needs(job, "activity") else 0
+    )
 
 
 def _cosines(job: Job) -> int:

@@ -54,6 +54,12 @@ class ActivationSampler:
             output = module.get_submodule(group.output)
             self._handles.append(output.register_forward_pre_hook(self._catcher(index)))
 
+    def caught(self) -> Iterator[Tensor]:
+        """Yield what this rank has caught so far, one (T, N) float32 tensor a group; T may be 0."""
+        for group, rows in zip(self.groups, self._caught, strict=True):
+            empty = torch.empty(0, group.num_units, device=self.backend.device)
+            yield torch.cat(rows).float() if rows else empty
+
     def take(self) -> Iterator[Tensor]:
         """Remove the hooks; bring the ranks' tokens together, one (tokens, N) tensor a group. A collective.
 

@@ -6,6 +6,7 @@ What moves between ranks, with M units in all, G groups and T sampled tokens:
     after_step       all-gather of the scores; every rank ranks them alike                     4 M bytes an update
                      reduce-scatter and all-gather of the read-back                            8 M bytes an update
                      all-gather of sampled activations, one group at a time                    T * N numbers a sample
+                     or reduce-scatter of what the criterion makes of them                     4 M bytes a sample
 
 The float32 master stays dense. A masked unit's gradient is exactly 0, so its master makes the optimizer's own steps on
 a gradient of 0 and no others: what is left of its momentum, with Adam's usual betas over some 20 steps and in all at
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from scale_prune.config import PruningConfig
 from scale_prune.core import Member, Similarity, UnitGroup, UnitLayout, check_finite, remaining_fraction
@@ -128,7 +130,7 @@ class Pruner:
         self.step += 1
         if self.backend.step_applied():
             with self.seconds.measure("similarity"):
-                self._update_similarity()
+                self._take_sample()
             with self.seconds.measure("scoring"):
                 self._update_state()
         if self.schedule.updates(self.step):
@@ -175,7 +177,7 @@ class Pruner:
     def _arm_sampler(self) -> None:
         """Catch activations in the coming step, if its turn has come."""
         due = self.step % self.config.similarity_every == 0 and self.step < self.schedule.total_steps
-        self._sampling = due and self.pruning and "activation" in self.criterion.needs
+        self._sampling = due and self.pruning and bool({"activation", "activity"} & self.criterion.needs)
         self._sampler.disarm()
         if self._sampling:
             self._sampler.arm(self.seed, self.step)
@@ -276,12 +278,23 @@ class Pruner:
         values = [torch.full((span.last - span.first,), value(span.group)) for span in self.spans]
         return torch.cat([*values, torch.zeros(0)]).to(self.backend.device)
 
-    # --- similarity ----------------------------------------------------------------------------------------------
+    # --- sampled activations -------------------------------------------------------------------------------------
+
+    def _take_sample(self) -> None:
+        if self._sampling and "activity" in self.criterion.needs:
+            self.state = self.criterion.observe(self.state, self._activity())
+        if self._sampling and "activation" in self.criterion.needs:
+            self._update_similarity()
+
+    def _activity(self) -> Tensor:
+        """Add up over ranks what the criterion makes of the sample; return that of the owned units, (U,) or (K, U)."""
+        parts = torch.cat([self.criterion.activity(rows) for rows in self._sampler.caught()], dim=-1)
+        lines = pad(parts.float(), (0, self.layout.padded - self.layout.num_units))
+        totals = [self.backend.reduce_scatter(line)[: self.num_owned] for line in lines.view(-1, self.layout.padded)]
+        return torch.stack(totals).view(*lines.shape[:-1], self.num_owned)
 
     def _update_similarity(self) -> None:
         """Gather the sampled activations one group at a time; each rank computes the rows of the units it owns."""
-        if not self._sampling:
-            return
         owned = {span.index: (span, rows) for span, rows in zip(self.spans, self.similarities, strict=True)}
         for index, activations in enumerate(self._sampler.take()):
             if index in owned and len(activations):
