@@ -1,4 +1,4 @@
-"""The example of a loop of one's own, as README shows it."""
+"""The example of a loop of one's own, as docs/own_loop.md shows it."""
 
 import json
 import os
@@ -40,9 +40,9 @@ def test_the_example_prunes_half_of_the_neurons(tmp_path: Path) -> None:
     assert model.transformer.h[0].mlp.c_fc.out_features == layers["0"]["intermediate_size"]
 
 
-def test_readme_shows_the_calls_of_the_example() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_the_calls_of_the_example() -> None:
+    page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
     example = (ROOT / "launch" / "own_loop.py").read_text(encoding="utf-8")
     for call in ("scale_prune.attach(engine, PruningConfig(", "pruner.after_backward()", "pruner.after_step()"):
-        assert call in readme
+        assert call in page
         assert call in example
