@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from scale_prune.commands import analyze, evaluate
+from scale_prune.commands import analyze, compare, evaluate, sweep
 from scale_prune.config.command_line import parse, parse_some, user_errors
 from scale_prune.config.settings import Config
-from scale_prune.study import comparison, sweep
 from scale_prune.study.cells import read_sweep
 
 CRITERIA = ("gum", "movement", "random")
@@ -67,7 +66,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     for command, words, names in [
         (analyze, ["--model", "~/x", "~/x", "--baseline=~/x", "--output_dir=~/x"], ("model", "baseline", "output_dir")),
         (evaluate, ["--model=~/x", "--output=~/x", "--lm_eval_include=~/x"], ("model", "output", "lm_eval_include")),
-        (comparison, ["~/x", "--output_dir=~/x"], ("runs", "output_dir")),
+        (compare, ["~/x", "--output_dir=~/x"], ("runs", "output_dir")),
         (sweep, ["~/x"], ("recipe",)),
     ]:
         own = parse_some(words, (), "", command.add_own)[2]

@@ -1,7 +1,12 @@
 """Every range that the help states is enforced, and the message says what is valid."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +161,49 @@ def test_range(valid: Range, words: str, inside: list[float], outside: list[floa
     assert str(valid) == words
     assert all(value in valid for value in inside)
     assert not any(value in valid for value in outside)
+
+
+MADE_UP = """\
+    made_up: int = setting(
+        3, "a made-up number", Range(1), may_change=True, compared=IGNORED, commands=("evaluate",)
+    )
+"""
+USED = """\
+from scale_prune.config import Config, IGNORED, parse, settings_where
+from scale_prune.commands import evaluate
+from scale_prune.study.rows import NO_METHOD
+
+assert parse(["--made_up", "5"], criteria=())[0].output.made_up == 5
+assert Config().flat()["made_up"] == 3
+assert all("made_up" in settings_where(*nature) for nature in (("may_change", True), ("commands", "evaluate")))
+assert "made_up" in NO_METHOD
+for wrong in (["--made_up", "0"], ["--made_up", "x"]):
+    try:
+        parse(wrong, criteria=())
+    except ValueError as error:
+        assert "--made_up" in str(error)
+    else:
+        raise AssertionError(wrong)
+try:
+    evaluate.main(["--help"])
+except SystemExit:
+    pass
+"""
+
+
+def test_a_setting_is_declared_in_one_file(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "scale_prune", tmp_path / "scale_prune")
+    file, before = tmp_path / "scale_prune" / "config" / "settings.py", "    tensorboard: bool = setting("
+    text = file.read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, MADE_UP + before), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", USED],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a made-up number; at least 1; default: 3" in done.stdout

@@ -8,6 +8,9 @@ from scale_prune.checkpoint.folder import damage as damage_of
 from scale_prune.config import Config
 from scale_prune.zero3 import Runtime
 
+UNSAID = {"bos": "never"}
+"""What held in runs from before there was the setting."""
+
 
 def glance(config: Config) -> Checkpoint | None:
     """Return the checkpoint that a run will probably go on from, without reading its tensors or talking to other ranks.
@@ -60,5 +63,5 @@ def filled_from(checkpoint: Checkpoint | None, config: Config) -> Config:
     if checkpoint is not None and config.training.train_batch_size is None:
         found["train_batch_size"] = checkpoint.state["ds_config"]["train_batch_size"]
     if checkpoint is not None and config.data.bos == "auto":
-        found["bos"] = checkpoint.state["settings"].get("bos", "never")  # as it was before there was the setting
+        found["bos"] = (UNSAID | checkpoint.state["settings"])["bos"]
     return Config.from_flat(config.flat() | found)

@@ -9,7 +9,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from scale_prune.config import load_plugins, parse_some, user_errors
+from scale_prune.config import load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs, prepare
 from scale_prune.inspection import (
     GroupAnalysis,
@@ -25,10 +25,6 @@ from scale_prune.inspection.analysis_tables import as_table
 from scale_prune.system import complete_or_absent
 from scale_prune.zero3 import Runtime, joined, launched_as
 
-SETTINGS = (
-    *("dataset", "dataset_config", "train_file", "text_column", "block_size", "bos"),
-    *("ds_config", "precision", "train_batch_size", "micro_batch_size", "seed", "trust_remote_code", "plugin"),
-)
 DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
 KEPT = "kept.json"
 
@@ -38,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     rank, world_size = launched_as()
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
-            config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+            config, explicit, own = parse_some(argv, settings_where("commands", "analyze"), DESCRIPTION, add_own)
         load_plugins(config.training.plugin)
         folder = Path(own.output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

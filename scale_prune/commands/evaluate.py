@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from scale_prune.config import CLASSIFICATION, load_plugins, parse_some, user_errors
+from scale_prune.config import CLASSIFICATION, load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import add_models, harness, positive, read_models, speeds
 from scale_prune.system import versions, write_atomically
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
 
-SETTINGS = (
-    *("dataset", "dataset_config", "validation_file", "text_column", "block_size", "bos", "eval_tokens"),
-    *("task", "prompt_template", "completion_template", "label_column", "long_examples"),
-    *("eval_examples", "max_new_tokens", "num_beams", "generation_batch_size"),
-    *("ds_config", "precision", "micro_batch_size", "trust_remote_code", "plugin"),
-)
 DESCRIPTION = "Measure how good models are at a task on validation data, and how fast they generate."
 SPEED = {
     "prefill_ms": "prefill, ms",
@@ -48,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     rank, world_size = launched_as()
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
-            config, explicit, own = parse_some(argv, SETTINGS, DESCRIPTION, add_own)
+            config, explicit, own = parse_some(argv, settings_where("commands", "evaluate"), DESCRIPTION, add_own)
         load_plugins(config.training.plugin)
         _check_output(own)
         inputs = read_models(own, config, explicit, world_size, "validation", needs_groups=False)

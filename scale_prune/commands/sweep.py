@@ -6,7 +6,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 
-from scale_prune.config import parse_some, user_errors
+from scale_prune.config import parse_some, settings_where, user_errors
 from scale_prune.study.cells import Cell, read_sweep
 from scale_prune.study.sweep import _time_left, run_all
 
@@ -16,7 +16,7 @@ DESCRIPTION = "Run a grid of settings, one ordinary run a cell; start it again t
 def main(argv: Sequence[str]) -> None:
     """Run `launch/sweep.py`; the exit code is 1 where cells failed, 75 where it was stopped, 2 for a user's mistake."""
     with user_errors(rank=0):
-        config, _, own = parse_some(argv, ("plugin",), DESCRIPTION, add_own)
+        config, _, own = parse_some(argv, settings_where("commands", "sweep"), DESCRIPTION, add_own)
         cells = read_sweep(own.recipe, config.training.plugin)
         if own.list:
             print(listing(cells))

@@ -35,6 +35,9 @@ POSITIVE = Range(0, ends="()")
 BLOCKS = Range(1, 1_000_000, "[]")
 
 
+METHOD, MUST_AGREE, IGNORED, FOLLOWS = "method", "must agree", "ignored", "follows"
+
+
 def setting(
     default: Any,
     help: str,
@@ -44,6 +47,9 @@ def setting(
     otherwise: str | None = None,
     bare: str | None = None,
     is_path: bool = False,
+    may_change: bool = False,
+    compared: str = METHOD,
+    commands: tuple[str, ...] = (),
 ) -> Any:
     """Declare a field.
 
@@ -55,9 +61,14 @@ def setting(
         otherwise: what happens where the value is None.
         bare: the value of a flag that is given without one; None where a value is needed.
         is_path: it may name a file or folder, so that a `~` in front stands for the home folder.
+        may_change: a run that goes on may have another value than it began with.
+        compared: what another value means where finished runs are compared: METHOD, another method; MUST_AGREE, no
+            comparison; IGNORED, nothing; FOLLOWS, nothing of its own, since others decide it where it is not given.
+        commands: the commands that have it beside prune.
     """
     metadata = {"help": help, "within": within, "choices": choices, "otherwise": otherwise, "bare": bare}
-    return field(default=default, metadata=metadata | {"is_path": is_path})
+    nature = {"is_path": is_path, "may_change": may_change, "compared": compared, "commands": commands}
+    return field(default=default, metadata=metadata | nature)
 
 
 def describe(spec: Field[Any]) -> str:

@@ -1,21 +1,9 @@
 """What may change when a run goes on, and what may not."""
 
-from scale_prune.checkpoint import Checkpoint
-from scale_prune.config import Config, get
+from scale_prune.checkpoint import UNSAID, Checkpoint
+from scale_prune.config import Config, get, settings_where
 from scale_prune.criteria import schedule_of
 from scale_prune.data import Inputs
-
-MAY_CHANGE = frozenset(
-    # where things are: the text's tokens are compared, not its path
-    {"model", "dataset", "dataset_config", "train_file", "validation_file", "output_dir", "overwrite"}
-    # how the steps are cut up: the global batch is compared
-    | {"ds_config", "train_batch_size", "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
-    # how long, how fast, what is written
-    | {"max_steps", "recovery_steps", "learning_rate", "weight_decay", "lr_warmup_fraction", "max_grad_norm"}
-    | {"eval_every", "log_every", "tensorboard", "layout", "collective_timeout", "trust_remote_code", "plugin"}
-    | {"save_every", "keep_checkpoints", "resume", "generation_batch_size"}
-)
-
 
 FIXED_IN_DS_CONFIG = ("train_batch_size", "optimizer.type", "scheduler.type", "bf16.enabled", "fp16.enabled")
 
@@ -29,10 +17,10 @@ def check_same(checkpoint: Checkpoint, inputs: Inputs) -> list[str]:
     Raises:
         ValueError: a setting that must not change has changed, or the run is past the steps that are asked for.
     """
-    before, now = checkpoint.state["settings"], inputs.config.flat()
+    before, now = UNSAID | checkpoint.state["settings"], inputs.config.flat()
     changed = [name for name in now if name in before and now[name] != before[name]]
     for name in changed:
-        if name not in MAY_CHANGE:
+        if name not in settings_where("may_change", True):
             raise ValueError(
                 f"--{name} {now[name]} is not the run's {before[name]}, which cannot change on the way; "
                 f"leave it as it was, or start another run"

@@ -62,7 +62,7 @@ def read(path: Path, metric: str = PERPLEXITY) -> FinishedRun:
         _value(path, report, f"settings.{name}", object)
     return FinishedRun(
         folder=path.parent,
-        settings=Config().flat() | {"bos": "never"} | settings,  # as it was before there was the setting
+        settings=Config().flat() | {"bos": "never"} | settings,  # what held before there was the setting
         target=_number(path, report, "remaining.target"),
         measured=_number(path, report, "remaining.measured"),
         metric=metric,

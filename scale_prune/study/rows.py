@@ -13,27 +13,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scale_prune.config import PruningConfig
+from scale_prune.config import FOLLOWS, IGNORED, MUST_AGREE, PruningConfig, settings_where
 from scale_prune.study.naming import differing, short
 
 PLAIN = "plain fine-tuning"
-CONDITIONS = (
-    *("model", "dataset", "dataset_config", "train_file", "validation_file", "text_column"),
-    *("block_size", "bos", "eval_tokens", "task", "prompt_template", "completion_template", "label_column"),
-    *("long_examples", "eval_examples", "max_new_tokens", "num_beams"),
-)
-"""Settings that have to agree where the quality of models is compared."""
-
+CONDITIONS = settings_where("compared", MUST_AGREE)
 PERPLEXITY = "perplexity"
 LOWER_IS_BETTER = (PERPLEXITY, "loss")
 
-NO_METHOD = frozenset(
-    {"seed", "remaining", "output_dir", "overwrite", "resume", "save_every", "keep_checkpoints"}
-    | {"log_every", "eval_every", "tensorboard", "collective_timeout", "plugin"}
-)
-FOLLOWING = frozenset({"layout", "regularization", "uniqueness"})
-"""Settings that have the criterion's or the scope's own value where they are not given."""
-
+NO_METHOD = frozenset(settings_where("compared", IGNORED))
+FOLLOWING = frozenset(settings_where("compared", FOLLOWS))
 PRUNING = frozenset(spec.name for spec in fields(PruningConfig)) | FOLLOWING
 
 
