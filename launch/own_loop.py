@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import scale_prune
-from scale_prune.config.settings import PruningConfig
 
 STEPS = 30
 DS_CONFIG = {
@@ -39,7 +38,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model)
     del keep_alive
     engine = make_engine(model)
-    pruner = scale_prune.attach(engine, PruningConfig(criterion="gum", remaining=0.5), total_steps=STEPS)
+    pruner = scale_prune.attach(engine, scale_prune.PruningConfig(criterion="gum", remaining=0.5), total_steps=STEPS)
 
     torch.manual_seed(deepspeed.comm.get_rank())
     for _ in range(STEPS):
