@@ -28,7 +28,7 @@ REBUILD = "test_rebuild.py::test_the_smaller_engine_goes_on_where_the_masked_one
 
 IN_ORDER = """\
             with self.seconds.measure("similarity"):
-                self._update_similarity()
+                self._take_sample()
             with self.seconds.measure("scoring"):
                 self._update_state()
 """
@@ -36,7 +36,7 @@ SWAPPED = """\
             with self.seconds.measure("scoring"):
                 self._update_state()
             with self.seconds.measure("similarity"):
-                self._update_similarity()
+                self._take_sample()
 """
 MASKED_BETWEEN = """\
         else:

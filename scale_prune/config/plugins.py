@@ -21,12 +21,14 @@ def load_plugins(names: str | None) -> None:
         except Exception as error:
             raise ValueError(
                 f"--plugin {name.strip()} cannot be imported, {type(error).__name__}: {error}; give a module that "
-                "Python can import, or the path of a .py file"
+                "Python can import, also from this folder, or the path of a .py file"
             ) from error
 
 
 def _load(name: str) -> None:
     if not name.endswith(".py"):
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # launchers and console scripts leave it out; last, so it hides nothing
         import_module(name)
         return
     path = str(Path(name).expanduser().resolve())  # as the module's name too: a file random.py hides no other module
