@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -51,7 +52,8 @@ def unit_sum(values: Tensor, start: int, shape: tuple[int, ...], dim: int) -> Te
 
 def _rows(values: Tensor, first: int, length: int) -> Tensor:
     """Cut into rows of `length`, of which the first lacks its `first` leading elements; missing elements are 0."""
-    return pad(values, (first, -(first + len(values)) % length)).view(-1, length)
+    padded = pad(values, (first, -(first + len(values)) % length))
+    return rearrange(padded, "(row inner) -> row inner", inner=length)
 
 
 def expand_to_shard(per_unit: Tensor, start: int, count: int, shape: tuple[int, ...], dim: int) -> Tensor:
@@ -71,7 +73,7 @@ def expand_to_shard(per_unit: Tensor, start: int, count: int, shape: tuple[int, 
     first_row, skipped = divmod(start, inner)
     num_rows = -(-(skipped + count) // inner)
     rows = per_unit.roll(-(first_row % num_units)).repeat(-(-num_rows // num_units))[:num_rows]
-    return rows[:, None].expand(-1, inner).reshape(-1)[skipped : skipped + count]
+    return repeat(rows, "row -> (row inner)", inner=inner)[skipped : skipped + count]
 
 
 def shard_bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
@@ -92,7 +93,7 @@ class ActivationSampler:
             if index not in self._wanted:
                 return
             self._wanted.remove(index)
-            h = args[0].detach().flatten(0, -2)
+            h = rearrange(args[0].detach(), "... unit -> (...) unit")  # OPT joins rows and tokens itself
             if self._chosen is None:
                 self._chosen = self._choose().to(h.device)
             self._caught[index].append(h[self._chosen])
