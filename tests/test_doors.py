@@ -108,6 +108,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ),
     ("mine", like(needs={"gate"}), 'needs has "gate" where the class is a GatedCriterion'),
     ("mine", like(needs={"gate"})(PruningConfig(), 0), "is no subclass of scale_prune.Criterion"),
+    ("mine", like(kind="component", needs={"weight", "activity"}), "components have no activations of their own"),
     ("my-own", Sum, "a name is a small letter, then"),
     ("gum", Sum, r"criterion gum is scale_prune\.criteria\.gum\.Gum already"),
 ]

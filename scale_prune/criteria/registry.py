@@ -55,6 +55,8 @@ def _problem_of(criterion: type[Criterion]) -> str | None:
         return 'defaults must have a "scope", global or per_group'
     if ("gate" in criterion.needs) != issubclass(criterion, GatedCriterion):
         return 'needs has "gate" where the class is a GatedCriterion, and nowhere else'
+    if criterion.kind == "component" and criterion.needs & {"activation", "activity"}:
+        return "components have no activations of their own, only neurons have"
     methods = {"weight": ("share",), "grad": ("share", "update"), "activity": ("activity",), "gate": ("update",)}
     for need, names in methods.items():
         for method in names if need in criterion.needs else ():
