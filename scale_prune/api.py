@@ -44,9 +44,14 @@ def prepare(
             taken to come in order of their frequency.
 
     Raises:
-        ValueError: the model has no weights of the targets.
+        ValueError: the model has no weights of the targets, or is not partitioned.
     """
     if removes_components(config):
+        if not all(hasattr(param, "ds_id") for param in model.parameters()):
+            raise ValueError(
+                f"criterion {config.criterion} needs a model that ZeRO-3 has partitioned while it was loaded: make "
+                "HfDeepSpeedConfig(ds_config) or TrainingArguments(deepspeed=ds_config) before from_pretrained"
+            )
         prepare_units(model, config, seed=seed, values=config.factors, token_counts=token_counts)
 
 
@@ -63,9 +68,14 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         seed: seed of random scores and of the sampled tokens, at least 0.
 
     Raises:
-        ValueError: the stage is not 3, the architecture is unknown or cannot be written when pruned, the MLPs are
-            frozen, or the settings cannot be met.
+        ValueError: this is no engine, the stage is not 3, the architecture is unknown or cannot be written when pruned,
+            the MLPs are frozen, or the settings cannot be met.
     """
+    if not hasattr(engine, "zero_optimization_stage"):
+        raise ValueError(
+            f"got a {type(engine).__name__} where a DeepSpeed engine is needed: give what deepspeed.initialize or "
+            "accelerator.prepare returns"
+        )
     check_uniqueness(config)
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
@@ -124,12 +134,13 @@ def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
     pruner.put_masks_on()
 
 
-def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any]) -> Any:
+def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = None) -> Any:
     """Remove the masked neurons for good and return a new, smaller engine; the old one is destroyed. A collective.
 
     Args:
         pruner: from `attach`; it is used up.
-        make_engine: builds an engine around a module, as the loop built its own, with the same optimizer.
+        make_engine: builds an engine around a module, as the loop built its own, with the same optimizer; without it
+            the new engine can be evaluated and saved, not trained.
 
     Raises:
         ValueError: the engine has made steps that the pruner was not told of; it is left as it was.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scale_prune.core import Member, UnitGroup, select_units, set_members, shard_bounds
 from scale_prune.zero3.backend import Zero3Backend
 from scale_prune.zero3.engine_state import MASTER, facts_of, kinds_of, local_slice, restore, trained
+from scale_prune.zero3.runtime import inference_engine
 
 Slices = dict[tuple[str, str], Tensor]
 """This rank's slices by (kind, parameter name)."""
@@ -26,7 +27,7 @@ def compact_engine(
     backend: Zero3Backend,
     groups: tuple[UnitGroup, ...],
     masks: Mapping[str, Tensor],
-    make_engine: Callable[[nn.Module], deepspeed.DeepSpeedEngine],
+    make_engine: Callable[[nn.Module], deepspeed.DeepSpeedEngine] | None,
     gates: Mapping[str, Tensor] | None = None,
 ) -> tuple[deepspeed.DeepSpeedEngine, tuple[UnitGroup, ...]]:
     """Remove the masked units for good. A collective; it can be called again on what it returns.
@@ -35,12 +36,13 @@ def compact_engine(
         backend: the engine to take apart; it is destroyed.
         groups: the groups of its model.
         masks: (N,) bool by group name, True = keep.
-        make_engine: builds an engine of the same settings around the module.
+        make_engine: builds an engine of the same settings around the module; None for one that only runs forward
+            passes.
         gates: (N,) by group name, numbers that the weights which read the units are multiplied by for good.
 
     Returns:
         The new engine and the groups with their new widths. Masters, optimizer state, learning rates, schedulers and
-        the loss scale are carried over.
+        the loss scale are carried over into an engine that trains.
 
     Source: the order of calls that DeepSpeed 0.19 needs: partition the smaller parameters before `initialize`.
     """
@@ -50,9 +52,10 @@ def compact_engine(
         for group in groups
         for member in group.members
     }
-    facts = facts_of(backend)
-    slices = _reduced_slices(backend, kinds_of(facts), reduced)
+    facts = facts_of(backend) if make_engine else None
+    slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
     smaller = _smaller_parameters(backend, reduced)
+    ds_config = backend.engine._config._param_dict  # `engine.config` may be the path of a file
     _free_state(backend.engine.optimizer)
     backend.engine.destroy()
     _forget_engine(backend.module)
@@ -60,9 +63,10 @@ def compact_engine(
     for group in groups:
         own = {member.name: smaller.pop(member.name) for member in group.members}
         compacted.append(set_members(backend.module, group, own, len(keep[group.name])))
-    engine = make_engine(backend.module)
+    engine = make_engine(backend.module) if make_engine else inference_engine(backend.module, ds_config)
     backend.let_go()
-    restore(Zero3Backend(engine), facts, lambda kind, name, start, count: slices[kind, name])
+    if facts:
+        restore(Zero3Backend(engine), facts, lambda kind, name, start, count: slices[kind, name])
     return engine, tuple(compacted)
 
 
@@ -124,8 +128,10 @@ def _free_state(sharded_optimizer: Any) -> None:
     masters = sharded_optimizer.fp32_partitioned_groups_flat
     moments = [value for state in sharded_optimizer.optimizer.state.values() for value in state.values()]
     for held in (*masters, *filter(torch.is_tensor, moments), sharded_optimizer.grad_partitions_flat_buffer):
-        if held is not None and held.data_ptr() not in working:
+        # What torch.load has put on the CPU cannot be resized: moments out of a checkpoint of the engine.
+        if held is not None and held.data_ptr() not in working and held.untyped_storage().resizable():
             held.untyped_storage().resize_(0)
+    sharded_optimizer.optimizer.state.clear()
 
 
 def _forget_engine(module: nn.Module) -> None:
