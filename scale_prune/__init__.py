@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "api": ("attach", "compact", "load_state", "prepare", "save", "save_state"),
     "config": ("PruningConfig",),
+    "integrations": ("PruningCallback", "follow"),
     "criteria": ("Criterion", "GatedCriterion", "Moment", "ShardView", "State", "register_criterion"),
     "models": ("Family", "register_family"),
 }
