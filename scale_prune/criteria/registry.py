@@ -1,6 +1,7 @@
 """The criteria by name: one module of this package each, registered by being there, and those of plugins."""
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -41,7 +42,7 @@ def register_criterion(name: str, criterion: type[Criterion]) -> None:
 def _problem_of(criterion: type[Criterion]) -> str | None:
     """Tell what a class says that cannot be."""
     settings = [spec.name for spec in fields(PruningConfig)]
-    words = {
+    words: dict[str, tuple[Collection[str], Sequence[str]]] = {
         "needs": (criterion.needs, get_args(Need)),
         "kind": ([criterion.kind], get_args(Kind)),
         "roles": (criterion.roles, get_args(Role)),
