@@ -129,7 +129,7 @@ def test_projections_without_bias_have_no_bias_member() -> None:
 
 
 def test_unknown_model_type_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'bloom'; known are .*; describe another .*register\(Family") as error:
+    with pytest.raises(ValueError, match=r"'bloom'; known are .*, scale_prune\.register_family\(") as error:
         family_of(BloomConfig())
     assert all(known in str(error.value) for known in FAMILIES)
 
