@@ -106,14 +106,14 @@ class TaskConfig(Settings):
     prompt_template: str | None = setting(
         None,
         r"the prompt of a row, with {column} where a column's value goes; \n is a new line",
-        otherwise="the task's own (see README)",
+        otherwise="the task's own (see docs/tasks.md)",
         compared=MUST_AGREE,
         commands=("evaluate",),
     )
     completion_template: str | None = setting(
         None,
         "what follows the prompt, before the end-of-text token",
-        otherwise="the task's own (see README)",
+        otherwise="the task's own (see docs/tasks.md)",
         compared=MUST_AGREE,
         commands=("evaluate",),
     )
@@ -193,14 +193,14 @@ class PruningConfig(Settings):
         None,
         "weight lambda_f of the score penalty",
         Range(0),
-        otherwise="the criterion's own (see README)",
+        otherwise="the criterion's own (see docs/choosing.md)",
         compared=FOLLOWS,
     )
     uniqueness: float | None = setting(
         None,
         "weight lambda_gum of the similarity inside the score penalty",
         Range(0),
-        otherwise="the criterion's own (see README)",
+        otherwise="the criterion's own (see docs/choosing.md)",
         compared=FOLLOWS,
     )
     similarity: str = setting(
