@@ -7,7 +7,7 @@ from models import VOCABULARY
 from torch import Tensor
 
 from scale_prune.core.divergence import token_divergence
-from scale_prune.core.perplexity import IGNORED
+from scale_prune.core.likelihood import IGNORED
 
 B, T, V = 3, 7, 11
 

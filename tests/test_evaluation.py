@@ -8,8 +8,8 @@ from models import VOCABULARY, logits, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scale_prune.core import perplexity as evaluation
-from scale_prune.core.perplexity import negative_log_likelihood, perplexity
+from scale_prune.core import likelihood as evaluation
+from scale_prune.core.likelihood import negative_log_likelihood, perplexity
 from scale_prune.data.batches import TokenBlocks, validation_batches
 from scale_prune.models.families import FAMILIES
 

@@ -13,7 +13,7 @@ from models import BLANKS, VOCABULARY, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from scale_prune.config.settings import Config
-from scale_prune.core.perplexity import negative_log_likelihood
+from scale_prune.core.likelihood import negative_log_likelihood
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.data.forms import with_templates
 from scale_prune.data.rows import Text

@@ -111,7 +111,7 @@ MUTATIONS = [Mutation(*line) for line in (
     # losses
     ("core/divergence.py", "temperature**2 * total", "total", DIVERGENCE),
     ("core/divergence.py", "kl_div(student, teacher,", "kl_div(teacher, student,", DIVERGENCE),
-    ("core/perplexity.py", "zip(logits, labels[:, 1:], strict=True)", "zip(logits, labels[:, :-1], strict=True)",
+    ("core/likelihood.py", "zip(logits, labels[:, 1:], strict=True)", "zip(logits, labels[:, :-1], strict=True)",
      "test_evaluation.py::test_likelihood_is_that_of_the_definition"),
     ("tasks/examples.py", "weight=float(counted[rows].sum()) / mean", "weight=1.0",
      "test_examples.py::test_the_mean_is_over_the_completion_tokens_of_the_global_batch"),

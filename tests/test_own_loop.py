@@ -43,6 +43,7 @@ def test_the_example_prunes_half_of_the_neurons(tmp_path: Path) -> None:
 def test_the_page_shows_the_calls_of_the_example() -> None:
     page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
     example = (ROOT / "launch" / "own_loop.py").read_text(encoding="utf-8")
-    for call in ("scale_prune.attach(engine, PruningConfig(", "pruner.after_backward()", "pruner.after_step()"):
+    attached = "scale_prune.attach(engine, scale_prune.PruningConfig("
+    for call in (attached, "pruner.after_backward()", "pruner.after_step()"):
         assert call in page
         assert call in example

@@ -6,7 +6,7 @@ Shape legend: B blocks, T tokens in a block, V vocabulary.
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from scale_prune.core.perplexity import IGNORED
+from scale_prune.core.likelihood import IGNORED
 
 
 def token_divergence(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
