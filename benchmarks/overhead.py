@@ -105,7 +105,7 @@ class Bench:
         pruned: list[float] = []
         sampling: list[float] = []
         for step in range(self.args.steps):
-            samples = "activation" in pruner.criterion.needs and step % pruning.similarity_every == 0
+            samples = "activation" in pruner.scoring.criterion.needs and step % pruning.similarity_every == 0
             if not samples:  # the sampler's hooks are in place already, and must not catch a plain step
                 plain.append(self.step(None))
             (sampling if samples else pruned).append(self.step(pruner))

@@ -146,7 +146,7 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
         ValueError: the engine has made steps that the pruner was not told of; it is left as it was.
     """
     assert isinstance(pruner.backend, Zero3Backend)
-    pruner.check_steps("pruner.after_backward() and pruner.after_step()")
+    pruner.calls.check(pruner.step, "pruner.after_backward() and pruner.after_step()")
     last = pruner.schedule.last_pruning_step
     if pruner.pruning and pruner.step < last and pruner.backend.rank == 0:
         warnings.warn(
@@ -156,7 +156,7 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
         )
     _uncompacted.discard(pruner.backend.engine)
     gates = pruner.take_gates_off()
-    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masks_by_name, make_engine, gates)
+    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masking.by_name, make_engine, gates)
     return engine
 
 

@@ -59,11 +59,11 @@ def test_the_gated_criteria_are_there() -> None:
 def test_gates_start_in_the_order_of_singular_values_where_there_are_any(factors: str, ordered: int) -> None:
     pruner = start("flop", factors=factors, initial_drop_rate=0.05)
     middle = hard_concrete.log_alpha_of(0.05)
-    for log_alpha in pruner.state["log_alpha"].split([group.num_units for group in pruner.groups]):
+    for log_alpha in pruner.scoring.state["log_alpha"].split([group.num_units for group in pruner.groups]):
         expected = middle + ordered * torch.linspace(2.0, -2.0, len(log_alpha))
         torch.testing.assert_close(log_alpha, expected, rtol=0, atol=0.06)
         assert log_alpha.unique().numel() == log_alpha.numel()
-    neurons = start("neuron_l0", initial_drop_rate=0.05).state["log_alpha"]
+    neurons = start("neuron_l0", initial_drop_rate=0.05).scoring.state["log_alpha"]
     torch.testing.assert_close(neurons, torch.full_like(neurons, middle), rtol=0, atol=0.06)
 
 
@@ -81,8 +81,8 @@ def test_factorised_is_dense_at_the_start(model_type: str) -> None:
 def test_gates_start_at_one_on_average(criterion: str) -> None:
     pruner = start(criterion, warmup_fraction=0.0, factors="random")
     assert pruner.gating is not None
-    assert isinstance(pruner.criterion, GatedCriterion)
-    final = pruner.criterion.final_gates(pruner.gating.parameter)
+    assert isinstance(pruner.scoring.criterion, GatedCriterion)
+    final = pruner.scoring.criterion.final_gates(pruner.gating.parameter)
     torch.testing.assert_close(final, torch.ones_like(final), rtol=0.01, atol=0.0)
 
 
@@ -120,8 +120,8 @@ def test_a_gates_gradient_is_that_of_the_weights_behind_it(criterion: str, accum
         out = next(member for member in group.members if member.role == "out")
         weight = backend.parameters[out.name]
         by_weights.append((weight * weight.grad).detach().movedim(out.dim, 0).sum(1))
-    torch.testing.assert_close(gates * pruner._total, torch.cat(by_weights), rtol=1e-3, atol=1e-6)
-    assert pruner._total.abs().max() > 1e-4
+    torch.testing.assert_close(gates * pruner.scoring.total, torch.cat(by_weights), rtol=1e-3, atol=1e-6)
+    assert pruner.scoring.total.abs().max() > 1e-4
 
 
 class ExplicitGates:
@@ -132,11 +132,11 @@ class ExplicitGates:
     """
 
     def __init__(self, pruner: Pruner, learning_rate: float) -> None:
-        assert isinstance(pruner.criterion, GatedCriterion)
-        self.pruner, self.criterion = pruner, pruner.criterion
+        assert isinstance(pruner.scoring.criterion, GatedCriterion)
+        self.pruner, self.criterion = pruner, pruner.scoring.criterion
         self.model = steady_model("gpt_neo")
         self.gates = Gates(self.model, prepared_units(self.model, pruner.config))
-        self.parameter = self.criterion.parameter(pruner.state).clone().requires_grad_()
+        self.parameter = self.criterion.parameter(pruner.scoring.state).clone().requires_grad_()
         self.multipliers = [torch.zeros((), requires_grad=True) for _ in range(2)]
         self.weights = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
         self.descent = torch.optim.Adam([self.parameter])
@@ -150,7 +150,7 @@ class ExplicitGates:
             return config.gate_l1 * torch.stack(means).mean()
         share = min(step / (config.target_warmup_fraction * schedule.total_steps), 1.0)
         wanted = schedule.initial + (schedule.target - schedule.initial) * share
-        excess = wanted - (hard_concrete.open_probability(self.parameter) * self.pruner._costs).sum()
+        excess = wanted - (hard_concrete.open_probability(self.parameter) * self.pruner.line.costs).sum()
         return self.multipliers[0] * excess + self.multipliers[1] * excess**2
 
     def step(self, micro_batches: list[torch.Tensor], step: int, noise: torch.Tensor) -> None:
@@ -190,10 +190,10 @@ def test_gates_equal_autograd_through_the_loss_and_its_penalties(criterion: str,
     for step in range(1, pruner.schedule.last_descent_step):
         explicit.step(next(micro_batches), step, pruner.gating.noise)
         train_more(pruner, 1)
-        found = explicit.criterion.parameter(pruner.state)
+        found = explicit.criterion.parameter(pruner.scoring.state)
         torch.testing.assert_close(found, explicit.parameter.detach(), rtol=1e-3, atol=1e-3)
         if criterion in HARD:
-            multipliers = torch.stack([pruner.state["l1"], pruner.state["l2"]])
+            multipliers = torch.stack([pruner.scoring.state["l1"], pruner.scoring.state["l2"]])
             torch.testing.assert_close(multipliers, torch.stack(explicit.multipliers).detach(), rtol=1e-3, atol=1e-4)
     assert pruner.step == 8
 
@@ -209,7 +209,7 @@ def test_a_recomputed_forward_has_the_same_gates(criterion: str) -> None:
         loss = model(tokens(), labels=tokens(), use_cache=False).loss
         loss.backward()
         assert pruner.gating is not None
-        gates = pruner.gating.gradient()
+        gates = pruner.gating.gates.gradient()
         assert gates is not None
         return float(loss.detach()), [gates, *(parameter.grad for parameter in model.parameters())]
 
@@ -273,12 +273,12 @@ def test_once_the_target_is_reached_gates_are_what_will_be_exported(criterion: s
 def test_before_the_target_as_many_gates_are_closed_in_evaluation_as_on_average() -> None:
     pruner = start("neuron_l0", warmup_fraction=0.0)
     assert pruner.gating is not None
-    assert isinstance(pruner.criterion, GatedCriterion)
+    assert isinstance(pruner.scoring.criterion, GatedCriterion)
     log_alpha = torch.linspace(-6.0, 6.0, 31)
-    gates = pruner.criterion.test_time_gates(log_alpha)
+    gates = pruner.scoring.criterion.test_time_gates(log_alpha)
     closed = round(31 - float(hard_concrete.open_probability(log_alpha).sum()))
     assert (gates == 0).nonzero().flatten().tolist() == list(range(closed))
-    assert torch.equal(gates[closed:], pruner.criterion.final_gates(log_alpha)[closed:])
+    assert torch.equal(gates[closed:], pruner.scoring.criterion.final_gates(log_alpha)[closed:])
 
 
 def test_remaining_counts_parameters() -> None:

@@ -152,7 +152,7 @@ def test_movement_equals_autograd_through_an_explicit_mask(
         train(backend, pruner, blocks, 1)
         explicit.step(micro_batches, step)
         returned += int((torch.cat(pruner.masks) & ~before).sum())
-        found = pruner.criterion.score(pruner.state)
+        found = pruner.scoring.criterion.score(pruner.scoring.state)
         atol = 2e-5 * float(found.abs().max())
         torch.testing.assert_close(found, torch.cat(explicit.scores).detach(), rtol=2e-3, atol=atol)
         assert all(torch.equal(mask, one > 0) for mask, one in zip(pruner.masks, explicit.masks, strict=True))

@@ -28,20 +28,20 @@ REBUILD = "test_rebuild.py::test_the_smaller_engine_goes_on_where_the_masked_one
 
 IN_ORDER = """\
             with self.seconds.measure("similarity"):
-                self._take_sample()
+                self.scoring.state = self.observations.take(self.scoring.state, self.masks)
             with self.seconds.measure("scoring"):
-                self._update_state()
+                self.scoring.update(self.step, self.masking.live, self.observations.similarity)
 """
 SWAPPED = """\
             with self.seconds.measure("scoring"):
-                self._update_state()
+                self.scoring.update(self.step, self.masking.live, self.observations.similarity)
             with self.seconds.measure("similarity"):
-                self._take_sample()
+                self.scoring.state = self.observations.take(self.scoring.state, self.masks)
 """
 MASKED_BETWEEN = """\
         else:
             with self.seconds.measure("masking"):
-                self._apply_masks()
+                self.masking.apply()
 """
 
 
@@ -69,7 +69,7 @@ MUTATIONS = [Mutation(*line) for line in (
      "test_hard_concrete.py::test_the_gradient_is_that_of_autograd"),
     ("pruning/gating.py", "manual_seed(self.seed * 1_000_003 + step)", "manual_seed(self.seed * 1_000_003)",
      "test_gates.py::test_all_ranks_and_a_later_run_draw_the_same_noise_and_every_step_another"),
-    ("pruning/pruner.py", "(self.backend.world_size * self.backend.loss_scale)", "self.backend.world_size", UNSCALED),
+    ("pruning/gating.py", "(backend.world_size * backend.loss_scale)", "backend.world_size", UNSCALED),
     ("zero3/backend.py", "else gradient / self.loss_scale", "else gradient", UNSCALED),
     # scores
     ("criteria/movement.py", 'state["score"] - rate * step', 'state["score"] + rate * step', MOVEMENT),

@@ -83,7 +83,7 @@ def test_a_masked_unit_comes_back_with_its_weights() -> None:
         backend.masters[member.name].movedim(member.dim, 0)[unit] *= 100.0
     train(backend, pruner, BLOCKS, 1)
     assert pruner.masks[1][unit]
-    assert pruner.churn == 2
+    assert pruner.masking.churn == 2
     for member in group.members:
         row = backend.parameters[member.name].detach().movedim(member.dim, 0)[unit]
         assert torch.equal(row, backend.masters[member.name].movedim(member.dim, 0)[unit])
@@ -101,8 +101,8 @@ def test_masked_units_have_no_gradient_at_all(model_type: str) -> None:
     masked = ~torch.cat(pruner.masks)
     without_gradient = torch.cat(zeros(lambda name: model.get_parameter(name).grad, pruner.groups))
     assert without_gradient[masked].all()
-    assert not pruner._total[masked].any()
-    assert pruner._total[~masked].any()
+    assert not pruner.scoring.total[masked].any()
+    assert pruner.scoring.total[~masked].any()
 
 
 class Forgetful(InMemoryBackend):
@@ -188,11 +188,12 @@ def test_a_masked_units_master_moves_by_left_over_momentum_and_decay_alone(weigh
 
 def test_scores_are_updated_with_the_similarity_of_their_own_step() -> None:
     backend, pruner = start("gum", similarity_every=1, score_optimizer="sgd")
-    before = pruner.state
+    before = pruner.scoring.state
     train(backend, pruner, BLOCKS, 1)
-    assert pruner.similarity.any()
-    expected = pruner.criterion.update(before, pruner._total, pruner._moment())
-    assert torch.equal(pruner.state["score"], expected["score"])
+    assert pruner.observations.similarity.any()
+    moment = pruner.scoring.moment(1, pruner.masking.live, pruner.observations.similarity)
+    expected = pruner.scoring.criterion.update(before, pruner.scoring.total, moment)
+    assert torch.equal(pruner.scoring.state["score"], expected["score"])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -214,24 +215,24 @@ def test_any_number_of_ranks_keeps_the_same_units(criterion: str, world_size: in
     for pruner in several:
         assert all(torch.equal(mask, other) for mask, other in zip(pruner.masks, alone.masks, strict=True))
         torch.testing.assert_close(torch.cat(pruner.scores), torch.cat(alone.scores), rtol=1e-3, atol=1e-5)
-    assert sum(pruner.num_owned for pruner in several) == alone.num_owned
+    assert sum(pruner.line.num_owned for pruner in several) == alone.line.num_owned
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_skipped_step_changes_no_score(criterion: str) -> None:
     backend, pruner = start(criterion, update_every=2, similarity_every=1)
     train(backend, pruner, BLOCKS, 4)
-    state, similarity, masks = pruner.state, pruner.similarity.clone(), pruner.masks
+    state, similarity, masks = pruner.scoring.state, pruner.observations.similarity.clone(), pruner.masks
     before = {name: value.clone() for name, value in state.items()}
     backend.overflow = True
     train(backend, pruner, BLOCKS, 1)
     assert pruner.step == 5
-    assert all(torch.equal(pruner.state[name], value) for name, value in before.items())
-    assert torch.equal(pruner.similarity, similarity)
+    assert all(torch.equal(pruner.scoring.state[name], value) for name, value in before.items())
+    assert torch.equal(pruner.observations.similarity, similarity)
     assert torch.equal(in_working(backend, pruner.groups), ~torch.cat(masks)), "the masks are put on again"
     backend.overflow = False
     train(backend, pruner, BLOCKS, 1)
-    changed = any(not torch.equal(pruner.state[name], value) for name, value in before.items())
+    changed = any(not torch.equal(pruner.scoring.state[name], value) for name, value in before.items())
     assert changed == (criterion not in ("random", "factorize"))
 
 
@@ -307,7 +308,7 @@ def test_a_criterion_is_changed_by_the_settings_that_it_declares_and_by_no_other
     def outcome(**settings: Any) -> list[Tensor]:
         backend, pruner = start(criterion, **{"scope": "global", "similarity_every": 1, **settings})
         train(backend, pruner, BLOCKS, STEPS)
-        return [*pruner.state.values(), *pruner.masks, *backend.masters.values()]
+        return [*pruner.scoring.state.values(), *pruner.masks, *backend.masters.values()]
 
     def same(some: list[Tensor], others: list[Tensor]) -> bool:
         return all(map(torch.equal, some, others))
@@ -345,11 +346,11 @@ def test_time_is_counted_by_part() -> None:
 
 def test_mean_similarity_is_over_live_units() -> None:
     backend, pruner = start("gum", similarity_every=1, uniqueness=0.0)
-    assert start("movement")[1].mean_similarity() is None
+    assert start("movement")[1].observations.mean_similarity(pruner.masking.live) is None
     train(backend, pruner, BLOCKS, STEPS)
-    found = pruner.mean_similarity()
+    found = pruner.observations.mean_similarity(pruner.masking.live)
     assert found is not None
-    assert found == pytest.approx(float(pruner.similarity[torch.cat(pruner.masks)].mean()))
+    assert found == pytest.approx(float(pruner.observations.similarity[torch.cat(pruner.masks)].mean()))
     assert 0 < found < 1
 
 

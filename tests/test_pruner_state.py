@@ -46,7 +46,7 @@ def taken_over(pruner: Pruner, facts: str, folder: Path) -> Pruner:
 
 
 def result(pruner: Pruner) -> dict[str, Tensor]:
-    return {"masks": torch.cat(pruner.masks), "scores": torch.cat(pruner.scores)} | pruner.state
+    return {"masks": torch.cat(pruner.masks), "scores": torch.cat(pruner.scores)} | pruner.scoring.state
 
 
 def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:

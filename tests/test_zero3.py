@@ -136,7 +136,7 @@ class Forgetful(Zero3Backend):
 
 def message_of_a_mask_that_is_lost(path: Path, config: dict[str, Any]) -> str:
     engine, pruner = start(path, config, pruning("random"))
-    pruner.backend = Forgetful(engine)
+    pruner.line.backend = Forgetful(engine)
     with pytest.raises(RuntimeError) as error:
         train(engine, pruner, BLOCKS, STEPS)
     return str(error.value)
@@ -214,7 +214,7 @@ def first_totals(path: Path, config: dict[str, Any], criterion: str) -> tuple[fl
     ids = BLOCKS.block(0)[None]
     engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
     pruner.after_backward()
-    return float(engine.optimizer.loss_scale), pruner._total
+    return float(engine.optimizer.loss_scale), pruner.scoring.total
 
 
 def test_gradients_are_read_unscaled(folder: Path) -> None:
@@ -232,11 +232,11 @@ def test_gradients_are_read_unscaled(folder: Path) -> None:
 def overflow(path: Path, scale_power: int) -> dict[str, Any]:
     allow_fp16()
     engine, pruner = start(path, half(scale_power), pruning("gum", similarity_every=1))
-    history = [(False, pruner.state, pruner.similarity.clone())]
+    history = [(False, pruner.scoring.state, pruner.observations.similarity.clone())]
     members = [member.name for group in pruner.groups for member in group.members]
 
     def check() -> None:
-        history.append((engine.was_step_applied(), pruner.state, pruner.similarity.clone()))
+        history.append((engine.was_step_applied(), pruner.scoring.state, pruner.observations.similarity.clone()))
         assert torch.equal(torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~torch.cat(pruner.masks))
 
     train(engine, pruner, BLOCKS, STEPS, after=check)

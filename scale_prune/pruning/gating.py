@@ -4,25 +4,22 @@ Dense steps have none. Then they are drawn anew before every step; once the targ
 will be exported with.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from scale_prune.core import Schedule, UnitGroup
-from scale_prune.criteria import GatedCriterion
+from scale_prune.core import Schedule
+from scale_prune.criteria import GatedCriterion, State
 from scale_prune.models import Gates
+from scale_prune.pruning.unit_line import UnitLine
 
 
 class Gating:
     """The gates of a run.
 
     Args:
+        line: the units that are gated.
         criterion: makes gates of its parameters.
         schedule: the run's schedule.
-        groups: the groups that are gated.
-        gates: where they are put.
-        costs: (M,) what each unit counts, as a fraction of the dense model.
         seed: seed of the noise.
 
     Attributes:
@@ -31,42 +28,41 @@ class Gating:
         parameter: (M,) what the gates are made of, on all ranks.
     """
 
-    def __init__(
-        self,
-        criterion: GatedCriterion,
-        schedule: Schedule,
-        groups: Sequence[UnitGroup],
-        gates: Gates,
-        costs: Tensor,
-        seed: int,
-    ) -> None:
-        self.criterion, self.schedule, self.groups, self.gates = criterion, schedule, tuple(groups), gates
-        self.costs, self.seed = costs, seed
-        self.noise = torch.zeros_like(costs)
-        self.parameter = torch.zeros_like(costs)
+    def __init__(self, line: UnitLine, criterion: GatedCriterion, schedule: Schedule, seed: int) -> None:
+        self.line, self.criterion, self.schedule, self.seed = line, criterion, schedule, seed
+        self.gates = Gates(line.backend.module, line.groups)
+        self.noise = torch.zeros_like(line.costs)
+        self.parameter = torch.zeros_like(line.costs)
         self.expected = schedule.initial
 
-    def draw(self, parameter: Tensor, step: int) -> None:
-        """Put on the gates of the step after `step`, from the (M,) parameters of all units."""
-        self.parameter = parameter
+    def draw(self, state: State, step: int) -> None:
+        """Put on the gates of the step after `step`, by the criterion's state of the owned units. A collective."""
+        self.parameter = parameter = self.line.gather(self.criterion.parameter(state))
         if step < self.schedule.warmup_steps:
             return
-        self.expected = self.criterion.expected_remaining(parameter, self.costs)
+        self.expected = self.criterion.expected_remaining(parameter, self.line.costs)
         if step >= self.schedule.last_descent_step:
             final = self.criterion.final_gates(parameter)
             self.gates.put_on(final, final)
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         self.noise = torch.rand(len(parameter), generator=generator).to(parameter.device)
-        by_group = parameter.split([group.num_units for group in self.groups])
-        test_time = torch.cat([self.criterion.test_time_gates(part) for part in by_group])
+        test_time = torch.cat([self.criterion.test_time_gates(part) for part in self.line.by_group(parameter)])
         self.gates.put_on(self.criterion.training_gates(parameter, self.noise), test_time)
 
-    def gradient(self) -> Tensor | None:
-        """Return this rank's (M,) gradient of the step that was just made, None if it had no gates."""
-        return self.gates.gradient()
+    def totals(self) -> Tensor:
+        """Return the (U,) gradients of the owned units' gates, averaged over the global batch. A collective."""
+        gradient, backend = self.gates.gradient(), self.line.backend
+        if gradient is None:  # dense steps have no gates
+            gradient = torch.zeros_like(self.line.costs)
+        return self.line.add_up(gradient / (backend.world_size * backend.loss_scale))
+
+    def take_off(self) -> dict[str, Tensor]:
+        """Leave the model without gates; return the (N,) numbers that units are exported with, by group."""
+        self.gates.remove()
+        return self.final()
 
     def final(self) -> dict[str, Tensor]:
         """Return the (N,) gates that units are exported with, by group."""
-        parts = self.criterion.final_gates(self.parameter).split([group.num_units for group in self.groups])
-        return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
+        parts = self.line.by_group(self.criterion.final_gates(self.parameter))
+        return {group.name: part for group, part in zip(self.line.groups, parts, strict=True)}

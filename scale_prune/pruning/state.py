@@ -19,25 +19,25 @@ def facts_of(pruner: Pruner) -> dict[str, Any]:
     """Return what is the same on all ranks that own units; rank 0 always does."""
     return {
         "step": pruner.step,
-        "churn": pruner.churn,
-        "sampled": any(rows.values is not None for rows in pruner.similarities),
-        "scalars": {name: float(value) for name, value in pruner.state.items() if value.dim() == 0},
+        "churn": pruner.masking.churn,
+        "sampled": any(rows.values is not None for rows in pruner.observations.similarities),
+        "scalars": {name: float(value) for name, value in pruner.scoring.state.items() if value.dim() == 0},
         "groups": {group.name: group.num_units for group in pruner.groups},
     }
 
 
 def pruner_slices(pruner: Pruner) -> Iterator[tuple[str, FlatSlice]]:
     """Yield this rank's slices of everything else, copied to the CPU."""
-    owned = pruner.layout.owned(pruner.backend.rank)
+    line, observations = pruner.line, pruner.observations
     lines = {
-        "masks": torch.cat(pruner.masks)[owned],
-        "scores": torch.cat(pruner.scores)[owned],
-        "similarity": pruner.similarity,
-        **{f"state/{name}": value for name, value in pruner.state.items() if value.dim()},
+        "masks": line.owned(pruner.masking.live),
+        "scores": line.owned(torch.cat(pruner.scores)),
+        "similarity": observations.similarity,
+        **{f"state/{name}": value for name, value in pruner.scoring.state.items() if value.dim()},
     }
-    for name, line in lines.items():
-        yield name, FlatSlice(owned.start, line.to("cpu", copy=True))
-    for span, rows in zip(pruner.spans, pruner.similarities, strict=True):
+    for name, values in lines.items():
+        yield name, FlatSlice(line.own.start, values.to("cpu", copy=True))
+    for span, rows in zip(line.spans, observations.similarities, strict=True):
         for name, each in rows.remembered().items():
             yield f"{name}/{span.group.name}", FlatSlice(each.start, each.values.to("cpu", copy=True))
 
@@ -53,24 +53,26 @@ def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
         facts: of `facts_of`.
         read: reads what `pruner_slices` of all ranks held.
     """
-    device, owned = pruner.backend.device, pruner.layout.owned(pruner.backend.rank)
-    sizes = [group.num_units for group in pruner.groups]
+    line, masking, scoring, observations = pruner.line, pruner.masking, pruner.scoring, pruner.observations
+    device = line.backend.device
 
     def own(name: str) -> Tensor:
-        return read(name, owned.start, pruner.num_owned).to(device)
+        return read(name, line.own.start, line.num_owned).to(device)
 
-    pruner.step, pruner.churn = facts["step"], facts["churn"]
-    pruner.masks = list(read("masks", 0, pruner.layout.num_units).to(device).split(sizes))
-    pruner.scores = list(read("scores", 0, pruner.layout.num_units).to(device).split(sizes))
-    pruner.widths = [int(mask.sum()) for mask in pruner.masks]
-    pruner.similarity = own("similarity").clone()
-    pruner.state = {
+    def by_group(name: str) -> list[Tensor]:
+        return line.by_group(read(name, 0, line.layout.num_units).to(device))
+
+    pruner.step, masking.churn = facts["step"], facts["churn"]
+    masking.put(by_group("masks"))
+    scoring.scores = by_group("scores")
+    scoring.state = {
         name: own(f"state/{name}").to(value) if value.dim() else torch.full_like(value, facts["scalars"][name])
-        for name, value in pruner.state.items()
+        for name, value in scoring.state.items()
     }
+    observations.similarity = own("similarity").clone()
     if facts["sampled"]:
-        for span, rows in zip(pruner.spans, pruner.similarities, strict=True):
-            rows.go_on_from(pruner.similarity[span.place].clone(), _reader_of(span.group.name, read))
+        for span, rows in zip(line.spans, observations.similarities, strict=True):
+            rows.go_on_from(observations.similarity[span.place].clone(), _reader_of(span.group.name, read))
     pruner.prepare_step()
 
 

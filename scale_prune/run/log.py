@@ -13,9 +13,9 @@ def log(run: Run, *, loss: float, tokens_per_second: float) -> None:
         "pruning/score_learning_rate": run.config.pruning.score_learning_rate * pruner.schedule.learning_rate(step),
         "pruning/remaining_target": pruner.schedule.remaining(step),
         "pruning/remaining": pruner.remaining,
-        "pruning/mask_churn": pruner.churn,
+        "pruning/mask_churn": pruner.masking.churn,
     }
-    similarity = pruner.mean_similarity()
+    similarity = pruner.observations.mean_similarity(pruner.masking.live)
     if similarity is not None:
         values["pruning/similarity"] = similarity
     if pruner.gating is not None:

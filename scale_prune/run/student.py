@@ -74,14 +74,15 @@ class Student:
             return
         with seconds.measure("compaction"):
             gates = self.pruner.take_gates_off()
-            masks = self.pruner.masks_by_name
+            masks = self.pruner.masking.by_name
             self.engine, self.groups = compact_engine(self.backend, self.groups, masks, self._make_engine, gates)
             self.backend = Zero3Backend(self.engine)
 
     def let_go(self) -> None:
         """Free the memory of the engine; its model cannot be used any more. A collective."""
         release(self.engine)
-        del self.engine, self.backend, self.pruner.backend
+        self.backend.let_go()  # where nothing was removed it is the pruner's too
+        del self.engine, self.backend
 
     def _make_engine(self, module: nn.Module) -> Any:
         return training_engine(module, self._ds_config)

@@ -1,0 +1,86 @@
+"""Scores: the criterion at work on the units that a rank owns, and the choice that follows from the scores of all."""
+
+import torch
+from torch import Tensor
+
+from scale_prune.core import Member, Schedule, check_finite
+from scale_prune.criteria import Criterion, Moment
+from scale_prune.pruning.gating import Gating
+from scale_prune.pruning.unit_line import UnitLine
+
+
+class Scoring:
+    """The scores of a run.
+
+    Args:
+        line: the units.
+        criterion: gives them their scores.
+        schedule: how much remains at which step.
+        gating: the gates that the criterion trains, if there are any.
+
+    Attributes:
+        state: the criterion's state of the owned units, (U,) tensors and scalars by name.
+        scores: one (N,) float32 tensor a group, as of the last choice; the same on all ranks.
+        total: (U,) float32, the shares of the last step added up, or the gradients of its gates.
+    """
+
+    def __init__(self, line: UnitLine, criterion: Criterion, schedule: Schedule, gating: Gating | None) -> None:
+        self.line, self.criterion, self.schedule, self.gating = line, criterion, schedule, gating
+        self.state = criterion.initial_state(line.spans, line.backend.device)
+        self.scores = line.by_group(line.per_unit(lambda group: 0.0))
+        self.total = torch.zeros(line.num_owned, device=line.backend.device)
+        weights = line.per_unit(lambda group: 1.0 / (len(line.groups) * group.num_units))
+        self._weights = line.owned(weights).clone()
+
+    def take_gradients(self) -> None:
+        """Add up what the criterion makes of the step's gradients. A collective, 4 M bytes, if it needs them."""
+        if "grad" in self.criterion.needs:
+            self.total = self.line.totals(self._share)
+        elif self.gating is not None:
+            self.total = self.gating.totals()
+
+    def update(self, step: int, live: Tensor, similarity: Tensor) -> None:
+        """Bring the owned units' state to the step that was just made. No communication.
+
+        Args:
+            step: its number, from 1.
+            live: (M,) bool, the units that remain.
+            similarity: (U,) mean similarity of the owned units.
+        """
+        gated = range(self.schedule.warmup_steps + 1, self.schedule.last_pruning_step + 1)
+        gates_were_on = self.gating is not None and step in gated
+        if self.schedule.target < 1 and ("grad" in self.criterion.needs or gates_were_on):
+            self.state = self.criterion.update(self.state, self.total, self.moment(step, live, similarity))
+
+    def moment(self, step: int, live: Tensor, similarity: Tensor) -> Moment:
+        """Return what an update is told beside the totals; for the arguments see `update`."""
+        return Moment(
+            step=step,
+            schedule=self.schedule,
+            live=self.line.owned(live),
+            similarity=similarity,
+            weight=self._weights,
+            cost=self.line.owned(self.line.costs),
+            noise=self.line.owned(self.gating.noise if self.gating is not None else self.line.costs),
+            expected=self.gating.expected if self.gating is not None else self.schedule.initial,
+        )
+
+    def choose(self, step: int) -> list[Tensor]:
+        """Return which units remain after `step`, one (N,) bool a group; all ranks rank the same scores.
+
+        A collective, 4 M bytes, 8 M where scores are made of weights.
+
+        Raises:
+            ValueError: scores are not finite; the message names the group.
+        """
+        if "weight" in self.criterion.needs:
+            self.state = self.criterion.weigh(self.state, self.line.totals(self._share))
+        self.scores = self.line.by_group(self.line.gather(self.criterion.score(self.state)))
+        for group, scores in zip(self.line.groups, self.scores, strict=True):
+            check_finite(scores, group.name)
+        return self.criterion.select(self.scores, self.line.groups, self.schedule, step)
+
+    def _share(self, member: Member) -> Tensor | None:
+        if member.role not in self.criterion.roles:
+            return None
+        return self.criterion.share(self.line.backend.master(member, grad="grad" in self.criterion.needs))
