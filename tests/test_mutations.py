@@ -59,7 +59,7 @@ MUTATIONS = [Mutation(*line) for line in (
     # gates
     ("criteria/flop.py", "of_task = total *", "of_task = -total *", GATES),
     ("criteria/flop.py", "of_budget = -pull *", "of_budget = pull *", GATES),
-    ("criteria/flop.py", "+ self.multipliers_rate(schedule) * step", "- self.multipliers_rate(schedule) * step", GATES),
+    ("criteria/flop.py", "+ rate * step", "- rate * step", GATES),
     ("criteria/flop.py", "moment.noise) / self._unit", "moment.noise)", GATES),
     ("criteria/flop_agp.py", 'state["gate"] - rate * step', 'state["gate"] + rate * step', GATES),
     ("criteria/flop_agp.py", "total + self.config.gate_l1", "total - self.config.gate_l1", GATES),

@@ -58,20 +58,24 @@ def select(
     costs = costs or [1] * len(sizes)
     dense_costs = dense_costs or [cost * size for cost, size in zip(costs, sizes, strict=True)]
     if scope == "per_group":
-        shares = [remaining * dense / (cost * n) for dense, cost, n in zip(dense_costs, costs, sizes, strict=True)]
-        masks = [top_mask(group, budget(share, len(group))) for group, share in zip(scores, shares, strict=True)]
+        masks = _select_each(scores, costs, [remaining * dense for dense in dense_costs])
+        floor, shared_budget = 1, False
     else:
         masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
+        floor, shared_budget = min_kept, len(set(costs)) == 1
     if width_multiple == 1:
         return masks
-    widths = round_widths(
-        [int(mask.sum()) for mask in masks],
-        sizes,
-        multiple=width_multiple,
-        min_kept=min_kept if scope == "global" else 1,
-        shared_budget=scope == "global" and len(set(costs)) == 1,
-    )
+    widths = [int(mask.sum()) for mask in masks]
+    widths = round_widths(widths, sizes, multiple=width_multiple, min_kept=floor, shared_budget=shared_budget)
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
+
+
+def _select_each(scores: Sequence[Tensor], costs: Sequence[int], allowed: Sequence[float]) -> list[Tensor]:
+    """Rank each group by itself; keep the first of it that cost no more than is allowed, but one at least."""
+    return [
+        top_mask(group, budget(most / (cost * len(group)), len(group)))
+        for group, cost, most in zip(scores, costs, allowed, strict=True)
+    ]
 
 
 def _select_global(scores: Sequence[Tensor], costs: Sequence[int], allowed: int, min_kept: int) -> list[Tensor]:

@@ -47,13 +47,10 @@ class Flop(GatedCriterion):
     )
 
     @property
-    def _start(self) -> float:
-        return hard_concrete.log_alpha_of(self.config.initial_drop_rate)
-
-    @property
     def _unit(self) -> float:
         """The mean of a gate at the start, which stands for 1."""
-        return float(hard_concrete.mean(torch.tensor(self._start, dtype=torch.float64)))
+        start = hard_concrete.log_alpha_of(self.config.initial_drop_rate)
+        return float(hard_concrete.mean(torch.tensor(start, dtype=torch.float64)))
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Draw log_alpha by group: log(1 - p) - log p, SPREAD of noise, SPREAD_BY_SIZE; everything else starts at 0."""
@@ -67,13 +64,14 @@ class Flop(GatedCriterion):
         noise = torch.randn(group.num_units, generator=generator_of(self.seed, group.name))
         in_order_of_size = group.kind == "component" and self.config.factors == "svd"
         by_size = SPREAD_BY_SIZE if in_order_of_size else 0.0
-        return self._start + SPREAD * noise + torch.linspace(by_size, -by_size, group.num_units)
+        start = hard_concrete.log_alpha_of(self.config.initial_drop_rate)
+        return start + SPREAD * noise + torch.linspace(by_size, -by_size, group.num_units)
 
     def update(self, state: State, total: Tensor, moment: Moment) -> State:
         """Descend on log_alpha and ascend on the multipliers, until the target is reached."""
         if moment.step >= moment.schedule.last_descent_step:
             return state
-        excess = self.wanted(moment) - moment.expected  # S - T
+        excess = wanted(moment, self.config.target_warmup_fraction) - moment.expected  # S - T
         count = state["count"] + 1
         open_share = hard_concrete.open_probability(state["log_alpha"])
         pull = state["l1"] + 2 * state["l2"] * excess
@@ -81,26 +79,12 @@ class Flop(GatedCriterion):
         of_task = total * hard_concrete.sample_gradient(state["log_alpha"], moment.noise) / self._unit
         step, mean, square = adam_step(of_task + of_budget, state["mean"], state["square"], count)
         rate = self.gate_rate(moment.schedule)
-        new = {"log_alpha": state["log_alpha"] - rate * step, "mean": mean, "square": square}
-        for name, gradient in zip(MULTIPLIERS, (excess, excess**2), strict=True):
-            new |= self._ascend(state, name, gradient, moment.schedule)
-        return state | new | {"count": count}
-
-    def _ascend(self, state: State, name: str, gradient: float, schedule: Schedule) -> State:
-        given = torch.full_like(state[name], gradient)
-        step, mean, square = adam_step(given, state[f"{name}_mean"], state[f"{name}_square"], state["count"] + 1)
-        value = state[name] + self.multipliers_rate(schedule) * step
-        return {name: value, f"{name}_mean": mean, f"{name}_square": square}
+        new = {"log_alpha": state["log_alpha"] - rate * step, "mean": mean, "square": square, "count": count}
+        return state | new | ascended(state, excess, count, self.multipliers_rate(moment.schedule))
 
     def multipliers_rate(self, schedule: Schedule) -> float:
         """Return the learning rate of l1 and l2."""
         return self.config.lambda_learning_rate or self.multipliers_travel / schedule.descent_steps
-
-    def wanted(self, moment: Moment) -> float:
-        """Return the remaining fraction that the gates should amount to now."""
-        schedule, rise = moment.schedule, self.config.target_warmup_fraction * moment.schedule.total_steps
-        share = min((moment.step - schedule.warmup_steps) / rise, 1.0) if rise else 1.0
-        return schedule.initial + (schedule.target - schedule.initial) * max(share, 0.0)
 
     def score(self, state: State) -> Tensor:
         """Return log_alpha."""
@@ -136,3 +120,20 @@ class Flop(GatedCriterion):
         if step < schedule.last_descent_step:
             return [torch.ones_like(group, dtype=torch.bool) for group in scores]
         return super().select(scores, groups, schedule, step)
+
+
+def wanted(moment: Moment, rise_fraction: float) -> float:
+    """Return the remaining fraction that the gates should amount to now; it falls in that fraction of all steps."""
+    schedule, rise = moment.schedule, rise_fraction * moment.schedule.total_steps
+    share = min((moment.step - schedule.warmup_steps) / rise, 1.0) if rise else 1.0
+    return schedule.initial + (schedule.target - schedule.initial) * max(share, 0.0)
+
+
+def ascended(state: State, excess: float, count: Tensor, rate: float) -> State:
+    """Return l1 and l2 after one optimizer step up the terms that they multiply."""
+    new: State = {}
+    for name, gradient in zip(MULTIPLIERS, (excess, excess**2), strict=True):
+        given = torch.full_like(state[name], gradient)
+        step, mean, square = adam_step(given, state[f"{name}_mean"], state[f"{name}_square"], count)
+        new |= {name: state[name] + rate * step, f"{name}_mean": mean, f"{name}_square": square}
+    return new
