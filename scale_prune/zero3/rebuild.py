@@ -46,12 +46,7 @@ def compact_engine(
 
     Source: the order of calls that DeepSpeed 0.19 needs: partition the smaller parameters before `initialize`.
     """
-    keep = {group.name: masks[group.name].nonzero().flatten() for group in groups}
-    reduced = {
-        member.name: _Reduction(member, keep[group.name], _factors(member, group, gates or {}))
-        for group in groups
-        for member in group.members
-    }
+    reduced = _reductions(groups, masks, gates or {})
     facts = facts_of(backend) if make_engine else None
     slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
     smaller = _smaller_parameters(backend, reduced)
@@ -62,7 +57,7 @@ def compact_engine(
     compacted = []
     for group in groups:
         own = {member.name: smaller.pop(member.name) for member in group.members}
-        compacted.append(set_members(backend.module, group, own, len(keep[group.name])))
+        compacted.append(set_members(backend.module, group, own, int(masks[group.name].sum())))
     engine = make_engine(backend.module) if make_engine else inference_engine(backend.module, ds_config)
     backend.let_go()
     if facts:
@@ -89,8 +84,17 @@ class _Reduction:
         return (small.float() * factors.view(along)).to(small.dtype)
 
 
-def _factors(member: Member, group: UnitGroup, gates: Mapping[str, Tensor]) -> Tensor | None:
-    return gates.get(group.name) if member.role == "out" else None
+def _reductions(
+    groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], gates: Mapping[str, Tensor]
+) -> dict[str, _Reduction]:
+    """Return what becomes of every member, by its name."""
+    reduced = {}
+    for group in groups:
+        keep = masks[group.name].nonzero().flatten()
+        for member in group.members:
+            factors = gates.get(group.name) if member.role == "out" else None
+            reduced[member.name] = _Reduction(member, keep, factors)
+    return reduced
 
 
 def _reduced_slices(backend: Zero3Backend, kinds: Sequence[str], reduced: Mapping[str, _Reduction]) -> Slices:
