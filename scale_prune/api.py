@@ -23,7 +23,7 @@ from scale_prune.models import auto_model, tied_output, unit_groups
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
 from scale_prune.system import write_atomically
 from scale_prune.system.slices import SliceReader, write_slices
-from scale_prune.zero3 import Zero3Backend, compact_engine, prepare_units
+from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units
 
 STATE = "pruner.json"
 _uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner
@@ -79,7 +79,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     check_uniqueness(config)
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
-    backend.check(groups)
+    check_maskable(engine.module, groups)
     if not removes_components(config):
         check_width_key(engine.module)
     _uncompacted.add(engine)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scale_prune.run.run import Run
 from scale_prune.tasks import MicroBatch
+from scale_prune.zero3 import gradients_finite
 
 
 def loss_of(run: Run, micro_batch: MicroBatch) -> Tensor:
@@ -39,7 +40,7 @@ def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:
     Raises:
         ValueError: the loss or a gradient is not finite; the model as it was before is written.
     """
-    gradients_broken = not run.student.backend.gradients_finite()
+    gradients_broken = not gradients_finite(run.student.engine.module)
     own = torch.tensor([own_loss, float(gradients_broken), float(run.stop.received)], dtype=torch.float64)
     total_loss, num_broken, num_stopping = run.runtime.add_over_ranks(own).tolist()
     loss = total_loss / run.runtime.world_size

@@ -11,6 +11,7 @@ from scale_prune.system import Seconds
 from scale_prune.tasks import Task
 from scale_prune.zero3 import (
     Zero3Backend,
+    check_maskable,
     compact_engine,
     load_model,
     num_parameters,
@@ -50,7 +51,7 @@ class Student:
         )
         self.engine = self._make_engine(model)
         self.backend = Zero3Backend(self.engine)
-        self.backend.check(self.groups)
+        check_maskable(self.engine.module, self.groups)
         self.pruner = Pruner(self.backend, self.groups, pruning, total_steps=training.max_steps, seed=training.seed)
 
     @property

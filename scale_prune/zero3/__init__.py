@@ -1,6 +1,6 @@
 """Everything that touches DeepSpeed: processes, engines, shards in and out, and the rebuild after compaction."""
 
-from scale_prune.zero3.backend import Zero3Backend, num_parameters
+from scale_prune.zero3.backend import Zero3Backend, check_maskable, gradients_finite, num_parameters
 from scale_prune.zero3.prepare import prepare_units
 from scale_prune.zero3.randomness import random_state, set_random_state
 from scale_prune.zero3.ranks import joined, launched_as

@@ -1,22 +1,17 @@
-"""A DeepSpeed ZeRO-3 engine as pruning sees it: slices of parameters and gradients, masks on the working copy.
+"""A DeepSpeed ZeRO-3 engine as pruning sees it: slices of parameters and gradients, masks on the working copy."""
 
-Facts relied on, each held by a test: a shard is a flat slice of ceil(numel / W) elements; the forward pass uses
-`param.ds_tensor` (or, for small parameters that stay gathered, `param.data`), which every `step` writes anew from the
-float32 master; gradients can be read between `backward` and `step` at the accumulation boundary.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
-from scale_prune.core import Member, UnitGroup, expand_to_shard, shard_bounds
+from scale_prune.core import Member, UnitGroup
 from scale_prune.criteria import ShardView
+from scale_prune.zero3.shard import MASTER, Shard
 
 
 class Zero3Backend:
@@ -42,25 +37,6 @@ class Zero3Backend:
         self.accumulation_steps: int = engine.gradient_accumulation_steps()
         self.parameters = dict(self.module.named_parameters())
 
-    def check(self, groups: tuple[UnitGroup, ...]) -> None:
-        """Refuse parameters that cannot be masked.
-
-        Raises:
-            ValueError: a member is frozen, or its master and working copy are one memory, so that a mask would destroy
-                the weights for good.
-        """
-        for member in (member for group in groups for member in group.members):
-            param: Any = self.parameters[member.name]
-            if not param.requires_grad:
-                raise ValueError(
-                    f"parameter {member.name} is frozen; neurons can be pruned only where they are trained"
-                )
-            if safe_get_local_fp32_param(param).data_ptr() == param.ds_tensor.data_ptr():
-                raise ValueError(
-                    f"parameter {member.name} has no float32 master of its own in this ds_config, so masks would "
-                    "destroy its weights; use bf16, fp16 or plain fp32"
-                )
-
     @property
     def loss_scale(self) -> float:
         """What the loss of this step was multiplied by, in fp16; else 1."""
@@ -78,43 +54,25 @@ class Zero3Backend:
         """Tell whether the last optimizer step changed the weights."""
         return bool(self.engine.was_step_applied())
 
-    def gradients_finite(self) -> bool:
-        """Tell whether this rank's slices of all gradients are finite, where `at_boundary`. No communication."""
-        trained = (param for param in self.parameters.values() if param.requires_grad)
-        sums = [self._local_grad(param).sum(dtype=torch.float64) for param in trained]
-        return bool(torch.stack(sums).isfinite().all())
-
     def master(self, member: Member, *, grad: bool) -> ShardView:
         """Return this rank's slice of the float32 master, with the unscaled gradient if `grad`. No communication."""
-        param: Any = self.parameters[member.name]
-        start, count = self._bounds(param)
-        gradient = None
+        shard, gradient = Shard(self.parameters[member.name]), None
         if grad:
-            gradient = self._local_grad(param).float()
+            gradient = shard.gradient().float()
             gradient = gradient if self.loss_scale == 1.0 else gradient / self.loss_scale
-        return ShardView(member, start, safe_get_local_fp32_param(param).flatten()[:count], gradient)
+        return ShardView(member, shard.start, shard.read(MASTER), gradient)
 
     def working(self, member: Member) -> ShardView:
         """Return this rank's slice of the working copy. No communication."""
-        param: Any = self.parameters[member.name]
-        start, count = self._bounds(param)
-        if param.ds_status == ZeroParamStatus.AVAILABLE:
-            values = param.data.flatten()[start : start + count]
-        else:
-            values = param.ds_tensor.flatten()[:count]
-        return ShardView(member, start, values.to(self.device, torch.float32), None)
+        shard = Shard(self.parameters[member.name])
+        return ShardView(member, shard.start, shard.working().to(self.device, torch.float32), None)
 
     @torch.no_grad()
     def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
         """Zero the removed units in this rank's slices, and in copies that stay gathered. No communication."""
         removed = ~mask
         for member in group.members:
-            param: Any = self.parameters[member.name]
-            start, count = self._bounds(param)
-            shard = param.ds_tensor.flatten()[:count]
-            shard.masked_fill_(expand_to_shard(removed.to(shard.device), start, count, member.shape, member.dim), 0.0)
-            if param.ds_status == ZeroParamStatus.AVAILABLE:
-                param.data.index_fill_(member.dim, removed.nonzero().flatten(), 0.0)
+            Shard(self.parameters[member.name]).zero_units(removed, member)
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Add up (W * n,) over ranks and return this rank's n numbers."""
@@ -147,15 +105,33 @@ class Zero3Backend:
         del self.engine
         self.parameters.clear()
 
-    def _local_grad(self, param: Any) -> Tensor:
-        """Return this rank's slice of a gradient, still scaled, without the padding, which may hold anything."""
-        return safe_get_local_grad(param).flatten()[: self._bounds(param)[1]]
-
-    def _bounds(self, param: Any) -> tuple[int, int]:
-        return shard_bounds(param.ds_numel, self.rank, self.world_size)
-
 
 def num_parameters(module: nn.Module) -> int:
     """Return the number of elements of a sharded module's parameters, tied ones once."""
     sharded: Any = module.parameters()
     return sum(param.ds_numel for param in sharded)
+
+
+def gradients_finite(module: nn.Module) -> bool:
+    """Tell whether this rank's slices of all gradients are finite, at the accumulation boundary. No communication."""
+    trained = (param for param in module.parameters() if param.requires_grad)
+    sums = [Shard(param).gradient().sum(dtype=torch.float64) for param in trained]
+    return bool(torch.stack(sums).isfinite().all())
+
+
+def check_maskable(module: nn.Module, groups: Sequence[UnitGroup]) -> None:
+    """Refuse parameters of an engine's module that cannot be masked.
+
+    Raises:
+        ValueError: a member is frozen, or its master and working copy are one memory, so that a mask would destroy the
+            weights for good.
+    """
+    for member in (member for group in groups for member in group.members):
+        param: Any = module.get_parameter(member.name)
+        if not param.requires_grad:
+            raise ValueError(f"parameter {member.name} is frozen; neurons can be pruned only where they are trained")
+        if not Shard(param).has_own_master:
+            raise ValueError(
+                f"parameter {member.name} has no float32 master of its own in this ds_config, so masks would "
+                "destroy its weights; use bf16, fp16 or plain fp32"
+            )

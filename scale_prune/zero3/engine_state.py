@@ -8,20 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor
-from torch.nn.functional import pad
 
-from scale_prune.core import FlatSlice, shard_bounds
+from scale_prune.core import FlatSlice
 from scale_prune.zero3.backend import Zero3Backend
+from scale_prune.zero3.shard import MASTER, Shard
 
-MASTER = "master"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # What changes while an engine trains; everything else about them is a setting, which the new engine has itself.
 OPTIONS = ("lr", "betas")
@@ -53,20 +45,13 @@ def kinds_of(facts: Mapping[str, Any]) -> list[str]:
     return [MASTER, *facts["moments"]]
 
 
-def local_slice(backend: Zero3Backend, name: str, kind: str) -> Tensor:
-    """Return this rank's slice of a parameter's master or moment, (S,) without padding. No communication."""
-    param: Any = backend.parameters[name]
-    held = safe_get_local_fp32_param(param) if kind == MASTER else safe_get_local_optimizer_state(param, kind)
-    return held.flatten()[: shard_bounds(param.ds_numel, backend.rank, backend.world_size)[1]]
-
-
 def engine_slices(backend: Zero3Backend) -> Iterator[tuple[str, FlatSlice]]:
     """Yield this rank's slices of all masters and moments as ("master/NAME", slice), copied to the CPU one by one."""
     kinds = kinds_of(facts_of(backend))
     for name in trained(backend):
-        start, _ = shard_bounds(_numel(backend, name), backend.rank, backend.world_size)
+        shard = Shard(backend.parameters[name])
         for kind in kinds:
-            yield f"{kind}/{name}", FlatSlice(start, local_slice(backend, name, kind).to("cpu", copy=True))
+            yield f"{kind}/{name}", FlatSlice(shard.start, shard.read(kind).to("cpu", copy=True))
 
 
 def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str, str, int, int], Tensor]) -> None:
@@ -80,15 +65,9 @@ def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str
     engine = backend.engine
     _make_state(backend, facts)
     for name in trained(backend):
-        param: Any = backend.parameters[name]
-        start, count = shard_bounds(param.ds_numel, backend.rank, backend.world_size)
-        size = -(-param.ds_numel // backend.world_size)
+        shard = Shard(backend.parameters[name])
         for kind in kinds_of(facts):
-            values = pad(read(kind, name, start, count).float(), (0, size - count))
-            if kind == MASTER:
-                safe_set_local_fp32_param(param, values)
-            else:
-                safe_set_local_optimizer_state(param, values, kind)
+            shard.write(kind, read(kind, name, shard.start, shard.count))
     if facts["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(_only(engine.lr_scheduler.state_dict(), facts["scheduler"]))
     # A scheduler writes the rate after a step, for the next one; its state alone does not bring it back.
@@ -104,21 +83,12 @@ def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str
 def write_working_copy(backend: Zero3Backend) -> None:
     """Write this rank's working slices anew from the masters, as a step does. No communication."""
     for name in trained(backend):
-        param: Any = backend.parameters[name]
-        if param.ds_status == ZeroParamStatus.AVAILABLE:
-            param.partition()  # the next forward pass gathers it again, from the new slices
-        master = local_slice(backend, name, MASTER)
-        param.ds_tensor.flatten()[: len(master)].copy_(master)
+        Shard(backend.parameters[name]).refresh()
 
 
 def trained(backend: Zero3Backend) -> list[str]:
     """Return the names of the parameters that are trained."""
     return [name for name, param in backend.parameters.items() if param.requires_grad]
-
-
-def _numel(backend: Zero3Backend, name: str) -> int:
-    param: Any = backend.parameters[name]
-    return int(param.ds_numel)
 
 
 def _groups(backend: Zero3Backend) -> list[dict[str, Any]]:

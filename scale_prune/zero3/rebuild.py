@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from scale_prune.core import Member, UnitGroup, select_units, set_members, shard_bounds
 from scale_prune.zero3.backend import Zero3Backend
-from scale_prune.zero3.engine_state import MASTER, facts_of, kinds_of, local_slice, restore, trained
+from scale_prune.zero3.engine_state import facts_of, kinds_of, restore, trained
 from scale_prune.zero3.runtime import inference_engine
+from scale_prune.zero3.shard import MASTER, Shard
 
 Slices = dict[tuple[str, str], Tensor]
 """This rank's slices by (kind, parameter name)."""
@@ -101,8 +102,9 @@ def _reduced_slices(backend: Zero3Backend, kinds: Sequence[str], reduced: Mappin
     """Copy this rank's slices of masters and moments to the CPU, cut down to the units that stay."""
     slices = {}
     for name, kind in product(trained(backend), kinds):
-        cut = _cut_slice(backend, name, kind, reduced[name]) if name in reduced else local_slice(backend, name, kind)
-        slices[kind, name] = cut.to("cpu", copy=True)
+        cut = name in reduced
+        own = _cut_slice(backend, name, kind, reduced[name]) if cut else Shard(backend.parameters[name]).read(kind)
+        slices[kind, name] = own.to("cpu", copy=True)
     return slices
 
 
