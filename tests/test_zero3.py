@@ -1,7 +1,7 @@
 """Pruning on the real ZeRO-3 engine, on ranks that divide no width."""
 
 import json
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,7 @@ def chosen(path: Path, settings: PruningConfig, config: dict[str, Any]) -> tuple
     return pruner.masks, pruner.scores
 
 
+@cache
 def chosen_in_memory(path: Path, settings: PruningConfig) -> tuple[list[Tensor], list[Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(path)
     groups = prepared_units(model, settings)
@@ -177,22 +178,22 @@ def assert_same_units(masks: Tensor, others: Tensor, scores: Tensor) -> None:
     assert masks.sum() == others.sum()
 
 
-def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(folder: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(world_size: int, folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
     # A step has 42 tokens: all of them are sampled, some, or fewer than there are rows.
     gum = [pruning("gum", similarity_tokens=10), pruning("gum", similarity="running", similarity_tokens=5)]
     settings = [*(pruning(criterion) for criterion in CRITERIA), pruning("gum", similarity="running"), *gum]
     expected = [chosen_in_memory(path, each) for each in settings]
-    for world_size in (1, 2, 3):
-        cut = [(each, 2 if world_size == 1 else 1) for each in settings]  # by itself a rank is the expected one
-        cut += [(each, 6 // world_size) for each in gum]
-        cases = [(path, each, ds_config(accumulation=accumulation)) for each, accumulation in cut]
-        for rank in run_ranks(call_each, world_size, chosen, cases):
-            for (masks, scores), (each, _) in zip(rank, cut, strict=True):
-                others, other_scores = expected[settings.index(each)]
-                for group in zip(masks, others, scores, strict=True):
-                    assert_same_units(*group)
-                torch.testing.assert_close(torch.cat(scores), torch.cat(other_scores), rtol=1e-3, atol=1e-5)
+    cut = [(each, 2 if world_size == 1 else 1) for each in settings]  # by itself a rank is the expected one
+    cut += [(each, 6 // world_size) for each in gum]
+    cases = [(path, each, ds_config(accumulation=accumulation)) for each, accumulation in cut]
+    for rank in run_ranks(call_each, world_size, chosen, cases):
+        for (masks, scores), (each, _) in zip(rank, cut, strict=True):
+            others, other_scores = expected[settings.index(each)]
+            for group in zip(masks, others, scores, strict=True):
+                assert_same_units(*group)
+            torch.testing.assert_close(torch.cat(scores), torch.cat(other_scores), rtol=1e-3, atol=1e-5)
 
 
 # --- fp16, on a CPU that DeepSpeed thinks cannot --------------------------------------------------------------------
