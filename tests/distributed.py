@@ -13,21 +13,20 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# The second line is what an engine imports when it is made.
+# The commands, what an engine imports when it is made, and what the test modules import, which every rank imports anew.
 PRELOADED = [
-    *(
-        "torch",
-        "torch.distributed",
-        "deepspeed",
-        "transformers.generation.utils",
-        "scale_prune.commands.prune",
-        "scale_prune.api",
-    ),
+    *("torch", "torch.distributed", "deepspeed", "transformers.generation.utils", "scale_prune.api"),
+    *(f"scale_prune.commands.{command}" for command in ("prune", "evaluate", "analyze")),
     *("deepspeed.runtime.zero.stage3", "torch._dynamo.debug_utils", "torch._inductor.compile_fx"),
+    *("deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.module_inject.auto_ep_layer"),
+    *("pytest", "command", "engines", "scipy.stats", "sklearn.metrics", "einops._torch_specific", "PIL.PngImagePlugin"),
+    *("tensorboard.backend.event_processing.event_accumulator", "ds_operators"),
 ]
 
 
@@ -51,6 +50,8 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
     with tempfile.TemporaryDirectory() as folder:
         processes = start_ranks(worker, world_size, Path(folder), *args)
         ended = _wait_for_all(processes, timeout)
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{Path(folder).name}_*"):
+            left.unlink()
         first_first = sorted(Path(folder).glob("*.txt"), key=lambda path: path.stat().st_mtime_ns)
         tracebacks = [path.read_text() for path in first_first]
         assert ended, "\n".join([f"not all ranks came to their end, exit codes {_codes(processes)}", *tracebacks])
@@ -59,8 +60,7 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
 
 def start_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[BaseProcess]:
     """Start the ranks and return their processes; results and tracebacks go to an existing folder."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = start_server()
     processes = [
         context.Process(target=_rank, args=(worker, rank, world_size, folder, args), daemon=True)
         for rank in range(world_size)
@@ -68,6 +68,17 @@ def start_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args
     for process in processes:
         process.start()
     return [*processes]
+
+
+def start_server() -> ForkServerContext:
+    """Let the server of ranks start, if it has not, and return without waiting for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])  # it looks nowhere else
+    ensure_running()
+    os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _wait_for_all(processes: Sequence[BaseProcess], timeout: float) -> bool:
@@ -98,6 +109,7 @@ def _rank(worker: Callable[..., Any], rank: int, world_size: int, folder: Path, 
         torch.set_num_threads(1)
         warnings.simplefilter("ignore", FutureWarning)  # torch's notes on collectives that DeepSpeed calls
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ["MASTER_ADDR"] = folder.name  # DeepSpeed names shared memory after it
         meeting = f"file://{folder}/rendezvous"
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, init_method=meeting, rank=rank, world_size=world_size
