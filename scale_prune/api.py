@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
 from scale_prune.criteria import check_uniqueness
-from scale_prune.export import check_width_key, model_card, write_model
+from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, tied_output, unit_groups
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
 from scale_prune.system import write_atomically
@@ -183,16 +183,14 @@ def save(
         warnings.warn("saved without `compact`: the removed units are still there, as zeros", stacklevel=2)
     groups = components_of(engine.module) or unit_groups(engine.module)
     config = engine.module.config
-    write_model(
-        folder,
+    export = Export(
         config=config,
-        tensors=backend.named_tensors(),
         groups=groups,
         layout=layout,
         tokenizer=tokenizer,
         card=model_card(
             {"model": config.name_or_path}, groups=groups, layout=layout, loader=auto_model(config).__name__
         ),
-        is_writer=backend.rank == 0,
         tied_output=tied_output(engine.module),
     )
+    export.write(folder, backend.named_tensors(), is_writer=backend.rank == 0)

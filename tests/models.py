@@ -19,7 +19,7 @@ from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import svd_factors
 from scale_prune.criteria import CRITERIA
-from scale_prune.export.layouts import named_state, write_model
+from scale_prune.export.writing import Export, named_state
 from scale_prune.models.factorized import put_factors
 from scale_prune.models.families import FAMILIES, Family, auto_model, family_of, linear_names, unit_groups
 from scale_prune.pruning.units import removes_components, units_of
@@ -125,8 +125,10 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def export(folder: Path, model: PreTrainedModel, groups: tuple[UnitGroup, ...], layout: str, **settings: Any) -> Path:
     """Write a compacted model that lies in memory."""
-    usual = {"tensors": named_state(model), "tokenizer": None, "card": "# Pruned", "is_writer": True}
-    write_model(folder, config=model.config, groups=groups, layout=layout, **usual | settings)
+    writing: dict[str, Any] = {"tensors": named_state(model), "is_writer": True}
+    writing |= {name: settings.pop(name) for name in (*writing, "max_shard_bytes", "replace") if name in settings}
+    beside: dict[str, Any] = {"tokenizer": None, "card": "# Pruned"} | settings
+    Export(config=model.config, groups=groups, layout=layout, **beside).write(folder, **writing)
     return folder
 
 

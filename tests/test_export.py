@@ -42,9 +42,9 @@ from scale_prune.export.layouts import (
     LAYOUTS,
     MODELING_FILE,
     check_layout,
-    named_state,
     resolve_layout,
 )
+from scale_prune.export.writing import named_state
 from scale_prune.models.families import FAMILIES, Family, register, unit_groups
 
 NEW_FAMILY = Family(

@@ -1,20 +1,16 @@
-"""The pruned model as a Hugging Face folder, written tensor by tensor, in one of three layouts."""
+"""The three layouts of a pruned model: its config, its modeling file and its tensors in each of them."""
 
 import copy
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scale_prune.core import Kind, UnitGroup, pad_units
-from scale_prune.export.config_files import write_config, write_tokenizer
-from scale_prune.export.factors import Plan, plan_for, stored_factors
+from scale_prune.export.factors import Plan
 from scale_prune.models import auto_model, classifies, family_of, stock_class, unit_groups
-from scale_prune.system import complete_or_absent
-from scale_prune.system.tensor_files import write_tensors
 
 LAYOUTS = ("uniform", "pad", "per_layer")
 PROBE = 61
@@ -98,100 +94,7 @@ def check_width_key(model: PreTrainedModel) -> None:
         )
 
 
-def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a checkpoint of a model in one piece holds: parameters and persistent buffers, tied ones once.
-
-    Args:
-        model: the model.
-
-    Yields:
-        The state-dict name, of tied tensors the first one's, and the tensor, not copied.
-    """
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
-
-
-def write_model(
-    folder: str | os.PathLike[str],
-    *,
-    config: PretrainedConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    groups: Sequence[UnitGroup],
-    layout: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    card: str,
-    is_writer: bool,
-    generation_config: GenerationConfig | None = None,
-    tied_output: str = "",
-    max_shard_bytes: int = 5 * 2**30,
-    replace: bool = False,
-) -> None:
-    """Write a compacted model for `from_pretrained` of the class by which its family is loaded.
-
-    Every rank calls it, since making the tensors is a collective; one writes. No more than one shard is in memory at
-    a time. Other ranks may return before the folder is there.
-
-    Args:
-        folder: the folder to make; must not exist, or be empty, or be one to `replace`.
-        config: the model's config; not changed, its width is not read.
-        tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
-            tensor is copied before the next is asked for.
-        groups: the groups of the compacted model.
-        layout: "uniform": one width, in the config key of the family; "pad": zero neurons up to the widest layer;
-            "per_layer": each layer's own, in `per_layer_config`, with a modelling file for `trust_remote_code`.
-        tokenizer: written along, if there is one.
-        card: the model card, Markdown.
-        is_writer: True on the one rank that writes.
-        generation_config: written along as it is, if there is one.
-        tied_output: name of the output that a clustered embedding is tied to, "" where there is none.
-        max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
-        replace: a folder of this name goes when the new one is complete.
-
-    Raises:
-        ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has no
-            class for the config; the model belongs to no registered family; the folder is not empty (writer only).
-    """
-    plan = plan_for(layout, groups, tied_output) if groups[0].kind == "component" else None
-    written_config = _config_for(layout, config, groups) if plan is None else _factorized_config(layout, config, plan)
-    if not is_writer:
-        for _ in tensors:
-            pass
-        return
-    code = _code_of(written_config)
-    with complete_or_absent(Path(folder), replace=replace) as partial:
-        if plan is None:
-            stored = _in_layout(layout, tensors, groups)
-        else:
-            stored = stored_factors(tensors, groups, plan, transposed=family_of(config).transposed)
-        # The names of files are for the classes of transformers; code that comes with a model gets no translation.
-        names = {} if code is not None else dict(family_of(config).checkpoint_names)
-        written: set[str] = set()
-        named = ((names.get(name, name), tensor) for name, tensor in _noted(stored, written))
-        written_config.dtype = write_tensors(partial, named, max_shard_bytes)
-        if written.intersection(getattr(stock_class(config), "_tied_weights_keys", None) or ()):
-            written_config.tie_word_embeddings = False  # whatever the config says, the model has an output of its own
-        write_config(partial, written_config)
-        if code is not None:
-            (partial / code.name).write_text(_modeling_source(code, config), encoding="utf-8")
-        if generation_config is not None:
-            # Not save_pretrained, which refuses combinations that published models do have.
-            generation_config.to_json_file(partial / "generation_config.json")
-        if tokenizer is not None:
-            write_tokenizer(partial, tokenizer)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, and add their names to `names`."""
-    for name, tensor in tensors:
-        names.add(name)
-        yield name, tensor
-
-
-def _config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
+def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
     """Return a copy of the config that tells the widths in the way of the layout."""
     check_layout(layout, config)
     widths = {group.layer: group.num_units for group in groups}
@@ -227,7 +130,7 @@ def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
     _tell_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
 
 
-def _factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
+def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     """Return a copy of the config that tells what stays factorised."""
     check_layout(layout, config)
     config = copy.deepcopy(config)
@@ -247,13 +150,13 @@ def _tell_code(config: PretrainedConfig, file: Path, name: str) -> None:
     config.auto_map = {auto_model(config).__name__: f"{file.stem}.{name}"}
 
 
-def _code_of(config: PretrainedConfig) -> Path | None:
+def code_of(config: PretrainedConfig) -> Path | None:
     """Return the modelling file that a written config names, if it is one of ours."""
     told = str(getattr(config, "auto_map", None))
     return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in told), None)
 
 
-def _modeling_source(file: Path, config: PretrainedConfig) -> str:
+def modeling_source(file: Path, config: PretrainedConfig) -> str:
     """Return a modelling file of ours, which is GPT-Neo's, with the names of another family."""
     family = family_of(config)
     names = {
@@ -270,7 +173,7 @@ def _modeling_source(file: Path, config: PretrainedConfig) -> str:
     return source
 
 
-def _in_layout(
+def in_layout(
     layout: str, tensors: Iterable[tuple[str, Tensor]], groups: Sequence[UnitGroup]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield private CPU copies, padded where the layout asks for it."""

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from scale_prune.core import UnitGroup
 from scale_prune.data import Inputs
-from scale_prune.export import model_card, write_model
+from scale_prune.export import Export, model_card
 from scale_prune.models import auto_model, tied_output
 from scale_prune.zero3 import Runtime, Zero3Backend
 
@@ -30,28 +30,22 @@ class ModelWriter:
         Raises:
             ValueError: rank 0 cannot write it, e.g. because the disk is full.
         """
-        config = self.inputs.config
+        config, model_config = self.inputs.config, self.inputs.model_config
         folder = Path(config.output.output_dir) / name
+        loader = auto_model(model_config).__name__
+        export = Export(
+            config=model_config,
+            groups=groups,
+            layout=layout,
+            tokenizer=self.inputs.tokenizer,
+            card=model_card(config.flat(), groups=groups, layout=layout, loader=loader),
+            generation_config=self.generation_config,
+            tied_output=tied_output(backend.module),
+        )
         tensors, problem = backend.named_tensors(), ""
         try:
-            write_model(
-                folder,
-                config=self.inputs.model_config,
-                tensors=tensors,
-                groups=groups,
-                layout=layout,
-                tokenizer=self.inputs.tokenizer,
-                card=model_card(
-                    config.flat(),
-                    groups=groups,
-                    layout=layout,
-                    loader=auto_model(self.inputs.model_config).__name__,
-                ),
-                is_writer=self.runtime.is_main,
-                generation_config=self.generation_config,
-                tied_output=tied_output(backend.module),
-                replace=True,  # what this run wrote before it was killed, and resumed
-            )
+            # It replaces what this run wrote before it was killed, and resumed.
+            export.write(folder, tensors, is_writer=self.runtime.is_main, replace=True)
         except (OSError, SafetensorError) as error:
             problem = str(error)
             for _ in tensors:  # the other ranks gather them to the end

@@ -1,0 +1,143 @@
+"""The pruned model as a Hugging Face folder, written tensor by tensor."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from scale_prune.core import UnitGroup
+from scale_prune.export.config_files import write_config, write_tokenizer
+from scale_prune.export.factors import Plan, plan_for, stored_factors
+from scale_prune.export.layouts import code_of, config_for, factorized_config, in_layout, modeling_source
+from scale_prune.models import family_of, stock_class
+from scale_prune.system import complete_or_absent
+from scale_prune.system.tensor_files import write_tensors
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint of a model in one piece holds: parameters and persistent buffers, tied ones once.
+
+    Args:
+        model: the model.
+
+    Yields:
+        The state-dict name, of tied tensors the first one's, and the tensor, not copied.
+    """
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A compacted model as it is to be loaded, by `from_pretrained` of the class that its family is loaded by.
+
+    Attributes:
+        config: the model's config; not changed, its width is not read.
+        groups: the groups of the compacted model.
+        layout: "uniform": one width, in the config key of the family; "pad": zero neurons up to the widest layer;
+            "per_layer": each layer's own, in `per_layer_config`, with a modeling file for `trust_remote_code`.
+        tokenizer: written along, if there is one.
+        card: the model card, Markdown.
+        generation_config: written along as it is, if there is one.
+        tied_output: name of the output that a clustered embedding is tied to, "" where there is none.
+    """
+
+    config: PretrainedConfig
+    groups: Sequence[UnitGroup]
+    layout: str
+    tokenizer: PreTrainedTokenizerBase | None
+    card: str
+    generation_config: GenerationConfig | None = None
+    tied_output: str = ""
+
+    def write(
+        self,
+        folder: str | os.PathLike[str],
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        is_writer: bool,
+        max_shard_bytes: int = 5 * 2**30,
+        replace: bool = False,
+    ) -> None:
+        """Write the folder. Every rank calls it, since making the tensors is a collective; one writes.
+
+        No more than one shard is in memory at a time. Other ranks may return before the folder is there.
+
+        Args:
+            folder: the folder to make; must not exist, or be empty, or be one to `replace`.
+            tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
+                tensor is copied before the next is asked for.
+            is_writer: True on the one rank that writes.
+            max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
+            replace: a folder of this name goes when the new one is complete.
+
+        Raises:
+            ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has
+                no class for the config; the model belongs to no registered family; the folder is not empty (writer
+                only).
+        """
+        plan = self._plan()
+        config = self._config(plan)
+        if not is_writer:
+            for _ in tensors:
+                pass
+            return
+        with complete_or_absent(Path(folder), replace=replace) as partial:
+            self._write_weights(partial, tensors, config, plan, max_shard_bytes)
+            self._write_beside(partial, config)
+
+    def _plan(self) -> Plan | None:
+        """Return what becomes of factors, None where neurons were removed."""
+        return plan_for(self.layout, self.groups, self.tied_output) if self.groups[0].kind == "component" else None
+
+    def _config(self, plan: Plan | None) -> PretrainedConfig:
+        if plan is None:
+            return config_for(self.layout, self.config, self.groups)
+        return factorized_config(self.layout, self.config, plan)
+
+    def _write_weights(
+        self,
+        folder: Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        config: PretrainedConfig,
+        plan: Plan | None,
+        max_shard_bytes: int,
+    ) -> None:
+        """Write the weights, and say in the config what only they show: their type, and whether they are tied."""
+        family = family_of(self.config)
+        if plan is None:
+            stored = in_layout(self.layout, tensors, self.groups)
+        else:
+            stored = stored_factors(tensors, self.groups, plan, transposed=family.transposed)
+        # The names of files are for the classes of transformers; code that comes with a model gets no translation.
+        names = {} if code_of(config) is not None else dict(family.checkpoint_names)
+        written: set[str] = set()
+        named = ((names.get(name, name), tensor) for name, tensor in _noted(stored, written))
+        config.dtype = write_tensors(folder, named, max_shard_bytes)
+        if written.intersection(getattr(stock_class(config), "_tied_weights_keys", None) or ()):
+            config.tie_word_embeddings = False  # whatever the config says, the model has an output of its own
+
+    def _write_beside(self, folder: Path, config: PretrainedConfig) -> None:
+        """Write all that stands beside the weights."""
+        write_config(folder, config)
+        if (code := code_of(config)) is not None:
+            (folder / code.name).write_text(modeling_source(code, self.config), encoding="utf-8")
+        if self.generation_config is not None:
+            # Not save_pretrained, which refuses combinations that published models do have.
+            self.generation_config.to_json_file(folder / "generation_config.json")
+        if self.tokenizer is not None:
+            write_tokenizer(folder, self.tokenizer)
+        (folder / "README.md").write_text(self.card, encoding="utf-8")
+
+
+def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, and add their names to `names`."""
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
