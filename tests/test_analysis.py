@@ -24,7 +24,8 @@ from scale_prune.config.settings import Config
 from scale_prune.core.redundancy import Products, sample_units
 from scale_prune.data.batches import TokenBlocks, training_batches
 from scale_prune.data.text import prepare
-from scale_prune.inspection.analysis import GroupAnalysis, Sampling, analyse
+from scale_prune.inspection.analysis import GroupAnalysis, Sampling
+from scale_prune.inspection.analysis import analyze as analyze_model
 from scale_prune.inspection.analysis_tables import as_json, summary
 from scale_prune.preflight.inputs import read_inputs
 from scale_prune.zero3 import Runtime
@@ -52,7 +53,7 @@ def analysed(work: Path, sampling: Sampling | None = None, fp16: dict[str, Any] 
     blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
     return [
         vars(group) | {"uniqueness": group.uniqueness}
-        for group in analyse(inputs, blocks, STEPS, runtime, sampling or Sampling())
+        for group in analyze_model(inputs, blocks, STEPS, runtime, sampling or Sampling())
     ]
 
 

@@ -207,29 +207,12 @@ def save(
     """
     folder = output / FOLDER / f"step-{state['step']:08d}"
     partial = folder.with_name(f"{folder.name}.partial")
-
-    def begin() -> None:
-        for leftover in (output / FOLDER).glob("*.partial"):
-            if re.fullmatch(NAME, leftover.stem):
-                shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-
-    def finish() -> None:
-        write_atomically(partial / STATE, json.dumps(state, allow_nan=False))
-        files = {STATE: _entry(partial / STATE)}
-        for rank in range(runtime.world_size):
-            files |= _sums_of(partial, rank)
-        write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-        sync(partial)
-        if os.path.lexists(folder):  # no run comes to a step twice, so it is not of this one
-            _abandon(folder)
-        partial.rename(folder)
-        sync(folder.parent)
-
     try:
-        _together("begin", begin if runtime.is_main else None, runtime, folder)
+        _together("begin", lambda: _begin(partial), runtime, folder, main_only=True)
         _together("write", lambda: _write_own(partial, runtime.rank, slices), runtime, folder)
-        _together("finish", finish if runtime.is_main else None, runtime, folder)
+        _together(
+            "finish", lambda: _finish(partial, folder, state, runtime.world_size), runtime, folder, main_only=True
+        )
     except ValueError:
         if runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -238,6 +221,28 @@ def save(
         for old in newest_first(output)[keep:]:
             _remove(old)
     return folder
+
+
+def _begin(partial: Path) -> None:
+    """Make the folder to write into, and remove what was left of others."""
+    for leftover in partial.parent.glob("*.partial"):
+        if re.fullmatch(NAME, leftover.stem):
+            shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def _finish(partial: Path, folder: Path, state: dict[str, Any], world_size: int) -> None:
+    """Write state and manifest beside what all ranks have written, and make the whole visible."""
+    write_atomically(partial / STATE, json.dumps(state, allow_nan=False))
+    files = {STATE: _entry(partial / STATE)}
+    for rank in range(world_size):
+        files |= _sums_of(partial, rank)
+    write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+    sync(partial)
+    if os.path.lexists(folder):  # no run comes to a step twice, so it is not of this one
+        _abandon(folder)
+    partial.rename(folder)
+    sync(folder.parent)
 
 
 def _write_own(partial: Path, rank: int, slices: Iterable[tuple[str, FlatSlice]]) -> None:
@@ -271,9 +276,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _together(what: str, work: Callable[[], None] | None, runtime: Runtime, folder: Path) -> None:
-    """Do a part of the writing on the ranks that have one; if it fails anywhere, all ranks raise."""
-    failed = {rank: problem for rank, problem in enumerate(_problems(work or (lambda: None), runtime)) if problem}
+def _together(what: str, work: Callable[[], None], runtime: Runtime, folder: Path, *, main_only: bool = False) -> None:
+    """Do a part of the writing, on rank 0 or on all; if it fails anywhere, all ranks raise."""
+    own = work if runtime.is_main or not main_only else lambda: None
+    failed = {rank: problem for rank, problem in enumerate(_problems(own, runtime)) if problem}
     if failed:
         rank, problem = next(iter(failed.items()))
         whole = ", ".join(path.name for path in newest_first(folder.parents[1])) or "none"

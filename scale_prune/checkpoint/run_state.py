@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ OLD_HOLDOUT = (
     ". An earlier version began the run: where no validation text was given, that held out the last 5 % of the rows; "
     "if so, give these rows as --validation_file and those before them as --train_file"
 )
-
-
-# --- which checkpoint --------------------------------------------------------------------------------------------
 
 
 # --- what must be the same ---------------------------------------------------------------------------------------
@@ -92,12 +88,7 @@ def save_run(
         "measured": measured,
         "versions": versions(),
     }
-    slices = chain(
-        ((f"pruner/{name}", each) for name, each in pruner_state.pruner_slices(pruner)),
-        ((f"engine/{name}", each) for name, each in engine_state.engine_slices(backend)),
-        _randomness(runtime.rank),
-    )
-    folder = Path(config.output.output_dir)
+    folder, slices = Path(config.output.output_dir), _slices(pruner, backend, runtime.rank)
     return save(folder, state=state, slices=slices, runtime=runtime, keep=config.checkpoint.keep_checkpoints)
 
 
@@ -145,6 +136,9 @@ def _one_message(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def _randomness(rank: int) -> Iterator[tuple[str, FlatSlice]]:
+def _slices(pruner: Pruner, backend: Zero3Backend, rank: int) -> Iterator[tuple[str, FlatSlice]]:
+    """Yield everything that this rank holds of a run."""
+    yield from ((f"pruner/{name}", each) for name, each in pruner_state.pruner_slices(pruner))
+    yield from ((f"engine/{name}", each) for name, each in engine_state.engine_slices(backend))
     for name, state in random_state().items():
         yield f"random/{rank}/{name}", FlatSlice(0, state.cpu())

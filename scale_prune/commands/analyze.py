@@ -15,7 +15,7 @@ from scale_prune.inspection import (
     GroupAnalysis,
     Sampling,
     add_models,
-    analyse,
+    analyze,
     as_json,
     draw_all,
     positive,
@@ -78,7 +78,7 @@ def _analysed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list
     with runtime.main_first():
         blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
     runtime.say(f"{inputs.config.training.model}: {own.batches} batches of {inputs.batch_size} blocks")
-    return analyse(inputs, blocks, own.batches, runtime, Sampling(own.sample_units, own.sample_tokens))
+    return analyze(inputs, blocks, own.batches, runtime, Sampling(own.sample_units, own.sample_tokens))
 
 
 def _write(

@@ -103,7 +103,7 @@ class Sampling:
     tokens: int | None = None
 
 
-def analyse(
+def analyze(
     inputs: Inputs, blocks: TokenBlocks, batches: int, runtime: Runtime, sampling: Sampling = Sampling()
 ) -> list[GroupAnalysis]:
     """Measure every neuron of a model. A collective.
@@ -121,14 +121,7 @@ def analyse(
     Raises:
         ValueError: the model is of an unknown family.
     """
-    still = {"optimizer": STILL, "zero_allow_untested_optimizer": True}
-    ds_config = {key: value for key, value in inputs.ds_config.items() if key != "scheduler"} | still
-    training = inputs.config.training
-    model = load_model(str(training.model), ds_config, trust_remote_code=training.trust_remote_code)
-    groups = unit_groups(model)
-    engine = training_engine(model, ds_config)
-    engine.train()
-    engine.module.eval()  # no dropout
+    engine, groups = _still_engine(inputs)
     measuring = Measuring(Zero3Backend(engine), groups, inputs, sampling)
     steps = training_batches(
         blocks,
@@ -137,7 +130,7 @@ def analyse(
         accumulation=engine.gradient_accumulation_steps(),
         rank=runtime.rank,
         world_size=runtime.world_size,
-        seed=training.seed,
+        seed=inputs.config.training.seed,
     )
     for micro_batches in steps:
         measuring.step(engine, micro_batches)
@@ -146,6 +139,19 @@ def analyse(
     found = list(measuring.results(runtime))
     release(engine)
     return found
+
+
+def _still_engine(inputs: Inputs) -> tuple[Any, tuple[UnitGroup, ...]]:
+    """Return an engine that makes gradients but never changes the weights, and the model's groups."""
+    still = {"optimizer": STILL, "zero_allow_untested_optimizer": True}
+    ds_config = {key: value for key, value in inputs.ds_config.items() if key != "scheduler"} | still
+    training = inputs.config.training
+    model = load_model(str(training.model), ds_config, trust_remote_code=training.trust_remote_code)
+    groups = unit_groups(model)
+    engine = training_engine(model, ds_config)
+    engine.train()
+    engine.module.eval()  # no dropout
+    return engine, groups
 
 
 class Measuring:
