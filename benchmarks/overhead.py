@@ -22,7 +22,7 @@ from scale_prune.config.ds_config import load, resolve
 from scale_prune.config.settings import Config
 from scale_prune.models.families import unit_groups
 from scale_prune.pruning.pruner import Pruner
-from scale_prune.system.versions import versions
+from scale_prune.system.packages import versions
 from scale_prune.zero3 import Runtime, Zero3Backend
 from scale_prune.zero3.runtime import load_model, training_engine
 

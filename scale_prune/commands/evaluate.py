@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from scale_prune.config import CLASSIFICATION, load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import add_models, harness, positive, read_models, speeds
-from scale_prune.system import versions, write_atomically
+from scale_prune.system import markdown_table, versions, write_atomically
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
 
@@ -159,10 +159,9 @@ def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:
     metrics = [key for each in report.values() for key in each if key not in (*SPEED, LM_EVAL)]
     columns = {key: key for key in metrics} | SPEED
     shown = [key for key in columns if any(each.get(key) is not None for each in report.values())]
-    lines = [f"| model | {' | '.join(columns[key] for key in shown)} |", "|---|" + "---:|" * len(shown)]
-    for name, each in report.items():
-        cells = [_cell(each.get(key), report[baseline].get(key) if baseline else None) for key in shown]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    dense = report[baseline] if baseline else {}
+    rows = ([name, *(_cell(each.get(key), dense.get(key)) for key in shown)] for name, each in report.items())
+    lines = [*markdown_table(["model", *(columns[key] for key in shown)], rows)]
     if baseline:
         lines += ["", f"In brackets: ratio to {baseline}."]
         if "prefill_ms" in shown:

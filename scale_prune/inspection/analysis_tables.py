@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.inspection.analysis import GroupAnalysis
+from scale_prune.system import markdown_table
 
 COLUMNS = {
     "neurons": "neurons",
@@ -76,12 +77,12 @@ def ratios(groups: Sequence[GroupAnalysis], baseline: Sequence[GroupAnalysis]) -
 
 def as_table(found: Mapping[str, Sequence[GroupAnalysis]], baseline: str | None) -> str:
     """Lay the models out, one row each; with a baseline its ratios stand behind the numbers."""
-    lines = [f"| model | {' | '.join(COLUMNS.values())} |", "|---|" + "---:|" * len(COLUMNS)]
+    rows = []
     for name, groups in found.items():
         own = summary(groups)
         ratio = ratios(groups, found[baseline]) if baseline is not None else {}
-        cells = [_number(own[key]) + (f" ({ratio[key]:.3f})" if key in ratio else "") for key in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *(_number(own[key]) + (f" ({ratio[key]:.3f})" if key in ratio else "") for key in COLUMNS)])
+    lines = [*markdown_table(["model", *COLUMNS.values()], rows)]
     if baseline is not None:
         lines += ["", f"In brackets: ratio to {baseline}."]
     return "\n".join(lines) + "\n"

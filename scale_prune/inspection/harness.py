@@ -6,6 +6,7 @@ from os.path import expanduser
 from typing import TYPE_CHECKING, Any
 
 from scale_prune.inspection.finished_models import positive
+from scale_prune.system import markdown_table
 
 if TYPE_CHECKING:
     from scale_prune.inspection.lm_eval_tasks import Tasks
@@ -58,13 +59,13 @@ def as_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
         scores: by model, what `Tasks.measure` returned.
     """
     by_model = {name: each["results"] | each.get("groups", {}) for name, each in scores.items()}
-    lines = [f"| task | metric | {' | '.join(by_model)} |", "|---|---|" + "---:|" * len(by_model)]
-    for task, metrics in next(iter(by_model.values())).items():
-        for metric in metrics:
-            if metric not in NO_METRICS and "_stderr" not in metric:
-                cells = [_cell(each[task], metric) for each in by_model.values()]
-                lines.append(f"| {task} | {metric.removesuffix(',none')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [task, metric.removesuffix(",none"), *(_cell(each[task], metric) for each in by_model.values())]
+        for task, metrics in next(iter(by_model.values())).items()
+        for metric in metrics
+        if metric not in NO_METRICS and "_stderr" not in metric
+    ]
+    return "\n".join(markdown_table(["task", "metric", *by_model], rows, texts=2)) + "\n"
 
 
 def _cell(metrics: Mapping[str, Any], metric: str) -> str:

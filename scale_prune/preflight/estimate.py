@@ -16,7 +16,7 @@ import torch
 from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
 from scale_prune.criteria import CRITERIA
-from scale_prune.preflight.job import FP32, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Job
+from scale_prune.preflight.job import FP32, PERSISTENT, PREFETCH_BUCKET, REDUCE_BUCKET, REUSE_DISTANCE, SUB_GROUP, Job
 
 PROCESS = 550 * 2**20
 """Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
@@ -158,8 +158,23 @@ def _gathered(job: Job) -> int:
     if job.world_size == 1 and job.place("offload_param") == job.place():
         return 0
     prefetched = job.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET)
-    elements = min(job.num_parameters, job.kept_gathered + job.persistent + max(job.numels) + prefetched)
+    elements = min(job.num_parameters, _kept_gathered(job) + _persistent(job) + max(job.numels) + prefetched)
     return (elements + min(prefetched, job.num_parameters)) * job.width
+
+
+def _kept_gathered(job: Job) -> int:
+    """Return the elements that stay gathered from the forward to the backward pass.
+
+    ZeRO-3 keeps what it uses again within `stage3_max_reuse_distance` elements: on the way to the end of the forward
+    pass and back, that is the last half of this distance.
+    """
+    return min(job.num_parameters, job.zero("stage3_max_reuse_distance", REUSE_DISTANCE) // 2)
+
+
+def _persistent(job: Job) -> int:
+    """Return the elements of the small parameters that stay gathered always."""
+    threshold = job.zero("stage3_param_persistence_threshold", PERSISTENT)
+    return sum(numel for numel in job.numels if numel <= threshold)
 
 
 def _needs(job: Job, what: str) -> bool:
@@ -258,9 +273,10 @@ def communication(job: Job) -> dict[str, int]:
     gathered for the forward and for the backward pass of every micro batch, but for those that stay gathered between
     the two; small ones once a step.
     """
-    passes = 2 * (job.num_parameters - job.persistent) - max(job.kept_gathered - job.persistent, 0)
+    persistent = _persistent(job)
+    passes = 2 * (job.num_parameters - persistent) - max(_kept_gathered(job) - persistent, 0)
     received = {
-        "ZeRO-3, parameters": (job.accumulation * passes + job.persistent) * job.width,
+        "ZeRO-3, parameters": (job.accumulation * passes + persistent) * job.width,
         "ZeRO-3, gradients": job.accumulation * job.num_parameters * job.width,
         "pruning, shares": FP32 * job.layout.padded if _needs(job, "grad") or _needs(job, "gate") else 0,
         "pruning, gates": FP32 * job.layout.padded if _needs(job, "gate") else 0,

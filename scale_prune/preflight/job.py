@@ -105,18 +105,3 @@ class Job:
         """Return where something lies that the section `offload` of zero_optimization may move away."""
         device = get(self.ds_config, f"zero_optimization.{offload}.device") or "none"
         return "GPU" if self.on_gpu and device == "none" else "host"
-
-    @property
-    def kept_gathered(self) -> int:
-        """Elements that stay gathered from the forward to the backward pass.
-
-        ZeRO-3 keeps what it uses again within `stage3_max_reuse_distance` elements: on the way to the end of the
-        forward pass and back, that is the last half of this distance.
-        """
-        return min(self.num_parameters, self.zero("stage3_max_reuse_distance", REUSE_DISTANCE) // 2)
-
-    @property
-    def persistent(self) -> int:
-        """Elements of the small parameters that stay gathered always."""
-        threshold = self.zero("stage3_param_persistence_threshold", PERSISTENT)
-        return sum(numel for numel in self.numels if numel <= threshold)

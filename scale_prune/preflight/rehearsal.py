@@ -59,7 +59,7 @@ def rehearse(
         trust_remote_code: run code that comes with the model.
         prepare: what is done to the model before it is trained; called on fake tensors.
     """
-    live, model_config = _LiveBytes(), copy.deepcopy(model_config)
+    model_config = copy.deepcopy(model_config)
     if classifies(model_config):
         model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
     with FakeTensorMode():
@@ -67,19 +67,26 @@ def rehearse(
         prepare(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        live.leave_out([*model.parameters(), *model.buffers()])
-        input_ids = torch.zeros(batch, block, dtype=torch.int64)
-        with live:
-            labels = input_ids[:, 0] if classifies(model_config) else input_ids
-            model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
+        activations = _peak_of_a_step(model, batch, block)
     return Rehearsal(
         numels=tuple(parameter.numel() for parameter in model.parameters()),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
-        activations=live.peak,
+        activations=activations,
     )
+
+
+def _peak_of_a_step(model: PreTrainedModel, batch: int, block: int) -> int:
+    """Return the most bytes that live at one time in a step, besides parameters and buffers."""
+    live = _LiveBytes()
+    model.train()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    live.leave_out([*model.parameters(), *model.buffers()])
+    input_ids = torch.zeros(batch, block, dtype=torch.int64)
+    with live:
+        labels = input_ids[:, 0] if classifies(model.config) else input_ids
+        model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
+    return live.peak
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from scale_prune.config import Config
 from scale_prune.study.rows import CONDITIONS, LOWER_IS_BETTER, PERPLEXITY, PLAIN, FinishedRun, Row, Spread, ratio_of
-from scale_prune.system import RECIPE, REPORT, is_set_aside
+from scale_prune.system import RECIPE, REPORT, is_set_aside, markdown_table
 
 
 def find(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -98,8 +98,7 @@ def as_table(rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
     ratio = f"ratio to {PLAIN if plain else 'dense'}"
     latency = ["ms per token"] if timed else []
     columns = ["method", "remaining", "runs", rows[0].runs[0].metric, ratio, "parameters", *latency, "seconds"]
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    lines += [f"| {' | '.join(_cells(row, rows, timed))} |" for row in rows]
+    lines = markdown_table(columns, (_cells(row, rows, timed) for row in rows))
     return "\n".join([*lines, "", *_notes(rows, unfinished, plain)]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Files, folders, clocks and exit codes."""
+"""Files, folders, clocks, exit codes and tables."""
 
 from scale_prune.system.exits import LOST_CONTACT, STOPPED, StopSignal
 from scale_prune.system.folders import (
@@ -12,5 +12,6 @@ from scale_prune.system.folders import (
     whole_or_absent,
     write_atomically,
 )
+from scale_prune.system.packages import versions
 from scale_prune.system.stopwatch import Seconds
-from scale_prune.system.versions import versions
+from scale_prune.system.tables import markdown_table

@@ -1,0 +1,181 @@
+"""What a dry run prints: the model, the batch, the schedule, and what the run needs of memory, network and disk."""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from scale_prune.config import PruningConfig
+from scale_prune.core import Schedule, budget, remaining_fraction
+from scale_prune.criteria import CRITERIA, Flop, schedule_of, with_defaults
+from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
+from scale_prune.preflight.inputs import Reading, unused_settings
+from scale_prune.preflight.job import Job
+from scale_prune.system import markdown_table
+
+
+def about_run(reading: Reading) -> Iterator[str]:
+    """Yield what the run would do, as far as its inputs could be read."""
+    for section in (_model, _batch, _unused, _schedule):
+        yield from section(reading)
+
+
+def about_needs(reading: Reading, job: Job) -> Iterator[str]:
+    """Yield what the run would need of memory, of the network and of the disk."""
+    yield from _memory(job)
+    yield from _communication(job)
+    yield from _disk(reading, job)
+
+
+def _pruning(reading: Reading) -> PruningConfig:
+    return with_defaults(reading.config.pruning)
+
+
+def planned_schedule(reading: Reading) -> Schedule:
+    """Return the schedule that the run would follow."""
+    groups = reading.groups
+    initial = remaining_fraction(groups, [group.num_units for group in groups]) if groups else 1.0
+    return schedule_of(_pruning(reading), reading.config.training.max_steps, initial=initial)
+
+
+def _model(reading: Reading) -> Iterator[str]:
+    if not reading.groups:
+        return
+    assert reading.model_config is not None
+    widths = [group.num_units for group in reading.groups]
+    name = reading.config.training.model or "the embedded GPT-Neo, which the run builds and trains first"
+    yield f"model: {name} ({reading.model_config.model_type})"
+    unit = reading.groups[0].kind
+    yield f"groups: {len(widths)}, of {_listed(widths)} {unit}s; {sum(widths):,} {unit}s in all"
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return f"{widths[0]:,}" if len(set(widths)) == 1 else ", ".join(f"{width:,}" for width in widths)
+
+
+def _batch(reading: Reading) -> Iterator[str]:
+    if not reading.ds_config:
+        return
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    blocks, micro, accumulation = (int(reading.ds_config[key]) for key in keys)
+    training, tokens = reading.config.training, blocks * reading.config.data.block_size
+    rows, most = ("blocks", "") if reading.config.task.task == "lm" else ("examples", "at most ")
+    yield (
+        f"batch: {blocks:,} {rows} = {micro:,} in a forward pass x {accumulation:,} accumulated x "
+        f"{reading.world_size:,} ranks; {most}{tokens:,} tokens a step"
+    )
+    steps, pruning = training.max_steps + training.recovery_steps, planned_schedule(reading).last_pruning_step
+    yield f"steps: {pruning:,} with pruning, {steps - pruning:,} after; {most}{steps * tokens:,} tokens"
+
+
+def _unused(reading: Reading) -> Iterator[str]:
+    if line := unused_settings(reading.config):
+        yield line
+
+
+def _schedule(reading: Reading) -> Iterator[str]:
+    if not reading.groups:
+        return
+    schedule, pruning = planned_schedule(reading), _pruning(reading)
+    yield ""
+    if issubclass(CRITERIA[pruning.criterion], Flop):
+        rise = schedule.warmup_steps + int(pruning.target_warmup_fraction * schedule.total_steps)
+        yield (
+            f"gates: their budget falls from {schedule.initial:.4f} of the dense model to {schedule.target:.4f} "
+            f"between the steps {schedule.warmup_steps:,} and {rise:,}; what remains is settled at step "
+            f"{schedule.last_descent_step:,}"
+        )
+        return
+    counted = "neurons" if reading.groups[0].kind == "neuron" else "parameters"
+    rows = []
+    for step in schedule_steps(schedule):
+        remaining = schedule.remaining(step)
+        rate = pruning.score_learning_rate * schedule.learning_rate(step)
+        rows.append([f"{step:,}", f"{remaining:.4f}", f"{_kept(reading, remaining):,}", f"{rate:.3g}"])
+    yield from markdown_table(["step", "remaining", counted, "score learning rate"], rows, texts=0)
+
+
+def _kept(reading: Reading, remaining: float) -> int:
+    """Return how many neurons, or parameters of the factorised weights, a fraction of the dense model is."""
+    counts = [group.dense_cost for group in reading.groups]
+    if _pruning(reading).scope == "global" or reading.groups[0].kind == "component":
+        return int(remaining * sum(counts) + 1e-6)
+    return sum(budget(remaining, count) for count in counts)
+
+
+def schedule_steps(schedule: Schedule) -> list[int]:
+    """Return the steps worth showing: the ends of warm-up, descent and run, and eighths of the descent."""
+    first, last = schedule.warmup_steps, schedule.last_descent_step
+    descent = [first + math.ceil(eighth * (last - first) / 8) for eighth in range(9)]
+    return sorted({1, *descent, schedule.total_steps} - {0})
+
+
+def _memory(job: Job) -> Iterator[str]:
+    """Lay out each place's parts by phase."""
+    phases = memory(job)
+    yield ""
+    yield (
+        f"parameters: {job.num_parameters:,}, {job.num_pruned:,} when pruned; "
+        f"{job.shards:,} on each of {job.world_size:,} ranks"
+    )
+    for place in ("GPU", "host"):
+        names = dict.fromkeys(part.name for parts in phases.values() for part in parts if part.place == place)
+        if names:
+            rows = []
+            for name in names:
+                sizes = [sum(p.size for p in parts if (p.name, p.place) == (name, place)) for parts in phases.values()]
+                rows.append([name, *(_size(size) if size else "" for size in sizes)])
+            rows.append(["**sum**", *(_size(total(parts, place)) for parts in phases.values())])
+            yield ""
+            yield from markdown_table([f"memory of a rank, {place}", *phases], rows)
+    yield ""
+    if job.on_gpu:
+        yield f"peak of a rank: {_size(peak(phases, 'GPU'))} of GPU memory, without the CUDA context and what the"
+        yield f"allocator cannot use again, and {_size(peak(phases, 'host'))} of the host's"
+    else:
+        parts = {name: parts for name, parts in phases.items() if name != KEPT}
+        yield f"peak of a rank: {_size(peak(phases, 'host'))} with the settings of launch/setup.sh, under which glibc"
+        yield f"keeps what is freed, so that phases add up; {_size(peak(parts, 'host'))} without them"
+
+
+def _communication(job: Job) -> Iterator[str]:
+    yield ""
+    rows = [[name, _size(size)] for name, size in communication(job).items() if size]
+    yield from markdown_table(["bytes that a rank receives in a step", ""], rows)
+
+
+def check_disk(reading: Reading, job: Job) -> None:
+    """Refuse an output folder on a disk that is too full."""
+    folder = Path(reading.config.output.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, _needed_disk(reading, job)
+    if free < needed:
+        raise ValueError(
+            f"--output_dir {reading.config.output.output_dir} is on a disk with {_size(free)} free, the run needs "
+            f"{_size(needed)} for its checkpoints and the exported model"
+        )
+
+
+def _needed_disk(reading: Reading, job: Job) -> int:
+    """Return the bytes of the export and of the checkpoints: those that are kept, and the one being written."""
+    checkpoint = reading.config.checkpoint
+    checkpoints = checkpoint.keep_checkpoints + 1 if checkpoint.save_every else 0
+    return export_size(job, str(reading.config.output.layout)) + checkpoints * checkpoint_size(job)
+
+
+def _disk(reading: Reading, job: Job) -> Iterator[str]:
+    checkpoint = reading.config.checkpoint
+    kept = f"{checkpoint.keep_checkpoints} kept and one being written" if checkpoint.save_every else "none is saved"
+    sizes = {
+        "exported model": export_size(job, str(reading.config.output.layout)),
+        "a checkpoint": checkpoint_size(job),
+        f"all, with checkpoints: {kept}": _needed_disk(reading, job),
+    }
+    yield ""
+    yield from markdown_table(["disk", ""], [[name, _size(size)] for name, size in sizes.items()])
+
+
+def _size(size: float) -> str:
+    """Return a number of bytes with a unit in which it is easy to read."""
+    power = min(int(math.log2(max(size, 1))) // 10, 3)
+    return f"{size / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
