@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_inputs import Case, make_template, read_cases
 from command import arguments, errors_of, make_work, outcome
 from distributed import run_ranks
 from safetensors.torch import load_file, save_file
@@ -179,3 +180,27 @@ def test_a_state_without_a_key_or_of_another_type_is_damaged(path: str) -> None:
         problem = problem_of(state)
         assert problem is not None
         assert f'as "{path}", it must be' in problem
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_template(tmp_path_factory.mktemp("template"))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in read_cases() if case.is_found_early], ids=lambda case: f"{case.kind}: {case.name}"[:60]
+)
+def test_what_the_table_lists_is_one_message_before_ranks_meet(
+    case: Case, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(template, tmp_path / "case"))
+    case.spoil(folder)
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("scale_prune.commands.prune.joined", lambda *args: pytest.fail("ranks would meet"))
+    code, stderr = outcome(case.words)
+    assert code == 2
+    (error,) = errors_of(stderr)
+    assert str(case.says) in error
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before

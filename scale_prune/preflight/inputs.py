@@ -189,6 +189,10 @@ def _check_groups(reading: Reading) -> None:
         )
     if reading.needs_groups:
         reading.groups = sketch_units(model, reading.config.pruning)
+        if empty := [group for group in reading.groups if not group.num_units]:
+            raise ValueError(
+                f"--model {reading.config.training.model} has 0 neurons in {empty[0].name}; give another one"
+            )
         check_min_kept(reading.groups, reading.config.pruning)
         if not removes_components(reading.config.pruning):
             check_width_key(model)
