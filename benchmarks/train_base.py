@@ -1,4 +1,4 @@
-"""Train the 6 M GPT-Neo that benchmarks/criteria.py prunes: its own BPE tokenizer, then plain PyTorch on one process.
+"""Train the 6 M GPT-Neo of criteria_gpt_neo.yaml: its own BPE tokenizer, then plain PyTorch on one process.
 
     python benchmarks/train_base.py --train_file wikitext2_train.txt.gz --validation_file wikitext2_validation.txt.gz \
         --output_dir base-6m --epochs 8
