@@ -193,7 +193,7 @@ except SystemExit:
 
 def test_a_setting_is_declared_in_one_file(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parents[1] / "scale_prune", tmp_path / "scale_prune")
-    file, before = tmp_path / "scale_prune" / "config" / "settings.py", "    tensorboard: bool = setting("
+    file, before = tmp_path / "scale_prune" / "config" / "settings.py", "    tensorboard: bool = output_setting("
     text = file.read_text(encoding="utf-8")
     assert text.count(before) == 1
     file.write_text(text.replace(before, MADE_UP + before), encoding="utf-8")

@@ -7,6 +7,7 @@ and recipes into one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Self
 
 from scale_prune.config.setting import BLOCKS, FOLLOWS, IGNORED, MUST_AGREE, POSITIVE, Range, Settings, setting
@@ -16,69 +17,58 @@ TARGETS = ("mlp", "attention", EMBEDDING)
 CLASSIFICATION = "classification"
 TASKS = ("lm", "text_to_sql", "summarization", "data_to_text", CLASSIFICATION)
 
+# Natures that most settings of a concern share; a declaration may say otherwise.
+text_setting = partial(setting, compared=MUST_AGREE, commands=("evaluate", "analyze"))
+task_setting = partial(setting, compared=MUST_AGREE, commands=("evaluate",))
+training_setting = partial(setting, may_change=True)
+output_setting = partial(setting, may_change=True, compared=IGNORED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings):
     """Which text, and how it is cut."""
 
-    dataset: str | None = setting(
+    dataset: str | None = text_setting(
         None,
         "data set: a local file (txt, jsonl, csv, parquet, each also .gz), a `datasets` folder, or a hub name",
         otherwise="text that comes with Python",
         is_path=True,
         may_change=True,
-        compared=MUST_AGREE,
-        commands=("evaluate", "analyze"),
     )
-    dataset_config: str | None = setting(
+    dataset_config: str | None = text_setting(
         None,
         "configuration of a hub data set, e.g. wikitext-103-raw-v1",
         otherwise="the data set's own",
         may_change=True,
-        compared=MUST_AGREE,
-        commands=("evaluate", "analyze"),
     )
-    train_file: str | None = setting(
+    train_file: str | None = text_setting(
         None,
         "file with the training text",
         otherwise="the training split of --dataset",
         is_path=True,
         may_change=True,
-        compared=MUST_AGREE,
         commands=("analyze",),
     )
-    validation_file: str | None = setting(
+    validation_file: str | None = text_setting(
         None,
         "file with the validation text",
         otherwise="the validation split of --dataset",
         is_path=True,
         may_change=True,
-        compared=MUST_AGREE,
         commands=("evaluate",),
     )
-    text_column: str = setting(
-        "text", "column that holds the text", compared=MUST_AGREE, commands=("evaluate", "analyze")
-    )
-    block_size: int = setting(
-        128,
-        "tokens in a block, at most the model's positions",
-        Range(2),
-        compared=MUST_AGREE,
-        commands=("evaluate", "analyze"),
-    )
-    bos: str = setting(
+    text_column: str = text_setting("text", "column that holds the text")
+    block_size: int = text_setting(128, "tokens in a block, at most the model's positions", Range(2))
+    bos: str = text_setting(
         "auto",
         "begin each block and prompt with the tokenizer's BOS token: always, never, or auto, as the tokenizer does by "
         "itself; classification takes the tokenizer's special tokens",
         choices=("auto", "always", "never"),
-        compared=MUST_AGREE,
-        commands=("evaluate", "analyze"),
     )
-    eval_tokens: int = setting(
+    eval_tokens: int = text_setting(
         0,
         "validation tokens used for perplexity, from the start of the stream, 0 takes all",
         Range(0),
-        compared=MUST_AGREE,
         commands=("evaluate",),
     )
 
@@ -94,57 +84,39 @@ class DataConfig(Settings):
 class TaskConfig(Settings):
     """What the model learns to do with the data, and how that is measured."""
 
-    task: str = setting(
+    task: str = task_setting(
         "lm",
         "lm: running text; text_to_sql, summarization, data_to_text: a prompt and its completion on each row, of which "
         "the completion is learnt, generated and compared with the row's own; classification: a text and its label, "
         "for encoders such as BERT",
         choices=TASKS,
-        compared=MUST_AGREE,
-        commands=("evaluate",),
     )
-    prompt_template: str | None = setting(
+    prompt_template: str | None = task_setting(
         None,
         r"the prompt of a row, with {column} where a column's value goes; \n is a new line",
         otherwise="the task's own (see docs/tasks.md)",
-        compared=MUST_AGREE,
-        commands=("evaluate",),
     )
-    completion_template: str | None = setting(
-        None,
-        "what follows the prompt, before the end-of-text token",
-        otherwise="the task's own (see docs/tasks.md)",
-        compared=MUST_AGREE,
-        commands=("evaluate",),
+    completion_template: str | None = task_setting(
+        None, "what follows the prompt, before the end-of-text token", otherwise="the task's own (see docs/tasks.md)"
     )
-    label_column: str | None = setting(
+    label_column: str | None = task_setting(
         None,
         "column with the label of a text: texts or whole numbers are classes, other numbers are predicted",
         otherwise="label for classification",
-        compared=MUST_AGREE,
-        commands=("evaluate",),
     )
-    long_examples: str = setting(
+    long_examples: str = task_setting(
         "refuse",
         "what becomes of examples with more tokens than block_size: refuse ends the run, drop leaves them out",
         choices=("refuse", "drop"),
-        compared=MUST_AGREE,
-        commands=("evaluate",),
     )
-    eval_examples: int | None = setting(
+    eval_examples: int | None = task_setting(
         None,
         "validation examples that the metrics are taken from, from the first on, 0 takes all",
         Range(0),
         otherwise="200 where text is generated, else all",
-        compared=MUST_AGREE,
-        commands=("evaluate",),
     )
-    max_new_tokens: int = setting(
-        64, "tokens generated at most for one prompt", Range(1), compared=MUST_AGREE, commands=("evaluate",)
-    )
-    num_beams: int = setting(
-        1, "beams of the search for a completion, 1 is greedy", Range(1), compared=MUST_AGREE, commands=("evaluate",)
-    )
+    max_new_tokens: int = task_setting(64, "tokens generated at most for one prompt", Range(1))
+    num_beams: int = task_setting(1, "beams of the search for a completion, 1 is greedy", Range(1))
     generation_batch_size: int | None = setting(
         None,
         "prompts that a rank completes at once",
@@ -278,64 +250,55 @@ class PruningConfig(Settings):
 class TrainingConfig(Settings):
     """Which model, and how it is fine-tuned."""
 
-    ds_config: str | None = setting(
+    ds_config: str | None = training_setting(
         None,
         'DeepSpeed configuration with ZeRO stage 3, values may be "auto": a JSON file or the name of one in ds_configs',
         otherwise="zero3_cpu",
         is_path=True,
-        may_change=True,
         commands=("evaluate", "analyze"),
     )
-    model: str | None = setting(
+    model: str | None = training_setting(
         None,
         "Hugging Face folder or hub name",
         otherwise="a small GPT-Neo that is built and trained here",
         is_path=True,
-        may_change=True,
         compared=MUST_AGREE,
     )
-    max_steps: int = setting(300, "optimizer steps of fine-tuning with pruning", Range(1), may_change=True)
-    recovery_steps: int = setting(0, "optimizer steps after compaction", Range(0), may_change=True)
-    train_batch_size: int | None = setting(
+    max_steps: int = training_setting(300, "optimizer steps of fine-tuning with pruning", Range(1))
+    recovery_steps: int = training_setting(0, "optimizer steps after compaction", Range(0))
+    train_batch_size: int | None = training_setting(
         None,
         "blocks in one optimizer step, over all ranks",
         BLOCKS,
         otherwise="what --micro_batch_size makes, else 16, or the next number that the ranks divide",
-        may_change=True,
         commands=("analyze",),
     )
-    micro_batch_size: int | None = setting(
+    micro_batch_size: int | None = training_setting(
         None,
         "blocks in one forward pass of a rank",
         BLOCKS,
         otherwise="what the other two batch sizes leave",
-        may_change=True,
         commands=("evaluate", "analyze"),
     )
-    gradient_accumulation_steps: int | None = setting(
+    gradient_accumulation_steps: int | None = training_setting(
         None,
         "forward passes of a rank in one optimizer step",
         BLOCKS,
         otherwise="what the other two batch sizes leave, else 1",
-        may_change=True,
     )
-    learning_rate: float = setting(5e-4, "peak learning rate of the weights", POSITIVE, may_change=True)
-    weight_decay: float = setting(0.01, "weight decay of the weights", Range(0), may_change=True)
-    lr_warmup_fraction: float = setting(
-        0.1, "fraction of the steps over which the learning rate rises", Range(0, 1, "[)"), may_change=True
+    learning_rate: float = training_setting(5e-4, "peak learning rate of the weights", POSITIVE)
+    weight_decay: float = training_setting(0.01, "weight decay of the weights", Range(0))
+    lr_warmup_fraction: float = training_setting(
+        0.1, "fraction of the steps over which the learning rate rises", Range(0, 1, "[)")
     )
-    max_grad_norm: float = setting(
-        1.0, "gradients are clipped to this norm, 0 turns clipping off", Range(0), may_change=True
-    )
+    max_grad_norm: float = training_setting(1.0, "gradients are clipped to this norm, 0 turns clipping off", Range(0))
     precision: str = setting(
         "fp32",
         'fills bf16.enabled and fp16.enabled where they are "auto"',
         choices=("fp32", "bf16", "fp16"),
         commands=("evaluate", "analyze"),
     )
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass to save memory", may_change=True
-    )
+    gradient_checkpointing: bool = training_setting(False, "recompute activations in the backward pass to save memory")
     seed: int = setting(
         0,
         "seed of data order, dropout and random scores",
@@ -343,21 +306,19 @@ class TrainingConfig(Settings):
         compared=IGNORED,
         commands=("analyze",),
     )
-    collective_timeout: float = setting(
+    collective_timeout: float = training_setting(
         1800.0,
         "seconds that a rank waits for the others before it gives them up",
         Range(0, 31_536_000, "(]"),
-        may_change=True,
         compared=IGNORED,
     )
-    trust_remote_code: bool = setting(
-        False, "run code that comes with the model", may_change=True, commands=("evaluate", "analyze")
+    trust_remote_code: bool = training_setting(
+        False, "run code that comes with the model", commands=("evaluate", "analyze")
     )
-    plugin: str | None = setting(
+    plugin: str | None = training_setting(
         None,
         "your own criteria and families: modules that Python can import, or .py files, with commas",
         otherwise="those of scale_prune",
-        may_change=True,
         compared=IGNORED,
         commands=("evaluate", "analyze", "sweep"),
     )
@@ -385,61 +346,38 @@ class DistillationConfig(Settings):
 class OutputConfig(Settings):
     """Where results go, in which form."""
 
-    output_dir: str = setting(
-        "out",
-        "folder for everything that the run writes, must not hold a run already",
-        is_path=True,
-        may_change=True,
-        compared=IGNORED,
+    output_dir: str = output_setting(
+        "out", "folder for everything that the run writes, must not hold a run already", is_path=True
     )
-    overwrite: bool = setting(
-        False, "replace the run that output_dir holds, once the new one is complete", may_change=True, compared=IGNORED
-    )
-    layout: str | None = setting(
+    overwrite: bool = output_setting(False, "replace the run that output_dir holds, once the new one is complete")
+    layout: str | None = output_setting(
         None,
         "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
         "needs trust_remote_code)",
         choices=("uniform", "pad", "per_layer"),
         otherwise="per_layer for scope global and for components, else uniform",
-        may_change=True,
         compared=FOLLOWS,
     )
-    eval_every: int = setting(
-        0,
-        "steps between two evaluations while training, 0 evaluates only before and after",
-        Range(0),
-        may_change=True,
-        compared=IGNORED,
+    eval_every: int = output_setting(
+        0, "steps between two evaluations while training, 0 evaluates only before and after", Range(0)
     )
-    log_every: int = setting(10, "steps between two points in TensorBoard", Range(1), may_change=True, compared=IGNORED)
-    tensorboard: bool = setting(
-        True, "write TensorBoard events to output_dir/tensorboard", may_change=True, compared=IGNORED
-    )
+    log_every: int = output_setting(10, "steps between two points in TensorBoard", Range(1))
+    tensorboard: bool = output_setting(True, "write TensorBoard events to output_dir/tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Settings):
     """What a killed run can go on from."""
 
-    save_every: int = setting(
-        0,
-        "optimizer steps between two checkpoints, 0 saves only on SIGTERM",
-        Range(0),
-        may_change=True,
-        compared=IGNORED,
-    )
-    keep_checkpoints: int = setting(
-        2, "newest checkpoints that are kept, older ones are removed", Range(1), may_change=True, compared=IGNORED
-    )
-    resume: str | None = setting(
+    save_every: int = output_setting(0, "optimizer steps between two checkpoints, 0 saves only on SIGTERM", Range(0))
+    keep_checkpoints: int = output_setting(2, "newest checkpoints that are kept, older ones are removed", Range(1))
+    resume: str | None = output_setting(
         None,
         "go on from a checkpoint: its folder, or without a value the newest whole one of output_dir; where there is "
         "none yet the run starts from the beginning",
         bare="newest",
         otherwise="start a new run",
         is_path=True,
-        may_change=True,
-        compared=IGNORED,
     )
 
 
