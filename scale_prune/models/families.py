@@ -7,7 +7,7 @@ To prune another architecture, describe it and register the description:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -74,160 +74,89 @@ def register_family(family: Family) -> None:
 register = register_family  # its name before the front door had it
 
 
-register(
-    Family(
-        model_types=("gpt_neo",),
-        layers="transformer.h",
-        mlp="mlp",
-        inputs=("c_fc",),
-        output="c_proj",
-        width_key="intermediate_size",
-        attention=tuple(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
-    )
-)
-register(
-    Family(
-        model_types=("gptj",),
-        layers="transformer.h",
-        mlp="mlp",
-        inputs=("fc_in",),
-        output="fc_out",
-        width_key="n_inner",
-        attention=tuple(f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
-    )
-)
-register(
-    Family(
-        model_types=("gpt2",),
-        layers="transformer.h",
-        mlp="mlp",
-        inputs=("c_fc",),
-        output="c_proj",
-        width_key="n_inner",
-        transposed=True,
-        attention=("attn.c_attn", "attn.c_proj"),
-    )
-)
-register(
-    Family(
-        model_types=(
-            *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
-            *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "stablelm", "cohere", "cohere2"),
-            *("exaone4", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
-        ),
-        layers="model.layers",
-        mlp="mlp",
-        inputs=("gate_proj", "up_proj"),
-        output="down_proj",
-        width_key="intermediate_size",
-        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    )
-)
-register(
-    Family(
-        model_types=("arcee", "apertus", "nemotron"),
-        layers="model.layers",
-        mlp="mlp",
-        inputs=("up_proj",),
-        output="down_proj",
-        width_key="intermediate_size",
-        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    )
-)
-register(
-    Family(
-        model_types=("starcoder2",),
-        layers="model.layers",
-        mlp="mlp",
-        inputs=("c_fc",),
-        output="c_proj",
-        width_key="intermediate_size",
-        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    )
-)
-register(
-    Family(
-        model_types=("phi",),
-        layers="model.layers",
-        mlp="mlp",
-        inputs=("fc1",),
-        output="fc2",
-        width_key="intermediate_size",
-        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
-    )
-)
-register(
-    Family(
-        model_types=("gpt_bigcode",),
-        layers="transformer.h",
-        mlp="mlp",
-        inputs=("c_fc",),
-        output="c_proj",
-        width_key="n_inner",
-        attention=("attn.c_attn", "attn.c_proj"),
-    )
-)
-register(
-    Family(
-        model_types=("codegen",),
-        layers="transformer.h",
-        mlp="mlp",
-        inputs=("fc_in",),
-        output="fc_out",
-        width_key="n_inner",
-        attention=("attn.qkv_proj", "attn.out_proj"),
-    )
-)
-register(
-    Family(
-        model_types=("falcon",),
-        layers="transformer.h",
-        mlp="mlp",
-        inputs=("dense_h_to_4h",),
-        output="dense_4h_to_h",
-        width_key="ffn_hidden_size",
-        attention=("self_attention.query_key_value", "self_attention.dense"),
-    )
-)
-register(
-    Family(
-        model_types=("gpt_neox",),
-        layers="gpt_neox.layers",
-        mlp="mlp",
-        inputs=("dense_h_to_4h",),
-        output="dense_4h_to_h",
-        width_key="intermediate_size",
-        checkpoint_names=(("lm_head.weight", "embed_out.weight"),),
-        attention=("attention.query_key_value", "attention.dense"),
-    )
-)
-register(
-    Family(
-        model_types=("opt",),
-        layers="model.decoder.layers",
-        mlp="",
-        inputs=("fc1",),
-        output="fc2",
-        width_key="ffn_dim",
-        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
-    )
-)
+def _in(module: str, names: str) -> tuple[str, ...]:
+    """Return the dotted names of what lies in a module; `names` stand with blanks between them."""
+    return tuple(f"{module}.{name}" for name in names.split())
 
 
-for encoder in ("bert", "electra", "roberta"):
-    register(
-        Family(
-            model_types=(encoder,),
-            layers=f"{encoder}.encoder.layer",
-            mlp="",
-            inputs=("intermediate.dense",),
-            output="output.dense",
-            width_key="intermediate_size",
-            attention=(*(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense"),
-            classifies=True,
-            spare_positions=encoder == "roberta",
-        )
-    )
+GPT_NEO = Family(
+    model_types=("gpt_neo",),
+    layers="transformer.h",
+    mlp="mlp",
+    inputs=("c_fc",),
+    output="c_proj",
+    width_key="intermediate_size",
+    attention=_in("attn.attention", "q_proj k_proj v_proj out_proj"),
+)
+GPT_2 = replace(GPT_NEO, model_types=("gpt_bigcode",), width_key="n_inner", attention=_in("attn", "c_attn c_proj"))
+GPT_J = replace(
+    GPT_NEO,
+    model_types=("gptj",),
+    inputs=("fc_in",),
+    output="fc_out",
+    width_key="n_inner",
+    attention=_in("attn", "q_proj k_proj v_proj out_proj"),
+)
+FALCON = replace(
+    GPT_NEO,
+    model_types=("falcon",),
+    inputs=("dense_h_to_4h",),
+    output="dense_4h_to_h",
+    width_key="ffn_hidden_size",
+    attention=_in("self_attention", "query_key_value dense"),
+)
+GPT_NEOX = replace(
+    FALCON,
+    model_types=("gpt_neox",),
+    layers="gpt_neox.layers",
+    width_key="intermediate_size",
+    checkpoint_names=(("lm_head.weight", "embed_out.weight"),),
+    attention=_in("attention", "query_key_value dense"),
+)
+LLAMA = Family(
+    model_types=(
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
+        *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "stablelm", "cohere", "cohere2"),
+        *("exaone4", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
+    ),
+    layers="model.layers",
+    mlp="mlp",
+    inputs=("gate_proj", "up_proj"),
+    output="down_proj",
+    width_key="intermediate_size",
+    attention=_in("self_attn", "q_proj k_proj v_proj o_proj"),
+)
+PHI = replace(
+    LLAMA, model_types=("phi",), inputs=("fc1",), output="fc2", attention=_in("self_attn", "q_proj k_proj v_proj dense")
+)
+OPT = replace(
+    PHI,
+    model_types=("opt",),
+    layers="model.decoder.layers",
+    mlp="",
+    width_key="ffn_dim",
+    attention=_in("self_attn", "q_proj k_proj v_proj out_proj"),
+)
+BERT = Family(
+    model_types=("bert",),
+    layers="bert.encoder.layer",
+    mlp="",
+    inputs=("intermediate.dense",),
+    output="output.dense",
+    width_key="intermediate_size",
+    attention=_in("attention", "self.query self.key self.value output.dense"),
+    classifies=True,
+)
+for family in (
+    *(GPT_NEO, GPT_J, GPT_2, replace(GPT_2, model_types=("gpt2",), transposed=True)),
+    replace(GPT_J, model_types=("codegen",), attention=_in("attn", "qkv_proj out_proj")),
+    *(FALCON, GPT_NEOX, LLAMA, PHI, OPT, BERT),
+    replace(LLAMA, model_types=("arcee", "apertus", "nemotron"), inputs=("up_proj",)),
+    replace(LLAMA, model_types=("starcoder2",), inputs=("c_fc",), output="c_proj"),
+    replace(BERT, model_types=("electra",), layers="electra.encoder.layer"),
+    replace(BERT, model_types=("roberta",), layers="roberta.encoder.layer", spare_positions=True),
+):
+    register_family(family)
 
 
 def family_of(config: PretrainedConfig) -> Family:
