@@ -96,9 +96,7 @@ def restore_pruner(checkpoint: Checkpoint, pruner: Pruner) -> None:
     """Give a new pruner what the checkpoint holds for it."""
     with _one_message(checkpoint), checkpoint.reader() as reader:
         pruner_state.restore(
-            pruner,
-            checkpoint.state["pruner"],
-            lambda name, start, count: reader.read(f"pruner/{name}", start, count),
+            pruner, checkpoint.state["pruner"], lambda name, start, count: reader.read(f"pruner/{name}", start, count)
         )
 
 

@@ -105,10 +105,7 @@ def _measured(inputs: Inputs, runtime: Runtime) -> dict[str, float | None]:
     training = inputs.config.training
     task = make_task(inputs, runtime, ("validation",))
     model = load_model(
-        str(training.model),
-        inputs.ds_config,
-        trust_remote_code=training.trust_remote_code,
-        config=task.model_config,
+        str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code, config=task.model_config
     )
     engine = inference_engine(model, inputs.ds_config)
     found = task.measure(engine, thorough=True)

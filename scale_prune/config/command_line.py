@@ -23,14 +23,7 @@ from scale_prune.config.settings import Config, concerns
 DS_CONFIG_HINT = "give the DeepSpeed configuration as --ds_config FILE, scale_prune starts the engine itself"
 HINTS = {"--deepspeed": DS_CONFIG_HINT, "--deepspeed_config": DS_CONFIG_HINT}
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
-USER_MISTAKES = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-)
+USER_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DRY_RUN_FLAGS = ("dry_run", "world_size")
 

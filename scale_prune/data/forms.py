@@ -30,9 +30,7 @@ class Form:
 
 FORMS: dict[str, Form] = {
     "text_to_sql": Form(
-        prompt="columns: {header}\nquestion: {question}\nquery:",
-        completion=" {query}",
-        metrics=("exact_match",),
+        prompt="columns: {header}\nquestion: {question}\nquery:", completion=" {query}", metrics=("exact_match",)
     ),
     "summarization": Form(prompt="{dialogue}\nsummary:", completion=" {summary}", metrics=("rouge",)),
     "data_to_text": Form(prompt="{mr}\ntext:", completion=" {ref}", metrics=("bleu", "rouge", "chrf")),

@@ -61,24 +61,15 @@ def _growth(compaction: list[Part], held: list[Part]) -> list[Part]:
 def _phases(job: Job) -> dict[str, list[Part]]:
     """Return what each phase adds to what an engine and its pruner hold all the time."""
     device = job.place()
-    passing = [
-        Part("gathered parameters", device, _gathered(job)),
-        Part("activations", device, job.activations),
-    ]
+    passing = [Part("gathered parameters", device, _gathered(job)), Part("activations", device, job.activations)]
     return {
         "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
-        "reduce-scatter": [
-            Part("similarity", device, _sampled(job)),
-            Part("copy of a bucket", device, _reducing(job)),
-        ],
+        "reduce-scatter": [Part("similarity", device, _sampled(job)), Part("copy of a bucket", device, _reducing(job))],
         "scores, masks": [
             Part("similarity", device, 2 * _sampled(job) + _cosines(job)),
             Part("temporaries", device, _scoring(job)),
         ],
-        "optimizer step": [
-            Part("similarity", device, _sampled(job)),
-            Part("temporaries", device, _stepping(job)),
-        ],
+        "optimizer step": [Part("similarity", device, _sampled(job)), Part("temporaries", device, _stepping(job))],
     }
 
 
@@ -185,10 +176,7 @@ def _scores(job: Job) -> list[Part]:
     """Return scores and masks of all units, the criterion's state of the owned ones, and running products."""
     owned = 3 * FP32 * job.layout.per_rank  # similarity, weights in the mean, totals
     scores = _criterion_state(job) + owned + job.layout.num_units * (FP32 + 2)  # masks now and before
-    return [
-        Part("scores", job.place(), scores),
-        Part("similarity", job.place(), _products(job)),
-    ]
+    return [Part("scores", job.place(), scores), Part("similarity", job.place(), _products(job))]
 
 
 def _criterion_state(job: Job) -> int:

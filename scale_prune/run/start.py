@@ -16,13 +16,7 @@ from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime
 
 CACHE = cache_folder()
-BASE = {
-    "max_steps": 250,
-    "learning_rate": 3e-3,
-    "remaining": 1.0,
-    "criterion": "random",
-    "eval_tokens": 20_000,
-}
+BASE = {"max_steps": 250, "learning_rate": 3e-3, "remaining": 1.0, "criterion": "random", "eval_tokens": 20_000}
 
 
 def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime) -> Config:
