@@ -2,22 +2,19 @@
 
     PYTHONPATH=.:tests python benchmarks/bad_input.py > table.md
 
-The cases are those of `tests/bad_inputs.yaml`. Each has a folder of its own with a tiny model, a little text, a
-ds_config and a run with checkpoints, and spoils one thing in it. The law: the command runs, or all ranks end with exit
-code 2 and one message from rank 0, the one that the table lists; no traceback, no rank that waits for ever, nothing
-changed in what was there before. The exit code is 1 where a case breaks the law. `--only WORD` tries the cases whose
-name has that word.
+The cases are those of `tests/bad_inputs.yaml`, and random changes. Each has a folder of its own with a tiny model, a
+little text, a ds_config and a run with checkpoints, and spoils one thing in it. The law: the command runs, or all ranks
+end with exit code 2 and one message from rank 0, the one that the table lists; no traceback, no rank that waits for
+ever, nothing changed in what was there before. The exit code is 1 where a case breaks the law. `--only WORD` tries the
+cases whose name has that word.
 
 The ranks are processes that run `launch/prune.py`, forked from a server that has imported everything already, which
 saves most of their start; cases of the kind "launcher" go through `deepspeed` itself.
 """
 
 import argparse
-import gzip
-import json
 import multiprocessing
 import os
-import random
 import runpy
 import shlex
 import shutil
@@ -32,10 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from bad_inputs import A_RUN, FLAGS, SPOILERS, USUAL, Case, make_template, read_cases
-from command import ROOT, text
+from bad_inputs import A_RUN, USUAL, Case, make_template, read_cases
+from command import ROOT, launch
 from distributed import PRELOADED
+from fuzzed_inputs import fuzz_cases
 
 RANKS = 2
 TIMEOUT = 90.0
@@ -72,97 +69,6 @@ class Outcome:
         if self.says is None or self.says not in self.messages[0]:
             return "another message"
         return f"changed {self.touched[0]}" if self.touched else "refused"
-
-
-# --- fuzz ----------------------------------------------------------------------------------------------------------
-
-JUNK: list[Any] = ["", "x", "auto", "-1", "nan", -1, 0, 0.5, 1.5, None, True, [], {}, [1, 2], "\u00fc", 2**63]
-RECIPE = {"criterion": "gum", "remaining": 0.5, "seed": 3, "min_kept": 2, "learning_rate": 1e-3, "update_every": 2}
-
-
-def fuzz_cases(per_kind: int, seed: int) -> Iterator[Case]:
-    """Yield cases with random changes, of which any message will do."""
-    for kind in ("command line", "ds_config", "recipe", "checkpoint", "data"):
-        rng = random.Random(f"{seed} {kind}")
-        for number in range(per_kind):
-            flags, spoils = fuzzed_flags(rng), {}
-            if kind != "command line":
-                flags, spoils = f"{USUAL} {FLAGS.get(kind, '')}", FUZZED[kind](rng)
-            if kind == "data":
-                flags += f" --train_file {next(iter(spoils['put']))}"
-            yield Case(name=f"fuzz: {kind} {number}", kind=kind, flags=flags, spoils=spoils, says="")
-
-
-def fuzzed_flags(rng: random.Random) -> str:
-    # The model stays: without it another one would be trained first.
-    words = f"{USUAL} --criterion gum --remaining 0.5 --seed 3 --ds_config ds.json --overwrite".split()
-    for _ in range(rng.randint(1, 3)):
-        place = rng.randrange(len(words))
-        words[place : place + 1] = rng.choice(([], [words[place]] * 2, [str(rng.choice(JUNK))]))
-    return shlex.join(words)
-
-
-def fuzzed_ds_config(rng: random.Random) -> dict[str, Any]:
-    content = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
-    for _ in range(rng.randint(1, 2)):
-        section, key = rng.choice(list(places_of(content)))
-        if rng.random() < 0.3:
-            del section[key]
-        else:
-            section[key] = rng.choice(JUNK)
-    return {"put": {"ds.json": content}}
-
-
-def places_of(section: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    for key, value in section.items():
-        yield section, key
-        if isinstance(value, dict):
-            yield from places_of(value)
-
-
-def fuzzed_recipe(rng: random.Random) -> dict[str, Any]:
-    recipe: dict[Any, Any] = RECIPE | {"overwrite": True, "layout": "pad", "text_column": "text", "eval_tokens": 50}
-    for _ in range(rng.randint(1, 2)):
-        key = rng.choice(list(recipe))
-        if rng.random() < 0.3:
-            recipe[rng.choice(["", "x", 3, None, f"{key}s"])] = recipe.pop(key)
-        else:
-            recipe[key] = rng.choice(JUNK)
-    raw = yaml.safe_dump(recipe, sort_keys=False).encode()
-    return {"put": {"recipe.yaml": flipped(raw, rng) if rng.random() < 0.3 else raw}}
-
-
-def fuzzed_checkpoint(rng: random.Random) -> dict[str, Any]:
-    file = rng.choice(["state.json", "manifest.json", "rank-00000-0000.safetensors", "rank-00001-0000.safetensors"])
-    state, path = rng.getrandbits(32), f"{FLAGS['checkpoint'].split()[-1]}/{file}"
-    change = f"flip bits of {file} by {state}"
-    SPOILERS[change] = lambda folder: (folder / path).write_bytes(
-        flipped((folder / path).read_bytes(), random.Random(state))
-    )
-    return {"do": [change, "seal"] if file != "manifest.json" and rng.random() < 0.5 else [change]}
-
-
-def fuzzed_data(rng: random.Random) -> dict[str, Any]:
-    rows = text(200, seed=rng.getrandbits(32)).splitlines()
-    jsonl = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
-    files = {
-        "train.txt": "\n".join(rows).encode(),
-        "train.jsonl": jsonl,
-        "train.csv": "\n".join(["text", *rows]).encode(),
-        "train.jsonl.gz": gzip.compress(jsonl, mtime=0),
-    }
-    name = rng.choice(list(files))
-    return {"put": {name: flipped(files[name], rng)}}
-
-
-def flipped(raw: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(raw)
-    for _ in range(rng.randint(1, 4)):
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-FUZZED = {"ds_config": fuzzed_ds_config, "recipe": fuzzed_recipe, "checkpoint": fuzzed_checkpoint, "data": fuzzed_data}
 
 
 # --- trying them -----------------------------------------------------------------------------------------------------
@@ -230,21 +136,13 @@ def be_rank(rank: int, port: int, words: list[str], folder: str, logs: str) -> N
 
 def try_by_launcher(words: list[str], folder: Path, timeout: float) -> tuple[list[int | None], list[str]]:
     """Run the command as a user does. The launcher ends with the exit code of a rank, and mixes what they write."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(RANKS)]
-    process = subprocess.Popen(
-        [*launcher, "--master_port", str(free_port()), str(ROOT / "launch" / "prune.py"), *words],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = launch(words, cwd=folder)
     try:
-        _, errors = process.communicate(timeout=timeout)
+        written, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
-        return [None], [process.communicate()[1]]
-    return [process.returncode], [errors]
+        return [None], [process.communicate()[0]]
+    return [process.returncode], [written]
 
 
 def free_port() -> int:

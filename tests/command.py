@@ -58,7 +58,7 @@ def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
     return list(chain.from_iterable(words))
 
 
-def launch(flags: list[str]) -> subprocess.Popen[str]:
+def launch(flags: list[str], cwd: Path = ROOT) -> subprocess.Popen[str]:
     """Start `deepspeed launch/prune.py` on two ranks, as the leader of a process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ def launch(flags: list[str]) -> subprocess.Popen[str]:
     ]
     return subprocess.Popen(
         [*launcher, str(ROOT / "launch" / "prune.py"), *flags],
-        cwd=ROOT,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from bad_inputs import Case, make_template, read_cases
 from command import arguments, errors_of, make_work, outcome
 from distributed import run_ranks
+from fuzzed_inputs import fuzz_cases
 from safetensors.torch import load_file, save_file
 
 from scale_prune.checkpoint.schema import SHAPE, problem_of
@@ -187,20 +188,46 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_template(tmp_path_factory.mktemp("template"))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in read_cases() if case.is_found_early], ids=lambda case: f"{case.kind}: {case.name}"[:60]
-)
-def test_what_the_table_lists_is_one_message_before_ranks_meet(
-    case: Case, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class RanksMeetError(Exception):
+    """Nothing is wrong that one process can find."""
+
+
+@pytest.fixture
+def spoiled(request: Any, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int | None, str]:
+    """Return the exit code and stderr of rank 0 in a spoiled folder, None where it goes on to meet the others."""
+
+    def meet(*args: object) -> None:
+        raise RanksMeetError
+
     folder = Path(shutil.copytree(template, tmp_path / "case"))
-    case.spoil(folder)
+    request.param.spoil(folder)
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("scale_prune.commands.prune.joined", lambda *args: pytest.fail("ranks would meet"))
-    code, stderr = outcome(case.words)
+    monkeypatch.setattr("scale_prune.commands.prune.joined", meet)
+    try:
+        return outcome(request.param.words)
+    except RanksMeetError:
+        return None, ""
+    finally:
+        assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def listed(cases: Iterable[Case]) -> Any:
+    """Run a test on each case: on what comes of it, and on what the message should contain."""
+    found = [pytest.param(case, case.says, id=f"{case.kind}: {case.name}"[:60]) for case in cases]
+    return pytest.mark.parametrize(("spoiled", "says"), found, indirect=["spoiled"])
+
+
+@listed(case for case in read_cases() if case.is_found_early)
+def test_what_the_table_lists_is_one_message_before_ranks_meet(spoiled: tuple[int | None, str], says: str) -> None:
+    code, stderr = spoiled
     assert code == 2
     (error,) = errors_of(stderr)
-    assert str(case.says) in error
-    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert says in error
+
+
+@listed(case for case in fuzz_cases(20, seed=0) if case.kind != "checkpoint")
+def test_a_random_change_is_one_message_or_none(spoiled: tuple[int | None, str], says: str) -> None:
+    code, stderr = spoiled
+    assert (code, len(errors_of(stderr))) in ((None, 0), (2, 1))
