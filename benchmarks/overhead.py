@@ -22,7 +22,7 @@ from scale_prune.config.ds_config import load, resolve
 from scale_prune.config.settings import Config
 from scale_prune.models.families import unit_groups
 from scale_prune.pruning.pruner import Pruner
-from scale_prune.system.packages import versions
+from scale_prune.system import markdown_table, versions
 from scale_prune.zero3 import Runtime, Zero3Backend
 from scale_prune.zero3.runtime import load_model, training_engine
 
@@ -143,10 +143,10 @@ def as_table(rows: Sequence[dict[str, Any]], args: argparse.Namespace, world_siz
     columns = ["criterion", "plain, median ms", "pruned, median ms", "ratio", "ratio of means", "sampling step, ms"]
     parts = sorted({part for row in rows for part in row["parts"]})
     header = [*columns, *(f"{part}, mean ms a step" for part in parts)]
-    lines = [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    cells = []
     for row in rows:
         every_pruned = row["pruned"] + row["sampling"]
-        cells = [
+        found = [
             row["criterion"],
             f"{1000 * median(row['plain']):.1f}",
             f"{1000 * median(every_pruned):.1f}",
@@ -155,9 +155,10 @@ def as_table(rows: Sequence[dict[str, Any]], args: argparse.Namespace, world_siz
             f"{1000 * median(row['sampling']):.1f}" if row["sampling"] else "",
             *(f"{1000 * row['parts'].get(part, 0.0):.1f}" for part in parts),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.append(found)
     shape = f"hidden {args.hidden_size}, {args.num_layers} layers, intermediate {args.intermediate_size}"
-    lines += [
+    lines = [
+        *markdown_table(header, cells),
         "",
         f"{shape}, vocabulary {args.vocab_size}; {world_size} ranks, {args.micro_batch_size} x {args.block_size} "
         f"tokens a rank and step, {args.precision}, {args.ds_config}, {args.steps} pruned steps.",
