@@ -3,7 +3,7 @@
     python benchmarks/train_encoder.py --train_file sst2_train.jsonl.gz --validation_file sst2_validation.jsonl.gz \
         --text_column sentence --output_dir sst2-bert --epochs 3
 
-One process, bfloat16 arithmetic. From scratch, on the labelled texts alone: no pretraining.
+One process, bfloat16 arithmetic. From scratch, on the labeled texts alone: no pretraining.
 """
 
 import argparse

@@ -32,7 +32,7 @@ _uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner
 def prepare(
     model: PreTrainedModel, config: PruningConfig, *, seed: int = 0, token_counts: Tensor | None = None
 ) -> None:
-    """Factorise what the criterion wants factorised; before `deepspeed.initialize`, on all ranks. A collective.
+    """Factorize what the criterion wants factorized; before `deepspeed.initialize`, on all ranks. A collective.
 
     Only criteria that remove components (flop, flop_agp, factorize) need it; for the others it does nothing.
 
@@ -143,7 +143,7 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
             the new engine can be evaluated and saved, not trained.
 
     Raises:
-        ValueError: the engine has made steps that the pruner was not told of; it is left as it was.
+        ValueError: the engine has made steps that the pruner has not seen; it is left as it was.
     """
     assert isinstance(pruner.backend, Zero3Backend)
     pruner.calls.check(pruner.step, "pruner.after_backward() and pruner.after_step()")

@@ -190,12 +190,12 @@ def test_quantised_weights_are_refused_in_one_message(method: str, work: Path, c
     for flag in ("model", "teacher"):
         code, (error,) = dry(work, **{flag: model})
         assert code == 2
-        assert f"--{flag} {model} has weights quantised by {method}, which can be neither" in error
+        assert f"--{flag} {model} has weights quantized by {method}, which can be neither" in error
         assert error.endswith("give the 16-bit model that they were made from")
     for command in (evaluate, analyze):
         with pytest.raises(SystemExit):
             command.main(["--model", str(model), "--dataset", str(work / "train.txt"), "--block_size", "16"])
-        assert f"has weights quantised by {method}" in errors_of(capsys.readouterr().err)[0]
+        assert f"has weights quantized by {method}" in errors_of(capsys.readouterr().err)[0]
 
 
 def test_tokens_beyond_the_embedding_are_found_where_the_text_has_them(work: Path) -> None:

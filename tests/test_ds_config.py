@@ -295,7 +295,7 @@ def test_a_flag_that_agrees_with_the_file_is_no_contradiction() -> None:
         ({"zero_optimization__offload_optimizer": {"device": "nvme"}}, 'never tried from NVMe; use "cpu"'),
         ({"zero_optimization__offload_param": {"device": "nvme"}}, 'in memory; use "cpu"'),
         ({"zero_optimization__zero_hpz_partition_size": 8}, 'zero_hpz_partition_size": 8, which scale_prune cannot'),
-        ({"zero_optimization__zero_quantized_weights": True}, "not quantised; remove the key"),
+        ({"zero_optimization__zero_quantized_weights": True}, "not quantized; remove the key"),
         ({"hybrid_engine": {"enabled": True}}, '"hybrid_engine.enabled": true'),
         ({"elasticity": {"enabled": True}}, "DeepSpeed no longer has it; remove the section"),
         ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel.autotp_size": 2'),

@@ -41,7 +41,7 @@ def job_of(model_type: str = "gpt_neo", **changes: Any) -> Job:
         activations=shown(model_type).activations,
         groups=unit_groups(tiny_model(model_type)),
         pruning=with_defaults(PruningConfig(criterion="gum", remaining=0.4)),
-        taught=False,
+        has_teacher=False,
         ds_config=DS_CONFIG,
         world_size=2,
         on_gpu=True,
@@ -155,7 +155,7 @@ def test_compaction_replaces_and_does_not_add() -> None:
 
 
 def test_a_teacher_has_a_shard_too() -> None:
-    (teacher,) = [part for part in memory(job_of(taught=True))["optimizer step"] if part.name == "teacher"]
+    (teacher,) = [part for part in memory(job_of(has_teacher=True))["optimizer step"] if part.name == "teacher"]
     assert (teacher.place, teacher.size) == ("GPU", 4 * job_of().shards)
     assert "teacher" not in [part.name for part in memory(job_of())["optimizer step"]]
 

@@ -7,7 +7,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from scale_prune.data.forms import FORMS
-from scale_prune.tasks.metrics import METRICS, bleu, chrf, exact_match, normalised, rouge
+from scale_prune.tasks.metrics import METRICS, bleu, chrf, exact_match, normalized, rouge
 
 WRITTEN = ["Alimentum is a place in the city.", "The Eagle serves food", "Nothing alike here at all."]
 REFERENCES = [
@@ -54,7 +54,7 @@ def test_queries_match_as_they_are_or_by_what_they_say(text: str, reference: str
         "exact_match": 100.0 * exact,
         "exact_match_normalised": 100.0 * alike,
     }
-    assert normalised(normalised(text)) == normalised(text)
+    assert normalized(normalized(text)) == normalized(text)
 
 
 def test_every_metric_of_a_task_is_known() -> None:

@@ -115,7 +115,7 @@ MUTATIONS = [Mutation(*line) for line in (
      "test_evaluation.py::test_likelihood_is_that_of_the_definition"),
     ("tasks/examples.py", "weight=float(counted[rows].sum()) / mean", "weight=1.0",
      "test_examples.py::test_the_mean_is_over_the_completion_tokens_of_the_global_batch"),
-    ("tasks/examples.py", "[torch.full_like(prompt, IGNORED), learnt]", "[prompt, learnt]",
+    ("tasks/examples.py", "[torch.full_like(prompt, IGNORED), learned]", "[prompt, learned]",
      "test_examples.py::test_only_the_completion_is_learnt_by_a_mask_made_by_hand"),
 )]
 # fmt: on

@@ -63,7 +63,7 @@ def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
     assert "| validation perplexity | 20.000 | 25.000 | 1.250 |" in text
     assert "| seed | 0 |" in text
     assert "dataset" not in text
-    assert "49.7% of the factorised weights' parameters" in text
+    assert "49.7% of the factorized weights' parameters" in text
     assert "| tokens | components after |" in text
     assert "| 3,000 | 5 |" in text
     assert "measured 49.70% (by gates 46.00%)" in text

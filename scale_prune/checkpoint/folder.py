@@ -113,7 +113,7 @@ def newest_whole(output: Path, runtime: Runtime, say: Callable[[str], None]) -> 
     Args:
         output: the run's folder.
         runtime: the ranks; they share the reading of the files, rank 0 decides which checkpoints there are.
-        say: is told of those that are damaged.
+        say: is called with a line about each that is damaged.
 
     Raises:
         ValueError: there are checkpoints, but none is whole.

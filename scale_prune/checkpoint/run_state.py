@@ -124,7 +124,7 @@ def restore_randomness(checkpoint: Checkpoint, runtime: Runtime, seed: int) -> N
 
 @contextmanager
 def _one_message(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what a checkpoint of another making comes to into a ValueError; its sums fit, so no disk has spoilt it."""
+    """Turn what a checkpoint of another making comes to into a ValueError; its sums fit, so no disk has damaged it."""
     try:
         yield
     except (SafetensorError, AttributeError, IndexError, KeyError, TypeError) as error:

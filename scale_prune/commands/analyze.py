@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         inputs = read_models(own, config, explicit, world_size, "train", needs_groups=True)
         kept = _kept(inputs)
         with joined(rank) as runtime:
-            found = {name: _analysed(each, own, runtime) for name, each in inputs.items()}
+            found = {name: _analyzed(each, own, runtime) for name, each in inputs.items()}
             if runtime.is_main:
                 _write(folder, found, inputs, kept, own)
 
@@ -74,7 +74,7 @@ def at_least_two(text: str) -> int:
     return int(text)
 
 
-def _analysed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list[GroupAnalysis]:
+def _analyzed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list[GroupAnalysis]:
     with runtime.main_first():
         blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
     runtime.say(f"{inputs.config.training.model}: {own.batches} batches of {inputs.batch_size} blocks")
@@ -105,7 +105,7 @@ def _said(own: argparse.Namespace) -> str:
     notes = []
     if own.sample_units:
         notes += [
-            f"Neighbours and uniqueness: of {own.sample_units} neurons a layer, each compared with the whole layer."
+            f"Neighbors and uniqueness: of {own.sample_units} neurons a layer, each compared with the whole layer."
         ]
     if own.sample_tokens:
         notes += [f"Activations: of {own.sample_tokens} tokens a batch."]

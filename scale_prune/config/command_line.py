@@ -231,7 +231,7 @@ def _build_parser(criteria: Sequence[str]) -> _Parser:
 
 def _add_dry_run(parser: Any) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print it and end; no GPU is used, nothing is written")
-    parser.add_argument("--world_size", metavar="INT", help="ranks that --dry_run reckons with, else the launcher's")
+    parser.add_argument("--world_size", metavar="INT", help="ranks that --dry_run assumes, else the launcher's")
 
 
 def _add_flag(group: Any, spec: Field[Any], choices: Sequence[str] | None) -> None:

@@ -12,7 +12,7 @@ OBJECTS = (
 SWITCHES = ("wall_clock_breakdown", "flops_profiler.enabled")
 
 _COPIES = "a second copy of the weights would bypass the masks; remove the key"
-_QUANTISED = "scores and masks need the weights and gradients as they are, not quantised; remove the key"
+_QUANTIZED = "scores and masks need the weights and gradients as they are, not quantized; remove the key"
 _MASTER = "the dense values and the scores live in the float32 master weights; remove the key"
 _REMOVED = "DeepSpeed no longer has it; remove the section"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -36,9 +36,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16.bf16_master_weights_and_grads": ((False,), _MASTER),
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTER),
     "zero_optimization.zero_hpz_partition_size": ((0, 1), _COPIES),
-    "zero_optimization.zero_quantized_weights": ((False,), _QUANTISED),
-    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _QUANTISED),
-    "zero_optimization.zero_quantized_gradients": ((False,), _QUANTISED),
+    "zero_optimization.zero_quantized_weights": ((False,), _QUANTIZED),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _QUANTIZED),
+    "zero_optimization.zero_quantized_gradients": ((False,), _QUANTIZED),
     "zero_optimization.zenflow": ((), "it updates weights between steps, past the masks; remove the section"),
     "zero_optimization.offload_optimizer.device": (
         ("none", "cpu"),

@@ -87,7 +87,7 @@ class TaskConfig(Settings):
     task: str = task_setting(
         "lm",
         "lm: running text; text_to_sql, summarization, data_to_text: a prompt and its completion on each row, of which "
-        "the completion is learnt, generated and compared with the row's own; classification: a text and its label, "
+        "the completion is learned, generated and compared with the row's own; classification: a text and its label, "
         "for encoders such as BERT",
         choices=TASKS,
     )
@@ -186,13 +186,13 @@ class PruningConfig(Settings):
     min_kept: int = setting(1, "neurons that every layer keeps under scope global", Range(1))
     width_multiple: int = setting(1, "final widths are rounded to multiples of this many neurons", Range(1))
     targets: str = setting(
-        "mlp", "weights that are factorised where components are removed: any of mlp, attention, embedding, with commas"
+        "mlp", "weights that are factorized where components are removed: any of mlp, attention, embedding, with commas"
     )
     factors: str = setting(
         "svd", "where factors come from: the pretrained weights (svd) or chance (random)", choices=("svd", "random")
     )
     initial_rank: int | None = setting(
-        None, "components that a factorised weight has at the start", Range(1), otherwise="its full rank"
+        None, "components that a factorized weight has at the start", Range(1), otherwise="its full rank"
     )
     embedding_clusters: int = setting(
         4, "clusters of tokens, by how often they occur in training, that the target embedding is cut into", Range(1)
@@ -430,5 +430,5 @@ def settings_where(nature: str, value: Any) -> tuple[str, ...]:
         nature: "may_change", "compared" or "commands".
         value: what it is, or for "commands" one of them.
     """
-    told = {spec.name: spec.metadata[nature] for concern in concerns().values() for spec in fields(concern)}
-    return tuple(name for name, own in told.items() if own == value or (isinstance(own, tuple) and value in own))
+    natures = {spec.name: spec.metadata[nature] for concern in concerns().values() for spec in fields(concern)}
+    return tuple(name for name, own in natures.items() if own == value or (isinstance(own, tuple) and value in own))

@@ -36,7 +36,7 @@ class Member:
 class UnitGroup:
     """Units that are stored alike and are ranked together under scope "per_group".
 
-    The neurons of one MLP, or the components of one factorised matrix.
+    The neurons of one MLP, or the components of one factorized matrix.
 
     Attributes:
         name: the dotted name of the module that holds them, unique in the model.

@@ -1,4 +1,4 @@
-"""How much the units of a group repeat each other: cosines, correlations, nearest neighbours, explained variance.
+"""How much the units of a group repeat each other: cosines, correlations, nearest neighbors, explained variance.
 
 Everything follows from sums over tokens, of which a rank keeps the rows of the units it owns, against all units or
 against a sample of them.
@@ -46,16 +46,16 @@ class Products:
 
     def cosines(self) -> Tensor:
         """Return (R, K) signed cosines over all tokens; 0 where a unit never fires, and of a unit to itself."""
-        return self._normalised(self.products.clone(), self.squares)
+        return self._normalized(self.products.clone(), self.squares)
 
     def correlations(self) -> Tensor:
-        """Return (R, K) correlations, the cosines of centred activations; 0 where a unit is constant, and to itself."""
+        """Return (R, K) correlations, cosines of centered activations; 0 to itself, and where a unit is constant."""
         means = self.sums / max(self.count, 1)
-        centred = self.products - self.count * means[self.first : self.last, None] * means[self.sample]
+        centered = self.products - self.count * means[self.first : self.last, None] * means[self.sample]
         variances = (self.squares - self.count * means.square()).clamp(min=0)
-        return self._normalised(centred, torch.where(variances > 1e-6 * self.squares, variances, 0.0))
+        return self._normalized(centered, torch.where(variances > 1e-6 * self.squares, variances, 0.0))
 
-    def _normalised(self, products: Tensor, squares: Tensor) -> Tensor:
+    def _normalized(self, products: Tensor, squares: Tensor) -> Tensor:
         norms = squares.sqrt()
         inverse = torch.where(norms > 0, 1.0 / norms, 0.0)
         products *= inverse[self.sample]

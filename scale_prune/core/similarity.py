@@ -2,7 +2,7 @@
 
 Shape legend: T sampled tokens, N units of a group, R the rows (units) that this rank owns of it.
 
-Source: arXiv 2302.03773, uniqueness: uncentred cosine of the activations after the non-linearity.
+Source: arXiv 2302.03773, uniqueness: uncentered cosine of the activations after the non-linearity.
 Deviation: the mean runs over live units other than i itself; padding tokens are left out by the caller.
 """
 

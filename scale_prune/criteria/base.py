@@ -20,7 +20,7 @@ Need = Literal["weight", "grad", "activation", "activity", "gate"]
 State = dict[str, Tensor]
 
 OF_COMPONENTS = frozenset({"targets", "factors", "initial_rank", "embedding_clusters", "tie_embeddings"})
-"""Settings of how weights are factorised."""
+"""Settings of how weights are factorized."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Criterion:
             step. "weight" alone: only when masks are chosen. "activation": `Moment.similarity` is kept up to date.
             "activity": every `similarity_every` steps `activity` gets `similarity_tokens` tokens, before `update`.
             "gate": there are no shares; units are multiplied by gates, and `update` gets the gradient of these.
-        kind: what is removed: neurons, or components of the weights that the run factorises before it begins.
+        kind: what is removed: neurons, or components of the weights that the run factorizes before it begins.
         roles: the members that have a share.
         defaults: values of the settings that have none of their own, where the user gives none; every criterion has a
             "scope".

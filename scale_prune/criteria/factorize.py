@@ -15,7 +15,7 @@ from scale_prune.criteria.base import OF_COMPONENTS, Criterion
 
 
 class Factorize(Criterion):
-    """Keep the components that the factorisation has left."""
+    """Keep the components that the factorization has left."""
 
     kind: ClassVar[Kind] = "component"
     settings = OF_COMPONENTS - {"initial_rank"}

@@ -1,4 +1,4 @@
-"""FLOP-AGP: real-valued gates on the components of factorised weights, removed by magnitude on the cubic schedule.
+"""FLOP-AGP: real-valued gates on the components of factorized weights, removed by magnitude on the cubic schedule.
 
 Source: arXiv 1910.04732, the baseline "FLOP-AGP"; the schedule is that of arXiv 1710.01878.
 Deviation: a component's magnitude is |gate| times the mean square norm of its two factors, its singular value at the

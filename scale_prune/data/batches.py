@@ -1,4 +1,4 @@
-"""Blocks of tokens, dealt to the ranks: which block is in which forward pass of which rank.
+"""Blocks of tokens, assigned to the ranks: which block is in which forward pass of which rank.
 
 Shape letters: B blocks in a forward pass, T tokens in a block.
 """
@@ -83,11 +83,11 @@ def training_batches(
         `accumulation` tensors, int64 (B, T).
     """
     assert batch_size == micro_batch_size * accumulation * world_size
-    for chosen in dealt(len(blocks), (accumulation, world_size, micro_batch_size), seed=seed, first_step=first_step):
+    for chosen in assigned(len(blocks), (accumulation, world_size, micro_batch_size), seed=seed, first_step=first_step):
         yield [torch.stack([blocks.block(index) for index in indices]) for indices in chosen[:, rank].tolist()]
 
 
-def dealt(count: int, shape: tuple[int, int, int], *, seed: int, first_step: int = 0) -> Iterator[Tensor]:
+def assigned(count: int, shape: tuple[int, int, int], *, seed: int, first_step: int = 0) -> Iterator[Tensor]:
     """Yield which rows every optimizer step has, and in which forward pass of which rank; without end.
 
     Args:

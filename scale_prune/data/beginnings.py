@@ -21,7 +21,7 @@ def bos_of(choice: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that every sequence begins with, None where it is to begin with the text.
 
     Args:
-        choice: "always", "never", or "auto" for what the tokenizer does where it is not told.
+        choice: "always", "never", or "auto" for what the tokenizer does by itself.
         tokenizer: the model's.
 
     Raises:
@@ -34,7 +34,7 @@ def bos_of(choice: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer begins a text with its BOS token where it is not told otherwise."""
+    """Return whether the tokenizer begins a text with its BOS token where nothing asks otherwise."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("x", verbose=False)["input_ids"][:1] == [bos]
 

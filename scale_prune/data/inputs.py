@@ -37,7 +37,7 @@ class Inputs:
 
     @property
     def begins_with_bos(self) -> bool | None:
-        """Whether blocks and prompts begin with a BOS token; None for labelled texts, which have special tokens."""
+        """Whether blocks and prompts begin with a BOS token; None for labeled texts, which have special tokens."""
         return None if self.config.task.task == CLASSIFICATION else self.bos is not None
 
     @property

@@ -121,7 +121,7 @@ class Tokens:
     lengths: np.ndarray
 
 
-def tokenised(text: Text, encode: Callable[..., dict[str, list[list[int]]]], names: Sequence[str]) -> dict[str, Tokens]:
+def tokenized(text: Text, encode: Callable[..., dict[str, list[list[int]]]], names: Sequence[str]) -> dict[str, Tokens]:
     """Turn every row into tokens, cached on disk by the content of the columns that are wanted and of `encode`.
 
     Args:
@@ -138,7 +138,7 @@ def tokenised(text: Text, encode: Callable[..., dict[str, list[list[int]]]], nam
         features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names}),
         cache_file_name=str(_cache() / f"{fingerprint}.arrow"),
         new_fingerprint=fingerprint,
-        desc=f"Tokenising {text.name}",
+        desc=f"Tokenizing {text.name}",
     )
     table = encoded.with_format("arrow")[:]
     return {
@@ -259,10 +259,10 @@ def _checked(text: Text, label: str | None, kinds: tuple[str, ...]) -> Text:
             what = "a label (string or number)" if column == label else "text (string)"
             raise ValueError(f"column {column!r} of data set {text.name} holds {kind}, not {what}")
     if label and isinstance(there[label], datasets.ClassLabel):
-        labelled = np.flatnonzero([value != -1 for value in text.rows[label][:]])
-        if without := len(text.rows) - len(labelled):
+        labeled = np.flatnonzero([value != -1 for value in text.rows[label][:]])
+        if without := len(text.rows) - len(labeled):
             say(f"{without:,} of {len(text.rows):,} rows of {text.name} have no label (-1) and are left out")
-            text = text.select(labelled, text.part)
+            text = text.select(labeled, text.part)
     return replace(text, label=label)
 
 

@@ -1,6 +1,6 @@
 """Text in, blocks of tokens out: one stream of tokens, cut into consecutive blocks.
 
-The stream is defined so that anyone can recompute it: rows are tokenised one by one, without special tokens, and
+The stream is defined so that anyone can recompute it: rows are tokenized one by one, without special tokens, and
 joined. The rows of a txt file are its lines, which keep their newline, with nothing between them, not even the blank
 that some tokenizers put before a text. The rows of every other format are documents, with the end-of-text token between
 them. Nothing here communicates: every rank prepares the same stream, from one cache on disk.
@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from scale_prune.config import DataConfig
 from scale_prune.data.batches import TokenBlocks
 from scale_prune.data.beginnings import bos_of, continuing
-from scale_prune.data.rows import Split, Text, load_text, tokenised
+from scale_prune.data.rows import Split, Text, load_text, tokenized
 
 
 def prepare(spec: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """Read, tokenise and cut one split.
+    """Read, tokenize and cut one split.
 
     Every rank gets the same blocks without communication. The tokens are cached on disk by the content of text and
     tokenizer; let one rank of a machine go first, so that the others find them there.
@@ -54,7 +54,7 @@ def prepare(spec: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase) 
 
 
 def check_length(spec: DataConfig, split: Split, text: Text, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a text that `prepare` would find too short; no more rows are tokenised than that takes, none are kept.
+    """Refuse a text that `prepare` would find too short; no more rows are tokenized than that takes, none are kept.
 
     Raises:
         ValueError: too few tokens, as in `prepare`.
@@ -82,7 +82,7 @@ def _too_short(spec: DataConfig, split: Split, text: Text, found: int, bos: int 
 
 
 def token_stream(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokenise the rows one by one and join them.
+    """Tokenize the rows one by one and join them.
 
     Returns:
         the stream, int32, one-dimensional: no special tokens, but the end-of-text token between two documents.
@@ -95,7 +95,7 @@ def token_stream(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         raise ValueError(f"the tokenizer has no eos_token, which stands between the documents of {text.name}")
     tokenizer = continuing(tokenizer) if text.lines else tokenizer
     encode = partial(_encode, tokenizer=tokenizer, column=text.columns[0], end=end)
-    stream = torch.from_numpy(tokenised(text, encode, ("tokens",))["tokens"].tokens)
+    stream = torch.from_numpy(tokenized(text, encode, ("tokens",))["tokens"].tokens)
     return stream[: len(stream) - len(end)]
 
 

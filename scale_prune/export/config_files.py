@@ -14,18 +14,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 OWN_ROPE_KEYS = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """By model type, what its older configs call what others call so."""
 
-BOS_UNLESS_TOLD = ("LlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+BOS_BY_DEFAULT = ("LlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Classes whose tokenizers in 4.57 put a token first, whatever tokenizer.json says."""
 
 
 def write_config(folder: Path, config: PretrainedConfig) -> None:
     """Write config.json, with the older words for rotary embeddings where transformers 5 is not misled by them."""
     config.save_pretrained(folder)
-    told = _read(folder / "config.json")
-    if older := _older_rope(told.get("rope_parameters") or {}, told["model_type"]):
-        understood = [type(config).from_dict(copy.deepcopy(words)).to_dict() for words in (told, told | older)]
+    content = _read(folder / "config.json")
+    if older := _older_rope(content.get("rope_parameters") or {}, content["model_type"]):
+        understood = [type(config).from_dict(copy.deepcopy(words)).to_dict() for words in (content, content | older)]
         if understood[0] == understood[1]:
-            _write(folder / "config.json", told | older)
+            _write(folder / "config.json", content | older)
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -34,14 +34,14 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():  # Mistral's own format
         return
-    told = _read(path)
-    if told.get("tokenizer_class") == "TokenizersBackend":
-        told["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(told.get("extra_special_tokens"), list):
-        told["additional_special_tokens"] = told.pop("extra_special_tokens")
-    if told.get("tokenizer_class", "").startswith(BOS_UNLESS_TOLD) and not tokenizer("")["input_ids"]:
-        told["add_bos_token"] = False
-    _write(path, told)
+    content = _read(path)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    if content.get("tokenizer_class", "").startswith(BOS_BY_DEFAULT) and not tokenizer("")["input_ids"]:
+        content["add_bos_token"] = False
+    _write(path, content)
 
 
 def _older_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def _older_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
-def _write(path: Path, told: dict[str, Any]) -> None:
-    path.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

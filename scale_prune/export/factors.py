@@ -1,4 +1,4 @@
-"""Factorised weights in a form that the exported model has: as factors where that is smaller, else multiplied out."""
+"""Factorized weights in a form that the exported model has: as factors where that is smaller, else multiplied out."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from scale_prune.models.embedding import CLUSTERS
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What becomes of the factorised weights.
+    """What becomes of the factorized weights.
 
     Attributes:
-        ranks: of the linear modules that stay factorised, by name.
+        ranks: of the linear modules that stay factorized, by name.
         table: the name of the clustered embedding, "" where there is none.
         output: the name of the output that is tied to it, "" where there is none.
         sizes: tokens of each cluster.
-        cluster_ranks: components of each cluster where the embedding stays factorised, else empty.
+        cluster_ranks: components of each cluster where the embedding stays factorized, else empty.
     """
 
     ranks: dict[str, int]
@@ -31,15 +31,15 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Return what config.json says of it; empty where everything is multiplied out."""
-        told: dict[str, Any] = {"factorized": self.ranks} if self.ranks else {}
+        settings: dict[str, Any] = {"factorized": self.ranks} if self.ranks else {}
         if self.cluster_ranks:
             names = [self.table, self.output] if self.output else [self.table]
-            told["factorized_embedding"] = {"names": names, "sizes": self.sizes, "ranks": self.cluster_ranks}
-        return told
+            settings["factorized_embedding"] = {"names": names, "sizes": self.sizes, "ranks": self.cluster_ranks}
+        return settings
 
 
 def plan_for(layout: str, groups: Sequence[UnitGroup], output: str) -> Plan:
-    """Choose what stays factorised.
+    """Choose what stays factorized.
 
     Args:
         layout: "per_layer" keeps factors where they are smaller than the matrix; the others have no place for them.

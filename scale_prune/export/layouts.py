@@ -58,7 +58,7 @@ def check_layout(layout: str, config: PretrainedConfig) -> None:
 
     Raises:
         ValueError: the layout is per_layer and transformers itself has no model class for this config, so
-            that there is no class for the modelling file to build on; or the model belongs to no registered family.
+            that there is no class for the modeling file to build on; or the model belongs to no registered family.
     """
     family_of(config)
     if layout == "per_layer" and stock_class(config) is None:
@@ -110,54 +110,54 @@ def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup
     if stock is not None:
         config.architectures = [stock.__name__]
     if layout == "per_layer":
-        _tell_per_layer(config, widths)
+        _set_per_layer(config, widths)
     return config
 
 
 def _forget_per_layer(config: PretrainedConfig) -> None:
-    """Undo `_tell_per_layer`, for a model that was pruned before and is pruned again."""
+    """Undo `_set_per_layer`, for a model that was pruned before and is pruned again."""
     config.per_layer_config = None
     vars(config).pop("serialize_explicit_per_layer_config", None)
     if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
         del config.auto_map
 
 
-def _tell_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
+def _set_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
     key = family_of(config).width_key
     config.per_layer_config = {layer: {key: width} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
-    _tell_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
+    _set_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
 
 
 def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
-    """Return a copy of the config that tells what stays factorised."""
+    """Return a copy of the config that tells what stays factorized."""
     check_layout(layout, config)
     config = copy.deepcopy(config)
     stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
-    if told := plan.settings():
-        config.update(told)
-        _tell_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
+    if factors := plan.settings():
+        config.update(factors)
+        _set_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
     if plan.cluster_ranks:
         config.tie_word_embeddings = False  # the output uses the clusters, there is nothing to tie
     return config
 
 
-def _tell_code(config: PretrainedConfig, file: Path, name: str) -> None:
+def _set_code(config: PretrainedConfig, file: Path, name: str) -> None:
     config.architectures = [name]
     config.auto_map = {auto_model(config).__name__: f"{file.stem}.{name}"}
 
 
 def code_of(config: PretrainedConfig) -> Path | None:
-    """Return the modelling file that a written config names, if it is one of ours."""
-    told = str(getattr(config, "auto_map", None))
-    return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in told), None)
+    """Return the modeling file that a written config names, if it is one of ours."""
+    auto_map = str(getattr(config, "auto_map", None))
+    return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in auto_map), None)
 
 
 def modeling_source(file: Path, config: PretrainedConfig) -> str:
-    """Return a modelling file of ours, which is GPT-Neo's, with the names of another family."""
+    """Return a modeling file of ours, which is GPT-Neo's, with the names of another family."""
     family = family_of(config)
     names = {
         "AutoModelForCausalLM": auto_model(config).__name__,

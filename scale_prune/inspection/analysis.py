@@ -11,19 +11,19 @@ tokens of a batch on all ranks. GPT-J (M = 458,752, N = 16,384) on 8 ranks has 3
 With `sample_units` K neurons of each layer are drawn, the same ones on any number of ranks, and compared with all
 neurons of the layer:
     similarity, of any neuron: its mean |cosine| to the drawn ones; unbiased over the draw.
-    nearest neighbour, similar, of drawn neurons only: exact, since all neurons are looked at. So uniqueness, a share of
-        the drawn, is unbiased, with a standard error of at most 0.5 / sqrt(K) a layer; the median nearest neighbour is
-        consistent. (Looked for among the drawn alone, neighbours would be missed, and uniqueness too high.)
+    nearest neighbor, similar, of drawn neurons only: exact, since all neurons are looked at. So uniqueness, a share of
+        the drawn, is unbiased, with a standard error of at most 0.5 / sqrt(K) a layer; the median nearest neighbor is
+        consistent. (Looked for among the drawn alone, neighbors would be missed, and uniqueness too high.)
     explained variance: by the other drawn neurons, at most CHOSEN; fewer explain less, so it is biased downwards.
 Sensitivity is exact in any case. Numbers of several layers together weigh each layer by its live neurons.
 
 With `sample_tokens` similarities are those on a random part of each batch's tokens. The error of a cosine is about
-1 / sqrt(tokens), which raises |cosines| near 0 and with them the nearest neighbour; explained variance is biased
+1 / sqrt(tokens), which raises |cosines| near 0 and with them the nearest neighbor; explained variance is biased
 upwards where tokens are not many times CHOSEN; neurons that fire on none of the tokens count as absent.
 
 Source: arXiv 2302.03773, section 5, for sensitivity and uniqueness. Beyond it: mean sensitivity of neurons beside the
 sum, which falls with the number of neurons by construction; correlation, which the mean activation does not blur; the
-nearest neighbour; explained variance.
+nearest neighbor; explained variance.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ class GroupAnalysis:
         name: of the group.
         layer: index of its layer.
         live: (N,) bool: neurons that are there; False for the zeros that a padded layout has.
-        sampled: (N,) bool: live neurons whose neighbours were looked for; all of them without `sample_units`.
+        sampled: (N,) bool: live neurons whose neighbors were looked for; all of them without `sample_units`.
         sensitivity: (N,) mean over batches of |sum of w * dL/dw|.
         similarity: (N,) mean |cosine| to the other live neurons, or to those of the sample.
         nearest: (N,) largest |cosine| to another neuron; 0 where not sampled.
@@ -218,7 +218,7 @@ class Measuring:
         for index, group in enumerate(self.groups):
             live, sample = lives[index].bool(), self.samples[index]
             live_sample = sample[live[sample]]
-            near, correlated, similar = self._neighbours(index)
+            near, correlated, similar = self._neighbors(index)
             yield GroupAnalysis(
                 name=group.name,
                 layer=group.layer,
@@ -242,7 +242,7 @@ class Measuring:
     def _split(self, line: Tensor) -> list[Tensor]:
         return [line[self.layout.slice_of(index)] for index in range(len(self.groups))]
 
-    def _neighbours(self, index: int) -> Tensor:
+    def _neighbors(self, index: int) -> Tensor:
         """Return (3, K) of a group's sampled units: largest |cosine| and |correlation|, and whether one is similar."""
         own = torch.zeros(1, 3, len(self.samples[index]), device=self.backend.device)
         if index in self.products:

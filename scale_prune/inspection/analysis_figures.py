@@ -14,7 +14,7 @@ from scale_prune.inspection.analysis_tables import ratios, summary, weights_of
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for the color-blind
 MARKERS = ("o", "s", "^", "D", "v", "P")
 Found = Mapping[str, Sequence[GroupAnalysis]]
 
@@ -32,7 +32,7 @@ def draw_all(folder: Path, found: Found, baseline: str | None, kept: Mapping[str
         _save(folder, "redundancy", _redundancy(found, baseline))
     for name, groups in found.items():
         _save(folder, f"sensitivity_by_neuron_{_file(name)}", _heat_map(name, groups))
-    _save(folder, "nearest_neighbours", _neighbours(found))
+    _save(folder, "nearest_neighbours", _neighbors(found))
     if baseline is not None and kept:
         _save(folder, "kept_neurons", _kept(found[baseline], baseline, kept))
 
@@ -44,7 +44,7 @@ def _redundancy(found: Found, baseline: str) -> Any:
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for place, (name, groups) in enumerate(found.items()):
             ratio = ratios(groups, found[baseline])
-            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+            style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
             axis.plot(100 * ratio["neurons"], ratio[key], linestyle="", markersize=9, label=name, **style)
         axis.axhline(1.0, color="0.5", linewidth=1, linestyle="--")
         axis.set_title(title)
@@ -56,7 +56,7 @@ def _redundancy(found: Found, baseline: str) -> Any:
 
 
 def _heat_map(name: str, groups: Sequence[GroupAnalysis]) -> Any:
-    """Draw each layer's neurons from the most to the least sensitive, all layers on one scale of colours."""
+    """Draw each layer's neurons from the most to the least sensitive, all layers on one scale of colors."""
     width = max(int(group.live.sum()) for group in groups)
     rows = torch.full((len(groups), width), torch.nan)
     for row, group in enumerate(groups):
@@ -67,7 +67,7 @@ def _heat_map(name: str, groups: Sequence[GroupAnalysis]) -> Any:
     image = axis.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high)
     axis.set_facecolor("0.85")
     axis.set_yticks(range(len(groups)), [str(group.layer) for group in groups])
-    axis.set_xlabel("neurons of the layer, from the most to the least sensitive (grey: no neuron)")
+    axis.set_xlabel("neurons of the layer, from the most to the least sensitive (gray: no neuron)")
     axis.set_ylabel("layer")
     axis.set_title(f"How much the loss would change without each neuron\n{name}")
     figure.colorbar(image, ax=axis, label="sensitivity, log10 of |w dL/dw|")
@@ -76,13 +76,13 @@ def _heat_map(name: str, groups: Sequence[GroupAnalysis]) -> Any:
 
 
 def _limits(rows: Tensor) -> tuple[float, float]:
-    """Return the range of colours, without the lowest and highest per cent."""
+    """Return the range of colors, without the lowest and highest per cent."""
     values = rows[rows.isfinite()]
     return float(values.quantile(0.01)), float(values.quantile(0.99))
 
 
-def _neighbours(found: Found) -> Any:
-    """Draw how near each neuron's nearest neighbour is, by cosine and by correlation."""
+def _neighbors(found: Found) -> Any:
+    """Draw how near each neuron's nearest neighbor is, by cosine and by correlation."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     titles = {
         "nearest": ("By activation", "largest |cosine| to another neuron of the layer"),
@@ -100,7 +100,7 @@ def _neighbours(found: Found) -> Any:
                 histtype="step",
                 linewidth=2,
                 linestyle=("-", "--", ":", "-.")[place % 4],
-                color=COLOURS[place % len(COLOURS)],
+                color=COLORS[place % len(COLORS)],
                 label=f"{name} ({summary(groups)['neurons']:,} neurons)",
             )
         axis.set_title(title)

@@ -15,8 +15,8 @@ COLUMNS = {
     "sensitivity_mean": "sensitivity, mean of a neuron",
     "uniqueness": "uniqueness",
     "similarity_mean": "mean abs. cosine",
-    "nearest_median": "nearest neighbour, median abs. cosine",
-    "correlated_median": "nearest neighbour, median abs. correlation",
+    "nearest_median": "nearest neighbor, median abs. cosine",
+    "correlated_median": "nearest neighbor, median abs. correlation",
     "explained_mean": "explained by others, mean R^2",
 }
 RATIOS = ("sensitivity_sum", "sensitivity_mean", "uniqueness")

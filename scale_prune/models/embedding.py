@@ -1,4 +1,4 @@
-"""A token table as factorised clusters of tokens, in the place of a model's embedding and of the output tied to it.
+"""A token table as factorized clusters of tokens, in the place of a model's embedding and of the output tied to it.
 
 Shape letters: V_i tokens of a cluster, C_i its components, D model width.
 """

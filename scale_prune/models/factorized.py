@@ -57,12 +57,12 @@ def put_factors(model: nn.Module, name: str, down: nn.Parameter, up: nn.Paramete
 
 
 def factorized_names(model: nn.Module) -> list[str]:
-    """Return the names of the factorised modules, in the model's order."""
+    """Return the names of the factorized modules, in the model's order."""
     return [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
 
 
 def component_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
-    """List the components of a model's factorised weights, one group a weight.
+    """List the components of a model's factorized weights, one group a weight.
 
     Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
     """

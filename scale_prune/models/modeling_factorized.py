@@ -22,10 +22,10 @@ class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
 
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__(config)
-        told = config.to_dict()
-        for name, rank in told.get("factorized", {}).items():
+        settings = config.to_dict()
+        for name, rank in settings.get("factorized", {}).items():
             _put(self, name, _factors(self.get_submodule(name), rank))
-        if clusters := told.get("factorized_embedding"):
+        if clusters := settings.get("factorized_embedding"):
             sizes, ranks = clusters["sizes"], clusters["ranks"]
             made = [Cluster(config.hidden_size, size, rank) for size, rank in zip(sizes, ranks, strict=True)]
             table = ClusteredEmbedding(made, sizes, torch.arange(sum(sizes)))

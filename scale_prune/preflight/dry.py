@@ -85,5 +85,5 @@ def _job(reading: Reading) -> Job:
         ds_config=ds_config,
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
-        taught=reading.config.distillation.teacher is not None,
+        has_teacher=reading.config.distillation.teacher is not None,
     )

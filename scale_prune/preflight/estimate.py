@@ -1,4 +1,4 @@
-"""What a run needs, reckoned before it starts: memory of a rank, bytes between ranks, space on disk.
+"""What a run needs, estimated before it starts: memory of a rank, bytes between ranks, space on disk.
 
 Plain arithmetic on shapes and settings. What DeepSpeed holds, and when, is read off its source (0.19.8, ZeRO stage 3);
 each assumption stands at the line that makes it. `benchmarks/memory.md` holds the figures against measured peaks.
@@ -105,7 +105,7 @@ def _states(job: Job, shards: int, prefix: str) -> list[Part]:
 
 def _teacher(job: Job) -> list[Part]:
     """Return the teacher's shards, which are taken to be as large as the model's; its logits are not counted."""
-    return [Part("teacher", job.place("offload_param"), job.shards * job.width * job.taught)]
+    return [Part("teacher", job.place("offload_param"), job.shards * job.width * job.has_teacher)]
 
 
 def _buffers(job: Job) -> list[Part]:

@@ -5,6 +5,7 @@ All ranks make the same checks on the same files, so all of them stop at the sam
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,14 @@ def _read_tokenizer(reading: Reading) -> None:
 
 
 def _settle_bos(reading: Reading) -> None:
-    """Say in the settings whether there is a BOS token; labelled texts have the tokenizer's special tokens instead."""
-    data, labelled = reading.config.data, reading.config.task.task == CLASSIFICATION
-    if labelled and data.bos == "always":
+    """Say in the settings whether there is a BOS token; labeled texts have the tokenizer's special tokens instead."""
+    data, labeled = reading.config.data, reading.config.task.task == CLASSIFICATION
+    if labeled and data.bos == "always":
         raise ValueError(
             f"--bos always belongs to blocks and prompts; --task {CLASSIFICATION} takes the tokenizer's special tokens"
         )
     if reading.tokenizer is not None:
-        begun = not labelled and bos_of(data.bos, reading.tokenizer) is not None
+        begun = not labeled and bos_of(data.bos, reading.tokenizer) is not None
         reading.config = replace(reading.config, data=replace(data, bos="always" if begun else "never"))
 
 
@@ -223,14 +224,6 @@ def _check_block(reading: Reading) -> None:
         )
 
 
-def _read_train_text(reading: Reading) -> None:
-    _read_text(reading, "train")
-
-
-def _read_validation_text(reading: Reading) -> None:
-    _read_text(reading, "validation")
-
-
 def _read_text(reading: Reading, split: Split) -> None:
     data = reading.config.data
     task, columns = reading.config.task, columns_of(reading.config.task)
@@ -255,8 +248,8 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _read_ds_config,
     _check_block,
     _check_weights,
-    _read_train_text,
-    _read_validation_text,
+    partial(_read_text, split="train"),
+    partial(_read_text, split="validation"),
 )
 """What is read and checked, in this order; each raises ValueError. A run stops at the first, a dry run at none."""
 
@@ -290,12 +283,12 @@ def _built(model_config: PretrainedConfig, training: TrainingConfig) -> PreTrain
     Raises:
         ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
     """
-    told = model_config.to_dict()
-    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTORIZED, "factorised weights")}
+    values = model_config.to_dict()
+    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTORIZED, "factorized weights")}
     for key, what in own.items():
-        if told.get(key) and not training.trust_remote_code:
+        if values.get(key) and not training.trust_remote_code:
             raise ValueError(
-                f"--model {training.model} has {what}, which the modelling file in that folder builds; "
+                f"--model {training.model} has {what}, which the modeling file in that folder builds; "
                 "give --trust_remote_code to run that file"
             )
     try:
@@ -327,14 +320,14 @@ def _read_config(name: str | None, trusted: bool, *, flag: str = "model") -> Pre
     """Read a model's config.
 
     Raises:
-        ValueError: it cannot be read, or its weights are quantised.
+        ValueError: it cannot be read, or its weights are quantized.
     """
     config: PretrainedConfig = _read("model", name, AutoConfig, trusted, flag=flag)
-    told = config.to_dict()
-    parts = [told, *(part for part in told.values() if isinstance(part, dict))]  # of a composite config one may be
+    values = config.to_dict()
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]  # of a composite config one may be
     if quantized := next(filter(None, (part.get("quantization_config") for part in parts)), None):
         raise ValueError(
-            f"--{flag} {name} has weights quantised by {quantized.get('quant_method', 'some method')}, which can be "
+            f"--{flag} {name} has weights quantized by {quantized.get('quant_method', 'some method')}, which can be "
             "neither trained nor sharded by ZeRO-3; give the 16-bit model that they were made from"
         )
     return config

@@ -34,7 +34,7 @@ class Job:
         ds_config: a DeepSpeed configuration without "auto" values.
         world_size: number of ranks, W.
         on_gpu: False where the ranks are processes without a GPU.
-        taught: whether there is a teacher.
+        has_teacher: whether there is a teacher.
     """
 
     numels: tuple[int, ...]
@@ -45,7 +45,7 @@ class Job:
     ds_config: dict[str, Any]
     world_size: int
     on_gpu: bool
-    taught: bool
+    has_teacher: bool
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ def _schedule(reading: Reading) -> Iterator[str]:
 
 
 def _kept(reading: Reading, remaining: float) -> int:
-    """Return how many neurons, or parameters of the factorised weights, a fraction of the dense model is."""
+    """Return how many neurons, or parameters of the factorized weights, a fraction of the dense model is."""
     counts = [group.dense_cost for group in reading.groups]
     if _pruning(reading).scope == "global" or reading.groups[0].kind == "component":
         return int(remaining * sum(counts) + 1e-6)

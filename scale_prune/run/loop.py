@@ -14,7 +14,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
     """Make optimizer steps until the last one is made; up to the last pruning step the pruner has its part in them.
 
     Raises:
-        SystemExit: a rank was told to stop, and the run is saved; with the code STOPPED.
+        SystemExit: a rank was asked to stop, and the run is saved; with the code STOPPED.
         ValueError: the loss or a gradient is not finite, or a checkpoint cannot be written.
     """
     engine, pruner, progress, output = run.student.engine, run.student.pruner, run.progress, run.config.output

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 LARGEST = 1e19  # what histograms of TensorBoard have room for
 CELL = 12  # pixels a layer and a point in time take in the heat map
-COLOURS = torch.tensor([[68, 1, 84], [33, 145, 140], [253, 231, 37]], dtype=torch.float32)  # 0, 0.5, 1
+COLORS = torch.tensor([[68, 1, 84], [33, 145, 140], [253, 231, 37]], dtype=torch.float32)  # 0, 0.5, 1
 
 
 class Monitor:
@@ -69,7 +69,7 @@ class Monitor:
 
 
 def heat_map(shares: Tensor) -> Tensor:
-    """Draw shares in [0, 1] as colours: dark violet 0, green 0.5, yellow 1.
+    """Draw shares in [0, 1] as colors: dark violet 0, green 0.5, yellow 1.
 
     Args:
         shares: (L, P) layers from top to bottom, points in time from left to right.
@@ -77,7 +77,7 @@ def heat_map(shares: Tensor) -> Tensor:
     Returns:
         (3, L * CELL, P * CELL) uint8.
     """
-    position = shares.clamp(0, 1) * (len(COLOURS) - 1)
-    lower = position.floor().clamp(max=len(COLOURS) - 2).long()
-    colours = torch.lerp(COLOURS[lower], COLOURS[lower + 1], (position - lower)[..., None])
-    return colours.byte().permute(2, 0, 1).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
+    position = shares.clamp(0, 1) * (len(COLORS) - 1)
+    lower = position.floor().clamp(max=len(COLORS) - 2).long()
+    colors = torch.lerp(COLORS[lower], COLORS[lower + 1], (position - lower)[..., None])
+    return colors.byte().permute(2, 0, 1).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)

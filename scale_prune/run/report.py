@@ -43,7 +43,7 @@ def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 def as_markdown(report: Mapping[str, Any]) -> str:
     """Lay a report out for people: results first, then widths, time, settings."""
     perplexity, parameters, remaining = report["perplexity"], report["parameters"], report["remaining"]
-    whole = {"neuron": "neurons", "component": "factorised weights' parameters"}[report["unit"]]
+    whole = {"neuron": "neurons", "component": "factorized weights' parameters"}[report["unit"]]
     lines = [
         f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the {whole}",
         "",
@@ -75,7 +75,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _clusters(clusters: Sequence[Mapping[str, int]]) -> list[str]:
-    """Return a table of the clusters of a factorised embedding, nothing where there are none."""
+    """Return a table of the clusters of a factorized embedding, nothing where there are none."""
     if not clusters:
         return []
     names = list(clusters[0])
@@ -94,12 +94,12 @@ def _quality(perplexity: Mapping[str, float | None], metrics: Mapping[str, Mappi
     if perplexity["exported"] is None:
         return [*rows, ""]
     stages = {"dense": "dense before training", "exported": "exported and re-loaded"}
-    told = [f"{stages.get(name, name)} {_number(value)}" for name, value in perplexity.items() if value is not None]
+    measured = [f"{stages.get(name, name)} {_number(value)}" for name, value in perplexity.items() if value is not None]
     return [
         _row("validation perplexity", perplexity["dense"] or math.nan, perplexity["exported"]),
         *rows,
         "",
-        f"Perplexity: {', '.join(told)}.",
+        f"Perplexity: {', '.join(measured)}.",
     ]
 
 

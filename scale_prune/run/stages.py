@@ -17,7 +17,7 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Train, prune, compact, export and measure, from the start or from a checkpoint; return the report.
 
     Raises:
-        SystemExit: the run was told to stop, and is saved; with the code STOPPED.
+        SystemExit: the run was asked to stop, and is saved; with the code STOPPED.
         ValueError: the loss is not finite, or something cannot be written.
         RuntimeError: masks did not take hold, or the exported model is not the one that was trained.
     """
@@ -43,7 +43,7 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 
 def _measure_start(run: Run) -> None:
-    """Measure the dense model, and the one that training starts from, if its weights are factorised."""
+    """Measure the dense model, and the one that training starts from, if its weights are factorized."""
     if run.student.kind == "neuron":
         run.measure("dense")
         return

@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from scale_prune.study.rows import LOWER_IS_BETTER, Row, badness
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")  # not as many as colours, so that pairs differ longer
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")  # not as many as colors, so that pairs differ longer
 LOG_FROM = 4.0
 """Ratio of the largest to the smallest value from which the axis is logarithmic."""
 SAME = 0.005
@@ -30,7 +30,7 @@ TICKS_APART = 0.08
 """Fraction of an axis that two ticks need between them to be read."""
 
 PANELS = {
-    "measured": ("Quality against what is left", "% of the neurons, or of the factorised weights' parameters", 100.0),
+    "measured": ("Quality against what is left", "% of the neurons, or of the factorized weights' parameters", 100.0),
     "parameters": ("Quality against size", "parameters of the pruned model, millions", 1e-6),
     "latency": ("Quality against speed", "time of a generated token, milliseconds", 1.0),
 }
@@ -98,7 +98,7 @@ def _by_quality(rows: Sequence[Row]) -> list[str]:
 
 def _panel(axis: Any, key: str, lines: Mapping[str, Line]) -> None:
     title, label, scale = PANELS[key]
-    places, centres = _places(key, lines, scale)
+    places, centers = _places(key, lines, scale)
     for index, (method, rows) in enumerate(lines.items()):
         known = [row for row in rows if row.spread(key)]
         spreads = [found for row in known if (found := row.spread("quality"))]
@@ -107,7 +107,7 @@ def _panel(axis: Any, key: str, lines: Mapping[str, Line]) -> None:
             [places[method, row.runs[0].target] for row in known],
             [found.mean for found in spreads],
             yerr=deviations if any(deviations) else None,
-            color=COLOURS[index % len(COLOURS)],
+            color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=6,
             linewidth=1.5,
@@ -116,15 +116,15 @@ def _panel(axis: Any, key: str, lines: Mapping[str, Line]) -> None:
         )
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(label)
-    if all(right - left > TICKS_APART * (centres[-1] - centres[0]) for left, right in pairwise(centres)):
-        axis.set_xticks(centres, [f"{centre:.3g}" for centre in centres])
-    if len(centres) == 1:
-        axis.set_xlim((1 - ALONE) * centres[0], (1 + ALONE) * centres[0])
+    if all(right - left > TICKS_APART * (centers[-1] - centers[0]) for left, right in pairwise(centers)):
+        axis.set_xticks(centers, [f"{center:.3g}" for center in centers])
+    if len(centers) == 1:
+        axis.set_xlim((1 - ALONE) * centers[0], (1 + ALONE) * centers[0])
     axis.grid(alpha=0.3)
 
 
 def _clusters(values: Sequence[float]) -> list[list[float]]:
-    """Return the values in order, those together that could not be told apart on an axis."""
+    """Return the values in order, those together that could not be distinguished on an axis."""
     ordered = sorted(set(values))
     found: list[list[float]] = []
     for value in ordered:
@@ -148,15 +148,15 @@ def _places(key: str, lines: Mapping[str, Line], scale: float) -> tuple[dict[tup
         if row.spread(key)
     }
     clusters = _clusters(list(exact.values()))
-    centres = [mean(cluster) for cluster in clusters]
-    gaps = [right - left for left, right in pairwise(centres)]
+    centers = [mean(cluster) for cluster in clusters]
+    gaps = [right - left for left, right in pairwise(centers)]
     found = dict(exact)
-    for cluster, centre in zip(clusters, centres, strict=True):
+    for cluster, center in zip(clusters, centers, strict=True):
         crowd = [point for point in exact if exact[point] in cluster]
-        step = min(APART * sum(gaps), 0.6 * min(gaps) / len(crowd)) if gaps else 1.5 * ALONE * centre / len(crowd)
+        step = min(APART * sum(gaps), 0.6 * min(gaps) / len(crowd)) if gaps else 1.5 * ALONE * center / len(crowd)
         for place, point in enumerate(crowd):
-            found[point] = centre + step * (place - (len(crowd) - 1) / 2)
-    return found, centres
+            found[point] = center + step * (place - (len(crowd) - 1) / 2)
+    return found, centers
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:

@@ -143,8 +143,12 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
     for run, each in zip(runs, settings, strict=True):
         names = [name for name in (*named, *_own(run, runs)) if name != "criterion"]
         own = [name for name in names if not (run.is_plain and name in PRUNING)]
-        told = [_told(name, texts[name][each.get(name)]) for name in own if (name, each.get(name)) != ("teacher", None)]
-        found.append(", ".join([PLAIN if run.is_plain else run.settings["criterion"], *told]))
+        described = [
+            _with_value(name, texts[name][each.get(name)])
+            for name in own
+            if (name, each.get(name)) != ("teacher", None)
+        ]
+        found.append(", ".join([PLAIN if run.is_plain else run.settings["criterion"], *described]))
     return found
 
 
@@ -182,5 +186,5 @@ def _own(run: FinishedRun, runs: Sequence[FinishedRun]) -> list[str]:
     return [name for name in differing(alike) if name in FOLLOWING]
 
 
-def _told(name: str, text: str) -> str:
+def _with_value(name: str, text: str) -> str:
     return text if name == "scope" else f"{name} {text}"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from types import FrameType
 
 STOPPED = 75
-"""Exit code of a run that was told to stop, and has saved what it needs to go on."""
+"""Exit code of a run that was asked to stop, and has saved what it needs to go on."""
 
 LOST_CONTACT = 76
 """Exit code of a rank that waited in vain for the others; the run can go on from its newest checkpoint."""

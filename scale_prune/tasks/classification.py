@@ -1,4 +1,4 @@
-"""Labelled texts, for encoders: each text is one example, its label is learnt.
+"""Labeled texts, for encoders: each text is one example, its label is learned.
 
 Shape letters: E examples, B of them in a forward pass, T tokens of the longest of these, C classes (1 for a number).
 """
@@ -24,12 +24,12 @@ from scale_prune.data import (
     Split,
     Template,
     Text,
+    assigned,
     check_tokens,
     columns_of,
-    dealt,
     load_text,
     templates_of,
-    tokenised,
+    tokenized,
 )
 from scale_prune.tasks.examples import refuse_empty, selected, short_enough
 from scale_prune.tasks.label_metrics import measured
@@ -39,8 +39,8 @@ from scale_prune.zero3 import Runtime
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
-    """Tokenised texts of one split with their labels.
+class Labeled:
+    """Tokenized texts of one split with their labels.
 
     Attributes:
         texts: tokens with the tokenizer's special ones, one tensor an example.
@@ -72,7 +72,7 @@ class Labelled:
 
 
 class Classification(Task):
-    """The task of labelling texts; `splits` says which are needed. All ranks make it together.
+    """The task of labeling texts; `splits` says which are needed. All ranks make it together.
 
     The classes are the model's own where it is a classifier already, else those of the training labels.
 
@@ -108,7 +108,7 @@ class Classification(Task):
         data = self.data["train"]
         lengths = torch.tensor([len(text) for text in data.texts])
         shape = (accumulation, self.runtime.world_size, self.inputs.micro_batch_size)
-        for chosen in dealt(len(data.texts), shape, seed=self.config.training.seed, first_step=first_step):
+        for chosen in assigned(len(data.texts), shape, seed=self.config.training.seed, first_step=first_step):
             passes = [MicroBatch(inputs=data.collate(rows)) for rows in chosen[:, self.runtime.rank].tolist()]
             yield Step(micro_batches=passes, tokens=int(lengths[chosen].sum()))
 
@@ -173,8 +173,8 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
     return labels
 
 
-def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Labelled:
-    """Tokenise the texts of one split, with the tokenizer's special tokens.
+def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Labeled:
+    """Tokenize the texts of one split, with the tokenizer's special tokens.
 
     Raises:
         ValueError: a label is missing or unknown, a text is empty or too long, or the tokenizer has no token to pad
@@ -184,10 +184,10 @@ def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labe
         raise ValueError("the tokenizer has no pad_token, which fills up the shorter texts of a batch")
     encoded = labels.encode(text)
     (template,) = templates_of(config.task)
-    tokens = tokenised(text, partial(_encode, tokenizer=tokenizer, template=template), ("prompt",))["prompt"]
+    tokens = tokenized(text, partial(_encode, tokenizer=tokenizer, template=template), ("prompt",))["prompt"]
     refuse_empty(config, text, {"prompt": tokens})
     kept = short_enough(config, text, {"text": tokens})
-    return Labelled(
+    return Labeled(
         texts=selected(tokens, kept),
         labels=encoded[torch.from_numpy(kept)],
         padding=int(tokenizer.pad_token_id),

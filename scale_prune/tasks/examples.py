@@ -1,9 +1,9 @@
-"""Prompts with their completions: one example a row, tokenised, dealt to the ranks, padded on the right.
+"""Prompts with their completions: one example a row, tokenized, assigned to the ranks, padded on the right.
 
 An example is the BOS token where the model was trained with one, the prompt's tokens, the completion's, and the
-end-of-text token; prompt and completion are tokenised apart, without special tokens, the completion also without the
+end-of-text token; prompt and completion are tokenized apart, without special tokens, the completion also without the
 blank that some tokenizers put before a text, because it goes on where the prompt ended. Only the completion and its end
-are learnt: all other labels are IGNORED, and padding is outside of the attention mask.
+are learned: all other labels are IGNORED, and padding is outside of the attention mask.
 
 Shape letters: B examples in a forward pass, T tokens of the longest of them.
 """
@@ -27,20 +27,20 @@ from scale_prune.data import (
     Template,
     Text,
     Tokens,
+    assigned,
     bos_of,
     columns_of,
     continuing,
-    dealt,
     load_text,
     templates_of,
-    tokenised,
+    tokenized,
 )
 from scale_prune.tasks.task import MicroBatch, Step
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Tokenised examples of one split.
+    """Tokenized examples of one split.
 
     Attributes:
         prompts: the prompts' tokens with the BOS token, if there is one, one tensor an example.
@@ -65,7 +65,7 @@ class Examples:
 
     @property
     def counted(self) -> Tensor:
-        """Tokens of each example that are learnt, int64."""
+        """Tokens of each example that are learned, int64."""
         return torch.tensor([len(completion) for completion in self.completions])
 
     def fingerprint(self) -> str:
@@ -78,7 +78,7 @@ class Examples:
 
 
 def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Read and tokenise the examples of one split; every rank gets the same without communication.
+    """Read and tokenize the examples of one split; every rank gets the same without communication.
 
     Args:
         config: the settings, with both templates.
@@ -101,7 +101,7 @@ def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) ->
         prompt=prompt,
         completion=completion,
     )
-    parts = tokenised(text, encode, ("prompt", "completion"))
+    parts = tokenized(text, encode, ("prompt", "completion"))
     refuse_empty(config, text, parts)
     kept = short_enough(config, text, parts)
     return Examples(
@@ -160,9 +160,9 @@ def short_enough(config: Config, text: Text, parts: Mapping[str, Tokens]) -> np.
     kept, long = np.flatnonzero(lengths <= block), np.flatnonzero(lengths > block)
     if len(long) and (config.task.long_examples == "refuse" or not len(kept)):
         first = int(long[0])
-        told = " and ".join(f"a {what} of {tokens.lengths[first]} tokens" for what, tokens in parts.items())
+        sizes = " and ".join(f"a {what} of {tokens.lengths[first]} tokens" for what, tokens in parts.items())
         raise ValueError(
-            f"row {text.number(first)} of {text.name} has {told}, special ones included, more than --block_size "
+            f"row {text.number(first)} of {text.name} has {sizes}, special ones included, more than --block_size "
             f"{block}; {len(long)} of {len(lengths)} rows are too long, the longest has {lengths.max()}: give a larger "
             "--block_size" + (", or --long_examples drop" if len(kept) else "")
         )
@@ -192,8 +192,8 @@ def collate(examples: Examples, rows: Sequence[int]) -> dict[str, Tensor]:
         there = row < len(examples)
         prompt, completion = examples.prompts[row if there else 0].long(), examples.completions[row if there else 0]
         ids.append(torch.cat([prompt, completion.long()]))
-        learnt = completion.long() if there else torch.full((len(completion),), IGNORED)
-        labels.append(torch.cat([torch.full_like(prompt, IGNORED), learnt]))
+        learned = completion.long() if there else torch.full((len(completion),), IGNORED)
+        labels.append(torch.cat([torch.full_like(prompt, IGNORED), learned]))
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
@@ -208,7 +208,7 @@ def training_steps(
 
     A step's examples are the same for every number of ranks. A forward pass's mean loss over its completion tokens gets
     a weight, by which the mean over all passes of all ranks is that over all completion tokens of the step: examples
-    are counted by what there is to learn in them, however they are dealt.
+    are counted by what there is to learn in them, however they are assigned.
 
     Args:
         examples: the training examples, at least one.
@@ -218,7 +218,7 @@ def training_steps(
         first_step: the step to begin with.
     """
     counted, lengths = examples.counted, examples.lengths
-    for chosen in dealt(len(examples), shape, seed=seed, first_step=first_step):
+    for chosen in assigned(len(examples), shape, seed=seed, first_step=first_step):
         mean = float(counted[chosen].sum()) / (shape[0] * shape[1])
         passes = [
             MicroBatch(inputs=collate(examples, rows.tolist()), weight=float(counted[rows].sum()) / mean)

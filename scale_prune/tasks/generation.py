@@ -19,9 +19,9 @@ from scale_prune.zero3 import Runtime
 
 @contextmanager
 def neutral(model: Any) -> Iterator[None]:
-    """Let a model generate as it is told, with nothing from the checkpoint's generation_config but special tokens.
+    """Let a model generate as asked, with nothing from the checkpoint's generation_config but special tokens.
 
-    `generate` fills in from there whatever it is not told: penalties, forced and forbidden tokens, caches. Nor is it
+    `generate` fills in from there whatever is not given: penalties, forced and forbidden tokens, caches. Nor is it
     one of the checkpoint's own, which transformers puts into a model whose folder has it. Both are back afterwards.
     """
     own, custom = model.generation_config, model.__dict__.pop("generate", None)

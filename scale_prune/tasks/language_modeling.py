@@ -11,7 +11,7 @@ from scale_prune.tasks.task import Measured, MicroBatch, Step, Task
 from scale_prune.zero3 import Runtime
 
 
-class LanguageModelling(Task):
+class LanguageModeling(Task):
     """The task of predicting running text; `splits` says which texts are needed. All ranks make it together."""
 
     def __init__(self, inputs: Inputs, runtime: Runtime, splits: Sequence[Split]) -> None:

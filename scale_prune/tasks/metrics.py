@@ -35,15 +35,15 @@ def rouge(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
 
 
 def exact_match(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return how many texts are one of their references: as they are, and by `normalised`."""
+    """Return how many texts are one of their references: as they are, and by `normalized`."""
     pairs = list(zip(written, references, strict=True))
     return {
         "exact_match": 100 * fmean(text in own for text, own in pairs),
-        "exact_match_normalised": 100 * fmean(normalised(text) in map(normalised, own) for text, own in pairs),
+        "exact_match_normalised": 100 * fmean(normalized(text) in map(normalized, own) for text, own in pairs),
     }
 
 
-def normalised(query: str) -> str:
+def normalized(query: str) -> str:
     """Return a query without what does not change it.
 
     Lower case, one blank between words, none around punctuation and operators, no quotation marks, no semicolon at the

@@ -1,4 +1,4 @@
-"""Tasks whose examples are a prompt and its completion: the completion is learnt, generated and compared."""
+"""Tasks whose examples are a prompt and its completion: the completion is learned, generated and compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property

@@ -92,7 +92,7 @@ def _check_finite(weight: Tensor, name: str) -> None:
     broken = int((~weight.isfinite()).sum())
     if broken:
         raise ValueError(
-            f"{broken} of {weight.numel()} elements of {name}.weight are not finite, so it cannot be factorised; "
+            f"{broken} of {weight.numel()} elements of {name}.weight are not finite, so it cannot be factorized; "
             "give a model whose weights are all numbers"
         )
 
@@ -120,7 +120,7 @@ def factorize_embedding(
     components: Callable[[tuple[int, int]], int],
     factors: Factors,
 ) -> None:
-    """Replace an embedding, and the output tied to it, by factorised clusters of tokens. A collective.
+    """Replace an embedding, and the output tied to it, by factorized clusters of tokens. A collective.
 
     Every rank gathers the table once.
 

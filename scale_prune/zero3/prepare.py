@@ -14,7 +14,7 @@ from scale_prune.zero3.factorize import factorize, factorize_embedding, factors_
 def prepare_units(
     model: PreTrainedModel, pruning: PruningConfig, *, seed: int, values: str, token_counts: Tensor | None = None
 ) -> tuple[UnitGroup, ...]:
-    """Factorise what the criterion needs factorised, and list the units. A collective.
+    """Factorize what the criterion needs factorized, and list the units. A collective.
 
     Args:
         model: a model that ZeRO-3 has partitioned, before an engine is made around it; changed in place.
