@@ -165,7 +165,7 @@ def test_range(valid: Range, words: str, inside: list[float], outside: list[floa
 
 MADE_UP = """\
     made_up: int = setting(
-        3, "a made-up number", Range(1), may_change=True, compared=IGNORED, commands=("evaluate",)
+        "a made-up number", 3, Range(1), may_change=True, compared=IGNORED, commands=("evaluate",)
     )
 """
 USED = """\

@@ -39,8 +39,8 @@ METHOD, MUST_AGREE, IGNORED, FOLLOWS = "method", "must agree", "ignored", "follo
 
 
 def setting(
-    default: Any,
     help: str,
+    default: Any = None,
     within: Range | None = None,
     *,
     choices: tuple[str, ...] | None = None,
@@ -54,8 +54,8 @@ def setting(
     """Declare a field.
 
     Args:
-        default: the value of a field that is not given.
         help: what it is, and its unit.
+        default: the value of a field that is not given; None leaves it to `otherwise`.
         within: valid values of a number.
         choices: valid values of a string, where they are a closed set.
         otherwise: what happens where the value is None.

@@ -29,20 +29,15 @@ class DataConfig(Settings):
     """Which text, and how it is cut."""
 
     dataset: str | None = text_setting(
-        None,
         "data set: a local file (txt, jsonl, csv, parquet, each also .gz), a `datasets` folder, or a hub name",
         otherwise="text that comes with Python",
         is_path=True,
         may_change=True,
     )
     dataset_config: str | None = text_setting(
-        None,
-        "configuration of a hub data set, e.g. wikitext-103-raw-v1",
-        otherwise="the data set's own",
-        may_change=True,
+        "configuration of a hub data set, e.g. wikitext-103-raw-v1", otherwise="the data set's own", may_change=True
     )
     train_file: str | None = text_setting(
-        None,
         "file with the training text",
         otherwise="the training split of --dataset",
         is_path=True,
@@ -50,24 +45,23 @@ class DataConfig(Settings):
         commands=("analyze",),
     )
     validation_file: str | None = text_setting(
-        None,
         "file with the validation text",
         otherwise="the validation split of --dataset",
         is_path=True,
         may_change=True,
         commands=("evaluate",),
     )
-    text_column: str = text_setting("text", "column that holds the text")
-    block_size: int = text_setting(128, "tokens in a block, at most the model's positions", Range(2))
+    text_column: str = text_setting("column that holds the text", "text")
+    block_size: int = text_setting("tokens in a block, at most the model's positions", 128, Range(2))
     bos: str = text_setting(
-        "auto",
         "begin each block and prompt with the tokenizer's BOS token: always, never, or auto, as the tokenizer does by "
         "itself; classification takes the tokenizer's special tokens",
+        "auto",
         choices=("auto", "always", "never"),
     )
     eval_tokens: int = text_setting(
-        0,
         "validation tokens used for perplexity, from the start of the stream, 0 takes all",
+        0,
         Range(0),
         commands=("evaluate",),
     )
@@ -85,42 +79,38 @@ class TaskConfig(Settings):
     """What the model learns to do with the data, and how that is measured."""
 
     task: str = task_setting(
-        "lm",
         "lm: running text; text_to_sql, summarization, data_to_text: a prompt and its completion on each row, of which "
         "the completion is learned, generated and compared with the row's own; classification: a text and its label, "
         "for encoders such as BERT",
+        "lm",
         choices=TASKS,
     )
     prompt_template: str | None = task_setting(
-        None,
         r"the prompt of a row, with {column} where a column's value goes; \n is a new line",
         otherwise="the task's own (see docs/tasks.md)",
     )
     completion_template: str | None = task_setting(
-        None, "what follows the prompt, before the end-of-text token", otherwise="the task's own (see docs/tasks.md)"
+        "what follows the prompt, before the end-of-text token", otherwise="the task's own (see docs/tasks.md)"
     )
     label_column: str | None = task_setting(
-        None,
         "column with the label of a text: texts or whole numbers are classes, other numbers are predicted",
         otherwise="label for classification",
     )
     long_examples: str = task_setting(
-        "refuse",
         "what becomes of examples with more tokens than block_size: refuse ends the run, drop leaves them out",
+        "refuse",
         choices=("refuse", "drop"),
     )
     eval_examples: int | None = task_setting(
-        None,
         "validation examples that the metrics are taken from, from the first on, 0 takes all",
-        Range(0),
+        within=Range(0),
         otherwise="200 where text is generated, else all",
     )
-    max_new_tokens: int = task_setting(64, "tokens generated at most for one prompt", Range(1))
-    num_beams: int = task_setting(1, "beams of the search for a completion, 1 is greedy", Range(1))
+    max_new_tokens: int = task_setting("tokens generated at most for one prompt", 64, Range(1))
+    num_beams: int = task_setting("beams of the search for a completion, 1 is greedy", 1, Range(1))
     generation_batch_size: int | None = setting(
-        None,
         "prompts that a rank completes at once",
-        BLOCKS,
+        within=BLOCKS,
         otherwise="as micro_batch_size",
         may_change=True,
         commands=("evaluate",),
@@ -141,86 +131,81 @@ class TaskConfig(Settings):
 class PruningConfig(Settings):
     """What is pruned, by which criterion, how fast."""
 
-    criterion: str = setting("gum", "rule that scores neurons")
+    criterion: str = setting("rule that scores neurons", "gum")
     scope: str | None = setting(
-        None,
         "rank all neurons of the model together (global), or within each layer's MLP (per_group)",
         choices=("global", "per_group"),
         otherwise="global for gum, else per_group",
     )
     remaining: float = setting(
-        0.5,
         "fraction of the neurons that is kept at the end, 1 is plain fine-tuning",
+        0.5,
         Range(0, 1, "(]"),
         compared=IGNORED,
     )
     warmup_fraction: float = setting(
-        0.1, "fraction of the steps that stay dense before pruning starts", Range(0, 1, "[)")
+        "fraction of the steps that stay dense before pruning starts", 0.1, Range(0, 1, "[)")
     )
-    cooldown_fraction: float = setting(0.3, "fraction of the steps after the target is reached", Range(0, 1, "[)"))
-    update_every: int = setting(1, "steps between two updates of the masks", Range(1))
-    score_learning_rate: float = setting(1e-2, "learning rate of the movement scores", POSITIVE)
-    score_optimizer: str = setting("adam", "optimizer of the movement scores", choices=("adam", "sgd"))
+    cooldown_fraction: float = setting("fraction of the steps after the target is reached", 0.3, Range(0, 1, "[)"))
+    update_every: int = setting("steps between two updates of the masks", 1, Range(1))
+    score_learning_rate: float = setting("learning rate of the movement scores", 1e-2, POSITIVE)
+    score_optimizer: str = setting("optimizer of the movement scores", "adam", choices=("adam", "sgd"))
     regularization: float | None = setting(
-        None,
         "weight lambda_f of the score penalty",
-        Range(0),
+        within=Range(0),
         otherwise="the criterion's own (see docs/choosing.md)",
         compared=FOLLOWS,
     )
     uniqueness: float | None = setting(
-        None,
         "weight lambda_gum of the similarity inside the score penalty",
-        Range(0),
+        within=Range(0),
         otherwise="the criterion's own (see docs/choosing.md)",
         compared=FOLLOWS,
     )
     similarity: str = setting(
-        "batch",
         "batch: keep N numbers a group (smoothed row sums); running: keep N*N sums of products, sharded by rows",
+        "batch",
         choices=("batch", "running"),
     )
-    similarity_every: int = setting(10, "steps between two samples of activations", Range(1))
-    similarity_tokens: int = setting(1024, "tokens in one sample, over all ranks", Range(2, 1_000_000, "[]"))
-    similarity_weight: float = setting(0.999, "weight of the newest sample in the similarity", Range(0, 1, "(]"))
-    min_kept: int = setting(1, "neurons that every layer keeps under scope global", Range(1))
-    width_multiple: int = setting(1, "final widths are rounded to multiples of this many neurons", Range(1))
+    similarity_every: int = setting("steps between two samples of activations", 10, Range(1))
+    similarity_tokens: int = setting("tokens in one sample, over all ranks", 1024, Range(2, 1_000_000, "[]"))
+    similarity_weight: float = setting("weight of the newest sample in the similarity", 0.999, Range(0, 1, "(]"))
+    min_kept: int = setting("neurons that every layer keeps under scope global", 1, Range(1))
+    width_multiple: int = setting("final widths are rounded to multiples of this many neurons", 1, Range(1))
     targets: str = setting(
-        "mlp", "weights that are factorized where components are removed: any of mlp, attention, embedding, with commas"
+        "weights that are factorized where components are removed: any of mlp, attention, embedding, with commas", "mlp"
     )
     factors: str = setting(
-        "svd", "where factors come from: the pretrained weights (svd) or chance (random)", choices=("svd", "random")
+        "where factors come from: the pretrained weights (svd) or chance (random)", "svd", choices=("svd", "random")
     )
     initial_rank: int | None = setting(
-        None, "components that a factorized weight has at the start", Range(1), otherwise="its full rank"
+        "components that a factorized weight has at the start", within=Range(1), otherwise="its full rank"
     )
     embedding_clusters: int = setting(
-        4, "clusters of tokens, by how often they occur in training, that the target embedding is cut into", Range(1)
+        "clusters of tokens, by how often they occur in training, that the target embedding is cut into", 4, Range(1)
     )
     tie_embeddings: bool = setting(
-        False, "insist that the output of the model shares the target embedding; without it that is as the model has it"
+        "insist that the output of the model shares the target embedding; without it that is as the model has it", False
     )
     gate_learning_rate: float | None = setting(
-        None,
         "learning rate of the gates",
-        POSITIVE,
+        within=POSITIVE,
         otherwise="what moves a gate by 20 (flop, neuron_l0) or 0.5 (flop_agp) while the target is approached",
     )
     lambda_learning_rate: float | None = setting(
-        None,
         "learning rate of the multipliers that hold the gates' budget",
-        POSITIVE,
+        within=POSITIVE,
         otherwise="what moves them by 40 (flop) or 20 (neuron_l0) while the target is approached",
     )
     target_warmup_fraction: float = setting(
-        0.4,
         "fraction of the steps, after the dense ones, over which the gates' budget falls to its target",
+        0.4,
         Range(0, 1, "[]"),
     )
     initial_drop_rate: float = setting(
-        0.05, "probability of a closing gate at the start, pretrained weights want a small one", Range(0, 1, "()")
+        "probability of a closing gate at the start, pretrained weights want a small one", 0.05, Range(0, 1, "()")
     )
-    gate_l1: float = setting(0.0, "weight of the mean absolute gate in the loss, for flop_agp", Range(0))
+    gate_l1: float = setting("weight of the mean absolute gate in the loss, for flop_agp", 0.0, Range(0))
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -251,72 +236,66 @@ class TrainingConfig(Settings):
     """Which model, and how it is fine-tuned."""
 
     ds_config: str | None = training_setting(
-        None,
         'DeepSpeed configuration with ZeRO stage 3, values may be "auto": a JSON file or the name of one in ds_configs',
         otherwise="zero3_cpu",
         is_path=True,
         commands=("evaluate", "analyze"),
     )
     model: str | None = training_setting(
-        None,
         "Hugging Face folder or hub name",
         otherwise="a small GPT-Neo that is built and trained here",
         is_path=True,
         compared=MUST_AGREE,
     )
-    max_steps: int = training_setting(300, "optimizer steps of fine-tuning with pruning", Range(1))
-    recovery_steps: int = training_setting(0, "optimizer steps after compaction", Range(0))
+    max_steps: int = training_setting("optimizer steps of fine-tuning with pruning", 300, Range(1))
+    recovery_steps: int = training_setting("optimizer steps after compaction", 0, Range(0))
     train_batch_size: int | None = training_setting(
-        None,
         "blocks in one optimizer step, over all ranks",
-        BLOCKS,
+        within=BLOCKS,
         otherwise="what --micro_batch_size makes, else 16, or the next number that the ranks divide",
         commands=("analyze",),
     )
     micro_batch_size: int | None = training_setting(
-        None,
         "blocks in one forward pass of a rank",
-        BLOCKS,
+        within=BLOCKS,
         otherwise="what the other two batch sizes leave",
         commands=("evaluate", "analyze"),
     )
     gradient_accumulation_steps: int | None = training_setting(
-        None,
         "forward passes of a rank in one optimizer step",
-        BLOCKS,
+        within=BLOCKS,
         otherwise="what the other two batch sizes leave, else 1",
     )
-    learning_rate: float = training_setting(5e-4, "peak learning rate of the weights", POSITIVE)
-    weight_decay: float = training_setting(0.01, "weight decay of the weights", Range(0))
+    learning_rate: float = training_setting("peak learning rate of the weights", 5e-4, POSITIVE)
+    weight_decay: float = training_setting("weight decay of the weights", 0.01, Range(0))
     lr_warmup_fraction: float = training_setting(
-        0.1, "fraction of the steps over which the learning rate rises", Range(0, 1, "[)")
+        "fraction of the steps over which the learning rate rises", 0.1, Range(0, 1, "[)")
     )
-    max_grad_norm: float = training_setting(1.0, "gradients are clipped to this norm, 0 turns clipping off", Range(0))
+    max_grad_norm: float = training_setting("gradients are clipped to this norm, 0 turns clipping off", 1.0, Range(0))
     precision: str = setting(
-        "fp32",
         'fills bf16.enabled and fp16.enabled where they are "auto"',
+        "fp32",
         choices=("fp32", "bf16", "fp16"),
         commands=("evaluate", "analyze"),
     )
-    gradient_checkpointing: bool = training_setting(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool = training_setting("recompute activations in the backward pass to save memory", False)
     seed: int = setting(
-        0,
         "seed of data order, dropout and random scores",
+        0,
         Range(0, 2**32 - 1, "[]"),
         compared=IGNORED,
         commands=("analyze",),
     )
     collective_timeout: float = training_setting(
-        1800.0,
         "seconds that a rank waits for the others before it gives them up",
+        1800.0,
         Range(0, 31_536_000, "(]"),
         compared=IGNORED,
     )
     trust_remote_code: bool = training_setting(
-        False, "run code that comes with the model", commands=("evaluate", "analyze")
+        "run code that comes with the model", False, commands=("evaluate", "analyze")
     )
     plugin: str | None = training_setting(
-        None,
         "your own criteria and families: modules that Python can import, or .py files, with commas",
         otherwise="those of scale_prune",
         compared=IGNORED,
@@ -329,16 +308,15 @@ class DistillationConfig(Settings):
     """What the model learns beside the text."""
 
     teacher: str | None = setting(
-        None,
         "dense model to learn from: Hugging Face folder or hub name, or self for the model as it was loaded",
         otherwise="no distillation",
         is_path=True,
     )
     distill_alpha: float = setting(
-        0.5, "weight of the divergence from the teacher, the text has 1 - this", Range(0, 1, "(]")
+        "weight of the divergence from the teacher, the text has 1 - this", 0.5, Range(0, 1, "(]")
     )
     distill_temperature: float = setting(
-        2.0, "temperature that flattens both distributions in the divergence", POSITIVE
+        "temperature that flattens both distributions in the divergence", 2.0, POSITIVE
     )
 
 
@@ -347,11 +325,10 @@ class OutputConfig(Settings):
     """Where results go, in which form."""
 
     output_dir: str = output_setting(
-        "out", "folder for everything that the run writes, must not hold a run already", is_path=True
+        "folder for everything that the run writes, must not hold a run already", "out", is_path=True
     )
-    overwrite: bool = output_setting(False, "replace the run that output_dir holds, once the new one is complete")
+    overwrite: bool = output_setting("replace the run that output_dir holds, once the new one is complete", False)
     layout: str | None = output_setting(
-        None,
         "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
         "needs trust_remote_code)",
         choices=("uniform", "pad", "per_layer"),
@@ -359,20 +336,19 @@ class OutputConfig(Settings):
         compared=FOLLOWS,
     )
     eval_every: int = output_setting(
-        0, "steps between two evaluations while training, 0 evaluates only before and after", Range(0)
+        "steps between two evaluations while training, 0 evaluates only before and after", 0, Range(0)
     )
-    log_every: int = output_setting(10, "steps between two points in TensorBoard", Range(1))
-    tensorboard: bool = output_setting(True, "write TensorBoard events to output_dir/tensorboard")
+    log_every: int = output_setting("steps between two points in TensorBoard", 10, Range(1))
+    tensorboard: bool = output_setting("write TensorBoard events to output_dir/tensorboard", True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Settings):
     """What a killed run can go on from."""
 
-    save_every: int = output_setting(0, "optimizer steps between two checkpoints, 0 saves only on SIGTERM", Range(0))
-    keep_checkpoints: int = output_setting(2, "newest checkpoints that are kept, older ones are removed", Range(1))
+    save_every: int = output_setting("optimizer steps between two checkpoints, 0 saves only on SIGTERM", 0, Range(0))
+    keep_checkpoints: int = output_setting("newest checkpoints that are kept, older ones are removed", 2, Range(1))
     resume: str | None = output_setting(
-        None,
         "go on from a checkpoint: its folder, or without a value the newest whole one of output_dir; where there is "
         "none yet the run starts from the beginning",
         bare="newest",
