@@ -285,7 +285,7 @@ SPOILERS: dict[str, Callable[[Path], object]] = {
     "copy the teacher": lambda folder: shutil.copytree(folder / "model", folder / "teacher"),
     "train another tokenizer": other_tokenizer("model"),
     "train another tokenizer for the teacher": other_tokenizer("teacher"),
-    "make a shorter model": other_model("model", num_layers=1, attention_types=[[["global"], 1]]),
+    "make a shorter model": other_model("model", num_hidden_layers=1, attention_types=[[["global"], 1]]),
     "make a wider model": other_model("model", hidden_size=23),
     "fit the teacher to its tokenizer": other_model("teacher"),
     "make a wider teacher": other_model("teacher", hidden_size=23),
