@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
-from scale_prune.criteria import check_uniqueness
+from scale_prune.criteria import check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, tied_output, unit_groups
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
@@ -77,6 +77,12 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
             "accelerator.prepare returns"
         )
     check_uniqueness(config)
+    if with_defaults(config).rounds or config.repair not in (None, "none"):
+        raise ValueError(
+            f"criterion {config.criterion}, rounds {with_defaults(config).rounds}, repair {config.repair}: rounds and "
+            "repairs belong to launch/prune.py, which has text to calibrate on; in a loop of your own give neither, "
+            "and a criterion that needs no Gram matrix"
+        )
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
     check_maskable(engine.module, groups)

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from scale_prune.core.groups import Member, UnitGroup
 from scale_prune.core.shards import shard_bounds
-from scale_prune.criteria import ShardView
+from scale_prune.criteria import CRITERIA, ShardView
 from scale_prune.data.batches import TokenBlocks, training_batches
 from scale_prune.pruning.pruner import Pruner
 
 T = TypeVar("T")
+
+MASKING = [name for name, criterion in CRITERIA.items() if "gram" not in criterion.needs]  # by steps, not in rounds
 
 DROPOUTS: dict[str, tuple[str, ...]] = {
     "gpt_neo": ("attention_dropout", "embed_dropout", "resid_dropout"),
@@ -164,6 +166,14 @@ class InMemoryBackend:
         """Zero the removed units."""
         for member in group.members:
             self.parameters[member.name].data.movedim(member.dim, 0)[~mask] = 0.0
+
+    def gather(self, member: Member) -> Tensor:
+        """Return a member's whole working copy."""
+        return self.parameters[member.name].detach().float().clone()
+
+    def reduce(self, values: Tensor, rank: int) -> Tensor:
+        """Add up a tensor over ranks."""
+        return torch.stack(self.exchange.all(self.rank, values)).sum(0)
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Add up and return this rank's part."""

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
             halves = []
             for half, output in enumerate((None, log)):
                 os.sched_setaffinity(0, cores[half::2])  # which the half inherits
-                halves.append(subprocess.Popen(["pytest", "--claims", claims, *arguments], stdout=output))
+                halves.append(subprocess.Popen(["pytest", f"--claims={claims}", *arguments], stdout=output))
             codes = [half.wait() for half in halves]
         print("\nThe other half:\n", second_log.read_text(), sep="")
     return max(codes)

@@ -44,9 +44,9 @@ def moment(step: int = 3, units: int = M, **values: Any) -> Moment:
 
 def advance(criterion: Criterion, state: State, total: Tensor, now: Moment) -> State:
     """Take the units' numbers into the state in the ways that the criterion needs."""
-    if "weight" in criterion.needs:
+    if criterion.needs & {"weight", "gram"}:
         state = criterion.weigh(state, total)
-    return criterion.update(state, total, now) if criterion.needs & {"grad", "gate"} else state
+    return criterion.update(state, total, now) if criterion.needs & {"grad", "influence", "gate"} else state
 
 
 def whole_numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -69,7 +69,7 @@ def test_the_criteria_are_there() -> None:
 def test_no_setting_stays_open(name: str) -> None:
     config = with_defaults(PruningConfig(criterion=name))
     assert config.scope in ("global", "per_group")
-    given = PruningConfig(criterion=name, scope="global", regularization=0.0, uniqueness=0.25)
+    given = PruningConfig(criterion=name, scope="global", rounds=0, regularization=0.0, uniqueness=0.25)
     assert with_defaults(given) == given
 
 

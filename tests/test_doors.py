@@ -92,7 +92,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "mine",
         like(needs={"activations"}),
-        r"needs has 'activations', valid are weight, grad, activation, activity, gate",
+        r"needs has 'activations', valid are weight, grad, influence, activation, activity, gram, gate",
     ),
     ("mine", like(roles={"input"}), "roles has 'input', valid are in, bias, out"),
     ("mine", like(kind="head"), "kind has 'head', valid are neuron, component"),
@@ -302,13 +302,13 @@ def test_the_wheel_is_whole(installed: Path, tmp_path: Path) -> None:
     environment.pop("SCALE_PRUNE_CACHE", None)
     said = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert said.stdout.split() == [str(installed / "scale_prune" / "__init__.py"), f"{tmp_path}/.cache/scale_prune"]
-    plugin = ("--plugin", "wanda", "--criterion", "wanda")
+    plugin = ("--plugin", "wanda", "--criterion", "own_wanda")
     dry = run(installed, tmp_path, "prune", "--dry_run", "--world_size", 2, "--ds_config", "zero3", *plugin)
     assert (dry.returncode, errors_of(dry.stderr)) == (0, []), dry.stderr
-    (tmp_path / "sweep.yaml").write_text("plugin: wanda.py\nds_config: zero3\ncriterion: [wanda, gum]\n")
+    (tmp_path / "sweep.yaml").write_text("plugin: wanda.py\nds_config: zero3\ncriterion: [own_wanda, gum]\n")
     listed = run(installed, tmp_path, "sweep", "sweep.yaml", "--list")
     assert listed.stdout.splitlines() == [
-        "to do  out/wanda",
+        "to do  out/own_wanda",
         "to do  out/gum",
         "0 of 2 done; 2 left, no time known yet",
     ]
@@ -324,12 +324,12 @@ def test_a_sweep_of_the_wheel_runs_a_plugin(installed: Path, work: Path, tmp_pat
     shutil.copy(ROOT / "tests" / "wanda.py", tmp_path)
     texts = {f"{split}_file": str(work / f"{split}.txt") for split in ("train", "validation")}
     size = {"block_size": 16, "train_batch_size": 4, "max_steps": 7, "tensorboard": False, "similarity_every": 2}
-    lines = {"model": str(work / "model"), "plugin": "wanda", "criterion": ["wanda", "gum"], **texts, **size}
+    lines = {"model": str(work / "model"), "plugin": "wanda", "criterion": ["own_wanda", "gum"], **texts, **size}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(lines))
     done = run(installed, tmp_path, "sweep", "sweep.yaml", "--launcher", f"{sys.executable}")
     assert done.returncode == 0, done.stdout + done.stderr
-    report = report_of(tmp_path / "out" / "wanda")
+    report = report_of(tmp_path / "out" / "own_wanda")
     assert report["settings"]["plugin"] == "wanda"
-    assert yaml.safe_load((tmp_path / "out" / "wanda" / "recipe.yaml").read_text())["plugin"] == "wanda"
+    assert yaml.safe_load((tmp_path / "out" / "own_wanda" / "recipe.yaml").read_text())["plugin"] == "wanda"
     compared = run(installed, tmp_path, "compare", "out", "--output_dir", "all")
-    assert "wanda" in compared.stdout
+    assert "own_wanda" in compared.stdout

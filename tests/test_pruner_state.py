@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from memory_backend import Exchange, InMemoryBackend, run_ranks, steady_model, token_blocks, train
+from memory_backend import MASKING, Exchange, InMemoryBackend, run_ranks, steady_model, token_blocks, train
 from models import VOCABULARY, prepared_units
 from torch import Tensor
 
 from scale_prune.config.settings import PruningConfig
-from scale_prune.criteria import CRITERIA
 from scale_prune.pruning.pruner import Pruner
 from scale_prune.pruning.state import facts_of, pruner_slices, restore
 from scale_prune.pruning.units import units_of
@@ -19,7 +18,7 @@ from scale_prune.system.slices import SliceReader, write_slices
 
 STEPS, CUT = 11, 5
 BLOCKS = token_blocks(VOCABULARY)
-CASES = [*((name, {}) for name in CRITERIA), ("gum", {"similarity": "running"}), ("movement", {"scope": "global"})]
+CASES = [*((name, {}) for name in MASKING), ("gum", {"similarity": "running"}), ("movement", {"scope": "global"})]
 
 
 def pruner_on(backend: InMemoryBackend, criterion: str, settings: dict[str, Any]) -> Pruner:

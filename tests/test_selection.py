@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_prune.core.selection import budget, check_finite, round_widths, select, top_mask
+from scale_prune.core.selection import budget, check_finite, log_fractions, round_widths, select, standardized, top_mask
 
 SIZES = (7, 13, 1, 29)
 REMAINING = (1e-9, 0.02, 0.1, 0.25, 0.5, 0.77, 0.999, 1.0)
@@ -173,3 +173,27 @@ def test_multiples_that_fit_change_nothing() -> None:
     for shared_budget in (True, False):
         sizes = [16] * len(before)
         assert round_widths(before, sizes, multiple=4, min_kept=1, shared_budget=shared_budget) == before
+
+
+# --- budgets of layers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remaining", [0.9, 0.75, 0.5, 0.3])
+@pytest.mark.parametrize("layers", [1, 2, 12, 30])
+def test_log_budgets_keep_the_mean_and_take_more_from_later_layers(layers: int, remaining: float) -> None:
+    fractions = log_fractions(remaining, layers)
+    assert sum(fractions) / layers == pytest.approx(remaining)
+    assert fractions == sorted(fractions, reverse=True)
+    assert all(0 < fraction < 1 for fraction in fractions)
+    if layers > 1 and fractions[-1] > 0.06:
+        assert (1 - fractions[-1]) / (1 - fractions[0]) == pytest.approx(4)
+
+
+def test_standardized_ranking_is_blind_to_the_groups_scales() -> None:
+    scores = [torch.tensor([1.0, 2, 3, 9]), torch.tensor([100.0, 200, 300, 900]), torch.full((3,), 7.0)]
+    masks = select([standardized(group) for group in scores], remaining=4 / 11, scope="standardized")
+    assert [mask.tolist() for mask in masks[:2]] == [[False, False, False, True]] * 2
+    assert sum(int(mask.sum()) for mask in masks) == 4
+    assert [int(mask.sum()) for mask in select(scores, remaining=4 / 11, scope="global")] == [1, 2, 1]
+    halves = select(scores[:2], remaining=0.5, scope="per_group", fractions=[0.75, 0.25])
+    assert [int(mask.sum()) for mask in halves] == [3, 1]

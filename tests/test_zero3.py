@@ -28,7 +28,7 @@ from engines import (
     saved_model,
     start,
 )
-from memory_backend import InMemoryBackend, members_by_unit, train, zeros
+from memory_backend import MASKING, InMemoryBackend, members_by_unit, train, zeros
 from models import WIDTH, prepared_units, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from scale_prune import attach, save
 from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.selection import budget
-from scale_prune.criteria import CRITERIA
 from scale_prune.pruning.pruner import Pruner
 from scale_prune.zero3 import Zero3Backend
 from scale_prune.zero3.runtime import load_model, training_engine
@@ -183,7 +182,7 @@ def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(world_siz
     path = saved_model(folder, "gpt_neo")
     # A step has 42 tokens: all of them are sampled, some, or fewer than there are rows.
     gum = [pruning("gum", similarity_tokens=10), pruning("gum", similarity="running", similarity_tokens=5)]
-    settings = [*(pruning(criterion) for criterion in CRITERIA), pruning("gum", similarity="running"), *gum]
+    settings = [*(pruning(criterion) for criterion in MASKING), pruning("gum", similarity="running"), *gum]
     expected = [chosen_in_memory(path, each) for each in settings]
     cut = [(each, 2 if world_size == 1 else 1) for each in settings]  # by itself a rank is the expected one
     cut += [(each, 6 // world_size) for each in gum]

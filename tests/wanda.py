@@ -1,4 +1,6 @@
-"""Wanda as a plugin: the mean of |W2| of a neuron times the norm of its activation. `--plugin tests/wanda.py`.
+"""Wanda as a plugin, as if it were not built in: the mean of |W2| of a neuron times the norm of its activation.
+
+`--plugin tests/wanda.py` makes it known as `--criterion own_wanda`.
 
 Source: arXiv 2306.11695, whose score of a weight is |W| times the norm of its input; here the mean over a neuron's
 output weights, since neurons go as a whole. The squares of all samples add up.
@@ -32,4 +34,4 @@ class Wanda(Criterion):
         return state["total"] * state["activity"].sqrt()
 
 
-register_criterion("wanda", Wanda)
+register_criterion("own_wanda", Wanda)

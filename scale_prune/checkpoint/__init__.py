@@ -4,6 +4,7 @@ from scale_prune.checkpoint.choice import UNSAID, choose, filled_from, glance
 from scale_prune.checkpoint.folder import NEWEST, Checkpoint, set_newer_aside
 from scale_prune.checkpoint.run_state import (
     check_model_and_text,
+    read_kept,
     restore_engine,
     restore_pruner,
     restore_randomness,

@@ -60,8 +60,13 @@ class Checkpoint:
 
     @property
     def compacted(self) -> bool:
-        """True where the removed units were gone from the model."""
-        return self.step > int(self.state["pruner"]["step"])
+        """True where the units that were to leave were gone from the model."""
+        return bool(self.state.get("finished", self.step > int(self.state["pruner"]["step"])))
+
+    @property
+    def kept_groups(self) -> dict[str, int]:
+        """The dense model's units by group, where earlier rounds have removed some; else empty."""
+        return dict(self.state.get("kept_groups", {}))
 
     def reader(self) -> SliceReader:
         """Open the slices of all ranks."""

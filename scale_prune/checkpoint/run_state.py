@@ -1,17 +1,19 @@
 """What a run keeps in a checkpoint, and how another process goes on from it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import set_seed
 
 from scale_prune.checkpoint.folder import Checkpoint, save
-from scale_prune.core import FlatSlice
+from scale_prune.core import FlatSlice, UnitGroup
 from scale_prune.data import Inputs
-from scale_prune.pruning import Pruner
+from scale_prune.pruning import DenseUnits, Pruner
 from scale_prune.pruning import state as pruner_state
 from scale_prune.system import versions
 from scale_prune.zero3 import Runtime, Zero3Backend, engine_state, random_state, set_random_state
@@ -25,14 +27,14 @@ OLD_HOLDOUT = (
 # --- what must be the same ---------------------------------------------------------------------------------------
 
 
-def check_model_and_text(checkpoint: Checkpoint, pruner: Pruner, texts: Mapping[str, str]) -> None:
+def check_model_and_text(checkpoint: Checkpoint, groups: Sequence[UnitGroup], texts: Mapping[str, str]) -> None:
     """Refuse a model of other groups, and a text of other tokens, than the run began with.
 
     Raises:
         ValueError: they differ.
     """
-    before = checkpoint.state["pruner"]["groups"]
-    now = {group.name: group.num_units for group in pruner.groups}
+    before = checkpoint.kept_groups or checkpoint.state["pruner"]["groups"]
+    now = {group.name: group.num_units for group in groups}
     if now != before:
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
         raise ValueError(
@@ -52,14 +54,7 @@ def check_model_and_text(checkpoint: Checkpoint, pruner: Pruner, texts: Mapping[
 
 
 def save_run(
-    inputs: Inputs,
-    runtime: Runtime,
-    backend: Zero3Backend,
-    pruner: Pruner,
-    *,
-    step: int,
-    texts: Mapping[str, str],
-    measured: dict[str, Any],
+    inputs: Inputs, runtime: Runtime, backend: Zero3Backend, pruner: Pruner, dense: DenseUnits, facts: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint of a run between two steps. A collective.
 
@@ -68,28 +63,35 @@ def save_run(
         runtime: its ranks.
         backend: its engine.
         pruner: its pruner.
-        step: steps that were made, recovery included.
-        texts: hashes of the texts' tokens.
-        measured: what the report will need.
+        dense: what rounds before the pruner's have left of the dense model.
+        facts: "step", the steps that were made, recovery included; "finished", whether all units that were to leave
+            have left; "texts", hashes of their tokens; "measured", what the report will need.
 
     Raises:
         ValueError: it cannot be written; the message says why.
     """
     config = inputs.config
     state = {
-        "step": step,
+        **facts,
         "world_size": runtime.world_size,
         "settings": config.flat(),
         "ds_config": inputs.ds_config,
+        "kept_groups": {} if dense.untouched else {group.name: group.num_units for group in dense.groups},
         "pruner": pruner_state.facts_of(pruner),
         "engine": engine_state.facts_of(backend),
-        "texts": dict(texts),
         "validation": inputs.validation,
-        "measured": measured,
         "versions": versions(),
     }
-    folder, slices = Path(config.output.output_dir), _slices(pruner, backend, runtime.rank)
+    folder, slices = Path(config.output.output_dir), _slices(pruner, backend, dense, runtime.rank)
     return save(folder, state=state, slices=slices, runtime=runtime, keep=config.checkpoint.keep_checkpoints)
+
+
+def read_kept(checkpoint: Checkpoint, groups: Sequence[UnitGroup]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what earlier rounds have kept of the dense model's groups, (N,) bool, and its units' scores."""
+    sizes = [group.num_units for group in groups]
+    with _one_message(checkpoint), checkpoint.reader() as reader:
+        kept, scores = (reader.read(f"kept/{name}", 0, sum(sizes)) for name in ("masks", "scores"))
+    return list(kept.bool().split(sizes)), list(scores.split(sizes))
 
 
 def restore_pruner(checkpoint: Checkpoint, pruner: Pruner) -> None:
@@ -134,9 +136,12 @@ def _one_message(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def _slices(pruner: Pruner, backend: Zero3Backend, rank: int) -> Iterator[tuple[str, FlatSlice]]:
+def _slices(pruner: Pruner, backend: Zero3Backend, dense: DenseUnits, rank: int) -> Iterator[tuple[str, FlatSlice]]:
     """Yield everything that this rank holds of a run."""
     yield from ((f"pruner/{name}", each) for name, each in pruner_state.pruner_slices(pruner))
     yield from ((f"engine/{name}", each) for name, each in engine_state.engine_slices(backend))
+    if rank == 0 and not dense.untouched:
+        yield "kept/masks", FlatSlice(0, torch.cat(dense.kept))
+        yield "kept/scores", FlatSlice(0, torch.cat(dense.scores))
     for name, state in random_state().items():
         yield f"random/{rank}/{name}", FlatSlice(0, state.cpu())

@@ -133,9 +133,15 @@ class PruningConfig(Settings):
 
     criterion: str = setting("rule that scores neurons", "gum")
     scope: str | None = setting(
-        "rank all neurons of the model together (global), or within each layer's MLP (per_group)",
-        choices=("global", "per_group"),
+        "rank all neurons of the model together (global), together by how far each is from its layer's mean in "
+        "standard deviations (standardized), or within each layer's MLP (per_group)",
+        choices=("global", "per_group", "standardized"),
         otherwise="global for gum, else per_group",
+    )
+    budget: str = setting(
+        "under scope per_group, let every layer lose alike (uniform), or later layers more (log)",
+        "uniform",
+        choices=("uniform", "log"),
     )
     remaining: float = setting(
         "fraction of the neurons that is kept at the end, 1 is plain fine-tuning",
@@ -148,6 +154,22 @@ class PruningConfig(Settings):
     )
     cooldown_fraction: float = setting("fraction of the steps after the target is reached", 0.3, Range(0, 1, "[)"))
     update_every: int = setting("steps between two updates of the masks", 1, Range(1))
+    rounds: int | None = setting(
+        "parts of the descent; at the end of each, neurons leave for good and training goes on with the smaller model; "
+        "0 masks them until the end",
+        within=Range(0),
+        otherwise="1 for criteria that need a Gram matrix and where max_steps is 0, else 0",
+    )
+    repair: str | None = setting(
+        "what those that stay take over of neurons that leave: the best in closed form (least_squares), their means "
+        "by the biases (mean), or nothing (none)",
+        choices=("least_squares", "mean", "none"),
+        otherwise="least_squares where neurons leave in rounds, else none",
+    )
+    repair_damping: float = setting("added to the diagonal of Gram matrices, as a fraction of its mean", 1e-3, Range(0))
+    calibration_tokens: int = setting(
+        "tokens of the training text that a round sees before it chooses and repairs, over all ranks", 32_768, Range(1)
+    )
     score_learning_rate: float = setting("learning rate of the movement scores", 1e-2, POSITIVE)
     score_optimizer: str = setting("optimizer of the movement scores", "adam", choices=("adam", "sgd"))
     regularization: float | None = setting(
@@ -170,7 +192,7 @@ class PruningConfig(Settings):
     similarity_every: int = setting("steps between two samples of activations", 10, Range(1))
     similarity_tokens: int = setting("tokens in one sample, over all ranks", 1024, Range(2, 1_000_000, "[]"))
     similarity_weight: float = setting("weight of the newest sample in the similarity", 0.999, Range(0, 1, "(]"))
-    min_kept: int = setting("neurons that every layer keeps under scope global", 1, Range(1))
+    min_kept: int = setting("neurons that every layer keeps under any scope but per_group", 1, Range(1))
     width_multiple: int = setting("final widths are rounded to multiples of this many neurons", 1, Range(1))
     targets: str = setting(
         "weights that are factorized where components are removed: any of mlp, attention, embedding, with commas", "mlp"
@@ -247,7 +269,9 @@ class TrainingConfig(Settings):
         is_path=True,
         compared=MUST_AGREE,
     )
-    max_steps: int = training_setting("optimizer steps of fine-tuning with pruning", 300, Range(1))
+    max_steps: int = training_setting(
+        "optimizer steps of fine-tuning with pruning, 0 prunes without training", 300, Range(0)
+    )
     recovery_steps: int = training_setting("optimizer steps after compaction", 0, Range(0))
     train_batch_size: int | None = training_setting(
         "blocks in one optimizer step, over all ranks",
@@ -332,7 +356,7 @@ class OutputConfig(Settings):
         "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
         "needs trust_remote_code)",
         choices=("uniform", "pad", "per_layer"),
-        otherwise="per_layer for scope global and for components, else uniform",
+        otherwise="uniform where layers end alike, else per_layer",
         compared=FOLLOWS,
     )
     eval_every: int = output_setting(

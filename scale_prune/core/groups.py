@@ -47,7 +47,8 @@ class UnitGroup:
             holds both factors.
         kind: what the units are.
         cost: what one unit counts in the budget: a neuron 1, a component its parameters, D_in + D_out.
-        matrix_cost: what the matrix of components counts, its D_in * D_out parameters; None for neurons.
+        matrix_cost: what the group counts in the dense model where that is not its units': the D_in * D_out parameters
+            of a matrix of components, the neurons that there were before the first round of several.
     """
 
     name: str
@@ -61,7 +62,7 @@ class UnitGroup:
 
     @property
     def dense_cost(self) -> int:
-        """What the group counts in the dense model: its matrix, or all its neurons."""
+        """What the group counts in the dense model."""
         return self.num_units * self.cost if self.matrix_cost is None else self.matrix_cost
 
 

@@ -18,6 +18,7 @@ class Schedule:
         update_every: steps between two updates of the masks, at least 1.
         initial: remaining fraction at the start; above 1 where factors are larger than the matrices they stand for.
         settles: nothing is chosen anew once the target is reached.
+        rounds: parts of the descent at whose ends units leave for good; 0 where they are masked until the end.
     """
 
     total_steps: int
@@ -27,6 +28,7 @@ class Schedule:
     update_every: int = 1
     initial: float = 1.0
     settles: bool = False
+    rounds: int = 0
 
     @property
     def warmup_steps(self) -> int:
@@ -46,7 +48,16 @@ class Schedule:
     @property
     def last_pruning_step(self) -> int:
         """The step after which units are removed no more, so that the model can be compacted."""
-        return self.last_descent_step if self.settles and self.target < 1 else self.total_steps
+        at_target = (self.settles or self.rounds > 0) and self.target < 1
+        return self.last_descent_step if at_target else self.total_steps
+
+    @property
+    def removal_steps(self) -> list[int]:
+        """The steps after which units leave for good, the last pruning step at their end."""
+        if not self.rounds or self.target == 1:
+            return [self.last_pruning_step]
+        parts = range(1, self.rounds + 1)
+        return [self.warmup_steps + -(-self.descent_steps * part // self.rounds) for part in parts]
 
     def progress(self, step: int) -> float:
         """Return how far the descent is, from 0 (dense) to 1 (at the target), rising fast first: 1 - (1 - x)^3."""
@@ -61,7 +72,7 @@ class Schedule:
 
     def updates(self, step: int) -> bool:
         """Tell whether the masks are chosen anew after `step`; the first step at the target and the last always do."""
-        if self.target == 1.0 or not self.warmup_steps < step <= self.last_pruning_step:
+        if self.target == 1.0 or self.rounds or not self.warmup_steps < step <= self.last_pruning_step:
             return False
         return step % self.update_every == 0 or step in (self.last_descent_step, self.last_pruning_step)
 

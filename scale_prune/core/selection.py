@@ -3,10 +3,13 @@
 Ties are broken by order: the unit that comes first, in the earlier group, is kept.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+MOST_LOST = 0.95  # of a layer, by a budget
 
 
 def top_mask(scores: Tensor, count: int) -> Tensor:
@@ -38,36 +41,43 @@ def select(
     width_multiple: int = 1,
     costs: Sequence[int] | None = None,
     dense_costs: Sequence[int] | None = None,
+    fractions: Sequence[float] | None = None,
 ) -> list[Tensor]:
     """Choose the units that remain.
 
     Args:
         scores: one (N,) tensor a group, finite, higher = keep.
         remaining: fraction of the dense model to keep, above 0.
-        scope: "global" ranks all units together, "per_group" each group by itself.
-        min_kept: units that every group keeps (or all it has, if fewer) under scope "global".
-        width_multiple: widths are multiples of this (or the group's full width), the total as near the budget as these
-            steps allow; the units within a width are still the highest scores.
-        costs: what a unit of each group counts; 1 where they are left out.
-        dense_costs: what each group counts in the dense model; all its units where they are left out.
+        scope: "global" and "standardized" rank all units together, "per_group" each group by itself.
+        min_kept: units that every group keeps (or all it has, if fewer) under any scope but "per_group".
+        width_multiple: widths are multiples of this, or full, the total as near the budget as these steps allow; the
+            units within a width are still the highest scores.
+        costs: what a unit of each group counts; 1 by default.
+        dense_costs: what each group counts in the dense model; all its units by default.
+        fractions: what remains of each group under scope "per_group"; `remaining` by default.
 
-    Returns:
-        One (N,) bool mask a group.
+    Returns: one (N,) bool mask a group.
     """
     sizes = [len(group) for group in scores]
     costs = costs or [1] * len(sizes)
     dense_costs = dense_costs or [cost * size for cost, size in zip(costs, sizes, strict=True)]
-    if scope == "per_group":
-        masks = _select_each(scores, costs, [remaining * dense for dense in dense_costs])
-        floor, shared_budget = 1, False
+    if alone := scope == "per_group":
+        shares = zip(fractions or [remaining] * len(sizes), dense_costs, strict=True)
+        masks = _select_each(scores, costs, [fraction * dense for fraction, dense in shares])
     else:
         masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
-        floor, shared_budget = min_kept, len(set(costs)) == 1
     if width_multiple == 1:
         return masks
-    widths = [int(mask.sum()) for mask in masks]
-    widths = round_widths(widths, sizes, multiple=width_multiple, min_kept=floor, shared_budget=shared_budget)
+    floor, shared = (1, False) if alone else (min_kept, len(set(costs)) == 1)
+    chosen = [int(mask.sum()) for mask in masks]
+    widths = round_widths(chosen, sizes, multiple=width_multiple, min_kept=floor, shared_budget=shared)
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
+
+
+def standardized(scores: Tensor) -> Tensor:
+    """Return how far a group's scores are from their mean, in standard deviations."""
+    spread = scores.double().std(correction=0)
+    return ((scores.double() - scores.double().mean()) / spread.clamp(min=torch.finfo(torch.float64).tiny)).float()
 
 
 def _select_each(scores: Sequence[Tensor], costs: Sequence[int], allowed: Sequence[float]) -> list[Tensor]:
@@ -153,3 +163,34 @@ def check_finite(scores: Tensor, group_name: str) -> None:
             f"{bad} of {len(scores)} scores of group {group_name} are not finite, so its units cannot be ranked; "
             "the loss or a gradient probably overflowed in an earlier step"
         )
+
+
+def log_fractions(remaining: float, layers: int) -> list[float]:
+    """Return the fraction of each layer that remains, so that later layers lose more and the mean is `remaining`.
+
+    What the first layer loses is a quarter of what the last one does, and between them it rises with the logarithm of
+    the layer's number. No layer loses all: what would be too much is lost by the others.
+
+    Args:
+        remaining: fraction of all, in (0, 1].
+        layers: how many there are, at least 1.
+
+    Source: SlimGPT (arXiv 2412.18110), incremental pruning ratio, with the ratio of the authors' script.
+    """
+    rises = [math.log(layer + 1) / math.log(layers) if layers > 1 else 0.0 for layer in range(layers)]
+    return fractions_of([1 + 3 * rise for rise in rises], remaining)
+
+
+def fractions_of(losses: list[float], remaining: float) -> list[float]:
+    """Return what remains of each layer: losses are to each other as `losses`, up to MOST_LOST.
+
+    Args:
+        losses: one number above 0 a layer.
+        remaining: mean fraction, in (0, 1].
+    """
+    low, high = 0.0, len(losses) / min(losses)
+    for _ in range(100):  # halves the interval until it is one number
+        factor = (low + high) / 2
+        lost = sum(min(factor * loss, MOST_LOST) for loss in losses) / len(losses)
+        low, high = (factor, high) if lost < 1 - remaining else (low, factor)
+    return [1 - min(low * loss, MOST_LOST) for loss in losses]

@@ -1,6 +1,14 @@
 """The criteria, one module each, and what a criterion is."""
 
-from scale_prune.criteria.base import Criterion, GatedCriterion, Moment, Need, ShardView, State
+from scale_prune.criteria.base import (
+    Criterion,
+    GatedCriterion,
+    Moment,
+    Need,
+    ShardView,
+    State,
+    learns_from_gradients,
+)
 from scale_prune.criteria.flop import Flop
 from scale_prune.criteria.registry import (
     CRITERIA,

@@ -14,9 +14,21 @@ import torch
 from torch import Tensor
 
 from scale_prune.config import PruningConfig
-from scale_prune.core import Kind, Member, Role, Schedule, UnitGroup, UnitSpan, full_rank, select, unit_sum
+from scale_prune.core import (
+    Kind,
+    Member,
+    Role,
+    Schedule,
+    UnitGroup,
+    UnitSpan,
+    full_rank,
+    log_fractions,
+    select,
+    standardized,
+    unit_sum,
+)
 
-Need = Literal["weight", "grad", "activation", "activity", "gate"]
+Need = Literal["weight", "grad", "influence", "activation", "activity", "gram", "gate"]
 State = dict[str, Tensor]
 
 OF_COMPONENTS = frozenset({"targets", "factors", "initial_rank", "embedding_clusters", "tie_embeddings"})
@@ -74,8 +86,11 @@ class Criterion:
 
     Attributes:
         needs: what the shares are made of. "grad": they are taken after every backward pass and `update` runs every
-            step. "weight" alone: only when masks are chosen. "activation": `Moment.similarity` is kept up to date.
-            "activity": every `similarity_every` steps `activity` gets `similarity_tokens` tokens, before `update`.
+            step. "weight" alone: only when masks are chosen. "influence": the same of what `of_sequences` makes
+            of the activations' gradients, without shares. "activation": `Moment.similarity` is kept up to date.
+            "activity": every `similarity_every` steps `activity` gets `similarity_tokens` tokens, before `update`; the
+            calibration text instead, once a round, where units leave in rounds.
+            "gram": units leave in rounds, and in each `rank_units` ranks a group by its Gram matrix.
             "gate": there are no shares; units are multiplied by gates, and `update` gets the gradient of these.
         kind: what is removed: neurons, or components of the weights that the run factorizes before it begins.
         roles: the members that have a share.
@@ -103,6 +118,14 @@ class Criterion:
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
         raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no share")
+
+    def of_sequences(self, influence: Tensor) -> Tensor:
+        """Return what sequences add to every unit, (N,), where "influence" is needed.
+
+        Args:
+            influence: (B, N) float32, the sum over a sequence's tokens of h * dL/dh, L being its own mean loss.
+        """
+        raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no of_sequences")
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Return the state of the spans' units, (U,) tensors by name."""
@@ -145,6 +168,15 @@ class Criterion:
         """
         return state | {"total": total}
 
+    def rank_units(self, gram: Tensor, weight: Tensor) -> Tensor:
+        """Return (N,) float32 scores of one group, where "gram" is needed; they take the total's place.
+
+        Args:
+            gram: (F, F) float32, h^T h of what the output projection reads; F is N, or N + 1 with a last feature of 1.
+            weight: (D, N) float32, what reads it.
+        """
+        raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no rank_units")
+
     def score(self, state: State) -> Tensor:
         """Return (U,) float32 scores; higher = keep."""
         return state["total"]
@@ -153,20 +185,26 @@ class Criterion:
         self, scores: Sequence[Tensor], groups: Sequence[UnitGroup], schedule: Schedule, step: int
     ) -> list[Tensor]:
         """Choose the units that remain after `step`: one (N,) bool mask for each group's (N,) scores."""
-        at_target = step >= schedule.last_descent_step
+        at_target, remaining = step >= schedule.last_descent_step, schedule.remaining(step)
         return select(
-            scores,
+            [standardized(group) for group in scores] if self.config.scope == "standardized" else scores,
             costs=[group.cost for group in groups],
             dense_costs=[group.dense_cost for group in groups],
-            remaining=schedule.remaining(step),
+            remaining=remaining,
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,
             width_multiple=self.config.width_multiple if at_target else 1,
+            fractions=log_fractions(remaining, len(groups)) if self.config.budget == "log" else None,
         )
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""
         return self.config.initial_rank or full_rank(shape)
+
+
+def learns_from_gradients(criterion: Criterion | type[Criterion]) -> bool:
+    """Tell whether a criterion's `update` runs after every backward pass."""
+    return bool({"grad", "influence"} & criterion.needs)
 
 
 class GatedCriterion(Criterion, ABC):

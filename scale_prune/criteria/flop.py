@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scale_prune.core import Kind, Schedule, UnitGroup, UnitSpan, adam_step, generator_of, hard_concrete
+from scale_prune.core import Kind, Schedule, UnitGroup, UnitSpan, generator_of, hard_concrete
+from scale_prune.core.adam import adam_step
 from scale_prune.criteria.base import OF_COMPONENTS, GatedCriterion, Moment, State
 
 SPREAD = 0.01

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scale_prune.core import Kind, UnitSpan, adam_step
+from scale_prune.core import Kind, UnitSpan
+from scale_prune.core.adam import adam_step
 from scale_prune.criteria.base import OF_COMPONENTS, Criterion, GatedCriterion, Moment, ShardView, State
 
 

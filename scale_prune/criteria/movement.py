@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scale_prune.core import UnitSpan, adam_step
+from scale_prune.core import UnitSpan
+from scale_prune.core.adam import adam_step
 from scale_prune.criteria.base import Criterion, Moment, ShardView, State
 
 

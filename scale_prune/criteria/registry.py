@@ -56,9 +56,16 @@ def _problem_of(criterion: type[Criterion]) -> str | None:
         return 'defaults must have a "scope", global or per_group'
     if ("gate" in criterion.needs) != issubclass(criterion, GatedCriterion):
         return 'needs has "gate" where the class is a GatedCriterion, and nowhere else'
-    if criterion.kind == "component" and criterion.needs & {"activation", "activity"}:
+    if criterion.kind == "component" and criterion.needs & {"influence", "activation", "activity", "gram"}:
         return "components have no activations of their own, only neurons have"
-    methods = {"weight": ("share",), "grad": ("share", "update"), "activity": ("activity",), "gate": ("update",)}
+    methods = {
+        "weight": ("share",),
+        "grad": ("share", "update"),
+        "influence": ("of_sequences", "update"),
+        "activity": ("activity",),
+        "gram": ("rank_units",),
+        "gate": ("update",),
+    }
     for need, names in methods.items():
         for method in names if need in criterion.needs else ():
             if getattr(criterion, method) is getattr(Criterion, method):
@@ -97,7 +104,8 @@ def with_defaults(config: PruningConfig) -> PruningConfig:
     """
     if config.criterion not in CRITERIA:
         raise ValueError(f"--criterion {config.criterion} is unknown; known are {', '.join(CRITERIA)}")
-    defaults = CRITERIA[config.criterion].defaults
+    criterion = CRITERIA[config.criterion]
+    defaults = {"rounds": int("gram" in criterion.needs)} | criterion.defaults
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
@@ -107,7 +115,7 @@ def unused(config: PruningConfig) -> dict[str, Any]:
     if config.remaining == 1:
         return {}
     used = CRITERIA[config.criterion].settings
-    if filled.scope != "global":
+    if filled.scope == "per_group":
         used -= {"min_kept"}
     if EMBEDDING not in config.target_names:
         used -= {"embedding_clusters", "tie_embeddings"}
@@ -146,4 +154,5 @@ def schedule_of(config: PruningConfig, total_steps: int, *, initial: float = 1.0
         update_every=config.update_every,
         initial=initial,
         settles=CRITERIA[config.criterion].settles,
+        rounds=config.rounds or 0,
     )

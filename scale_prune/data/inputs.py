@@ -46,9 +46,24 @@ class Inputs:
         return int(self.ds_config["train_batch_size"])
 
     @property
+    def calibration_steps(self) -> int:
+        """Optimizer steps whose text a round is calibrated on."""
+        return calibration_steps(self.config, self.batch_size)
+
+    @property
+    def pruning_steps(self) -> int:
+        """Steps that the pruner sees: those with pruning, or those of the calibration text where nothing is trained."""
+        return self.config.training.max_steps or int(self.config.pruning.rounds or 1) * self.calibration_steps
+
+    @property
     def micro_batch_size(self) -> int:
         """Blocks in one forward pass of a rank."""
         return int(self.ds_config["train_micro_batch_size_per_gpu"])
+
+
+def calibration_steps(config: Config, batch_size: int) -> int:
+    """Return the optimizer steps whose text a round is calibrated on, for blocks in such a step."""
+    return -(-config.pruning.calibration_tokens // (batch_size * config.data.block_size))
 
 
 def check_tokens(largest: Mapping[str, int], inputs: Inputs) -> None:

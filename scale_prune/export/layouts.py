@@ -24,7 +24,7 @@ def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str
 
     Args:
         layout: "uniform", "pad", "per_layer", or None for the usual one.
-        scope: "global" or "per_group".
+        scope: "per_group" where all layers lose alike, else what lets them differ.
         kind: what is removed; factors of components have a place in "per_layer" alone, and are multiplied out in
             "uniform".
 
@@ -33,7 +33,7 @@ def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str
             it is pad although no neurons are removed.
     """
     if layout is None:
-        return "per_layer" if kind == "component" or scope == "global" else "uniform"
+        return "per_layer" if kind == "component" or scope != "per_group" else "uniform"
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
     if (layout, kind) == ("pad", "component"):
@@ -41,9 +41,9 @@ def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str
             "--layout pad is for layers of different widths, but removing components leaves widths as they are, "
             "choose --layout per_layer (factors) or uniform (multiplied out)"
         )
-    if (layout, scope, kind) == ("uniform", "global", "neuron"):
+    if layout == "uniform" and scope != "per_group" and kind == "neuron":
         raise ValueError(
-            "--layout uniform cannot hold the widths of --scope global, which differ by layer, "
+            f"--layout uniform cannot hold the widths of --scope {scope}, which differ by layer, "
             "choose --layout pad or per_layer, or --scope per_group"
         )
     return layout

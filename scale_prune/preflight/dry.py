@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from scale_prune.config import DEFAULT, Mistakes, parse, precision
-from scale_prune.criteria import CRITERIA, with_defaults
-from scale_prune.data import embedded
+from scale_prune.criteria import CRITERIA, learns_from_gradients, with_defaults
+from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
 from scale_prune.preflight.inputs import CHECKS, Reading
 from scale_prune.preflight.job import Job
@@ -85,5 +85,7 @@ def _job(reading: Reading) -> Job:
         ds_config=ds_config,
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
+        trains=training.max_steps > 0 or learns_from_gradients(CRITERIA[pruning.criterion]),
+        calibration_steps=calibration_steps(reading.config, int(ds_config["train_batch_size"])),
         has_teacher=reading.config.distillation.teacher is not None,
     )

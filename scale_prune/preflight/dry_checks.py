@@ -72,6 +72,8 @@ def _tokens(reading: Reading, split: Split, text: Text, tokenizer: PreTrainedTok
 def _check_updates(reading: Reading) -> None:
     """Refuse a schedule that goes from dense to the target in one update."""
     schedule = planned_schedule(reading)
+    if schedule.rounds or not reading.config.training.max_steps:
+        return
     updates = sum(schedule.updates(step) for step in range(1, schedule.last_descent_step + 1))
     if schedule.target < 1 and updates < 2:
         raise ValueError(

@@ -17,6 +17,7 @@ from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
 from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.job import FP32, PERSISTENT, PREFETCH_BUCKET, REDUCE_BUCKET, REUSE_DISTANCE, SUB_GROUP, Job
+from scale_prune.preflight.round_needs import round_memory
 
 PROCESS = 550 * 2**20
 """Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
@@ -45,6 +46,8 @@ def memory(job: Job) -> dict[str, list[Part]]:
     always = [*_process(job), *_buffers(job), *_scores(job), *_teacher(job)]
     held = [*always, *_states(job, job.shards, "")]
     own = _phases(job)
+    if added := round_memory(job):
+        own["round"] = [Part(name, job.place(), size) for name, size in added.items()]
     phases = {"loading": [*_process(job), *_loading(job)]} | {name: [*held, *parts] for name, parts in own.items()}
     if job.pruning.remaining < 1:
         phases["compaction"] = [*always, *_compaction(job)]
@@ -61,6 +64,8 @@ def _growth(compaction: list[Part], held: list[Part]) -> list[Part]:
 def _phases(job: Job) -> dict[str, list[Part]]:
     """Return what each phase adds to what an engine and its pruner hold all the time."""
     device = job.place()
+    if not job.trains:
+        return {"forward": [Part("gathered parameters", device, _gathered(job))]}
     passing = [Part("gathered parameters", device, _gathered(job)), Part("activations", device, job.activations)]
     return {
         "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
@@ -95,8 +100,11 @@ def _states(job: Job, shards: int, prefix: str) -> list[Part]:
     """
     optimizer = job.place("offload_optimizer")
     offloaded = job.on_gpu and optimizer != "GPU"
+    working = Part(f"{prefix}parameters", job.place("offload_param"), shards * job.width)
+    if not job.trains:
+        return [working]
     return [
-        Part(f"{prefix}parameters", job.place("offload_param"), shards * job.width),
+        working,
         Part(f"{prefix}master", optimizer, shards * FP32),
         Part(f"{prefix}gradients", optimizer, shards * (job.gradient_width + FP32 * offloaded)),
         Part(f"{prefix}optimizer", optimizer, shards * FP32 * job.moments),
@@ -246,7 +254,7 @@ def _compaction(job: Job) -> list[Part]:
     pruned = job.shard_of(job.num_pruned)
     return [
         Part("parameters", job.place("offload_param"), job.shards * job.width),
-        Part("carried slices", "host", pruned * FP32 * (1 + job.moments)),
+        Part("carried slices", "host", pruned * FP32 * (1 + job.moments) * job.trains),
         *_states(job, pruned, "smaller "),
     ]
 
@@ -271,12 +279,14 @@ def communication(job: Job) -> dict[str, int]:
         "pruning, at an update of the masks": _update(job),
         "pruning, at a sample of activations": _sampled(job) * job.world_size,
     }
+    if not job.trains:
+        return {}
     return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
 
 
 def _update(job: Job) -> int:
     """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
-    if job.pruning.remaining == 1:
+    if job.pruning.remaining == 1 or job.rounds:
         return 0
     return FP32 * job.layout.padded * (3 if _needs(job, "grad") else 4)
 

@@ -19,6 +19,7 @@ from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
 from scale_prune.export import check_layout, check_width_key, resolve_layout
 from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
+from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
 from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
 from scale_prune.zero3 import ds_check
 
@@ -197,6 +198,7 @@ def _check_groups(reading: Reading) -> None:
         check_min_kept(reading.groups, reading.config.pruning)
         if not removes_components(reading.config.pruning):
             check_width_key(model)
+            check_repair(model, reading.groups, reading.config.pruning)
 
 
 def _read_ds_config(reading: Reading) -> None:
@@ -206,6 +208,11 @@ def _read_ds_config(reading: Reading) -> None:
     hidden_size = 1 if found is None else getattr(found.get_text_config(), "hidden_size", None)
     reading.ds_config = resolve(raw, reading.config, reading.explicit, reading.world_size, hidden_size)
     ds_check.check(reading.ds_config)
+
+
+def _check_calibration(reading: Reading) -> None:
+    if reading.needs_groups and reading.ds_config:
+        check_calibration(reading.config, int(reading.ds_config["train_batch_size"]))
 
 
 def _check_weights(reading: Reading) -> None:
@@ -247,6 +254,7 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _check_groups,
     _read_ds_config,
     _check_block,
+    _check_calibration,
     _check_weights,
     partial(_read_text, split="train"),
     partial(_read_text, split="validation"),
@@ -261,9 +269,10 @@ def fill_in(config: Config) -> Config:
         ValueError: the layout cannot hold what the scope leaves, or a template is not one.
     """
     pruning = with_defaults(config.pruning)
-    layout = resolve_layout(config.output.layout, str(pruning.scope), CRITERIA[pruning.criterion].kind)
+    scope = str(pruning.scope) if pruning.budget == "uniform" else f"{pruning.scope} --budget {pruning.budget}"
+    layout = resolve_layout(config.output.layout, scope, CRITERIA[pruning.criterion].kind)
     output = replace(config.output, layout=layout)
-    return replace(config, task=with_templates(config.task), pruning=pruning, output=output)
+    return settle_rounds(replace(config, task=with_templates(config.task), pruning=pruning, output=output))
 
 
 def unused_settings(config: Config) -> str:

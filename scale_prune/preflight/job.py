@@ -34,6 +34,8 @@ class Job:
         ds_config: a DeepSpeed configuration without "auto" values.
         world_size: number of ranks, W.
         on_gpu: False where the ranks are processes without a GPU.
+        trains: False where nothing is trained before the units leave, and no gradient is asked for.
+        calibration_steps: optimizer steps' worth of text that a round is calibrated on.
         has_teacher: whether there is a teacher.
     """
 
@@ -45,7 +47,14 @@ class Job:
     ds_config: dict[str, Any]
     world_size: int
     on_gpu: bool
+    trains: bool
+    calibration_steps: int
     has_teacher: bool
+
+    @property
+    def rounds(self) -> int:
+        """Rounds in which units leave for good."""
+        return (self.pruning.rounds or 0) if self.pruning.remaining < 1 else 0
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from scale_prune.criteria import CRITERIA, Flop, schedule_of, with_defaults
 from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
 from scale_prune.preflight.inputs import Reading, unused_settings
 from scale_prune.preflight.job import Job
+from scale_prune.preflight.round_needs import round_bytes, round_operations
+from scale_prune.preflight.rounds import calibration_warning
 from scale_prune.system import markdown_table
 
 
@@ -24,6 +26,7 @@ def about_needs(reading: Reading, job: Job) -> Iterator[str]:
     """Yield what the run would need of memory, of the network and of the disk."""
     yield from _memory(job)
     yield from _communication(job)
+    yield from _rounds(reading, job)
     yield from _disk(reading, job)
 
 
@@ -35,7 +38,8 @@ def planned_schedule(reading: Reading) -> Schedule:
     """Return the schedule that the run would follow."""
     groups = reading.groups
     initial = remaining_fraction(groups, [group.num_units for group in groups]) if groups else 1.0
-    return schedule_of(_pruning(reading), reading.config.training.max_steps, initial=initial)
+    steps = reading.config.training.max_steps or reading.config.pruning.rounds or 1
+    return schedule_of(_pruning(reading), steps, initial=initial)
 
 
 def _model(reading: Reading) -> Iterator[str]:
@@ -64,7 +68,8 @@ def _batch(reading: Reading) -> Iterator[str]:
         f"batch: {blocks:,} {rows} = {micro:,} in a forward pass x {accumulation:,} accumulated x "
         f"{reading.world_size:,} ranks; {most}{tokens:,} tokens a step"
     )
-    steps, pruning = training.max_steps + training.recovery_steps, planned_schedule(reading).last_pruning_step
+    steps = training.max_steps + training.recovery_steps
+    pruning = planned_schedule(reading).last_pruning_step if training.max_steps else 0
     yield f"steps: {pruning:,} with pruning, {steps - pruning:,} after; {most}{steps * tokens:,} tokens"
 
 
@@ -98,7 +103,7 @@ def _schedule(reading: Reading) -> Iterator[str]:
 def _kept(reading: Reading, remaining: float) -> int:
     """Return how many neurons, or parameters of the factorized weights, a fraction of the dense model is."""
     counts = [group.dense_cost for group in reading.groups]
-    if _pruning(reading).scope == "global" or reading.groups[0].kind == "component":
+    if _pruning(reading).scope != "per_group" or reading.groups[0].kind == "component":
         return int(remaining * sum(counts) + 1e-6)
     return sum(budget(remaining, count) for count in counts)
 
@@ -139,9 +144,28 @@ def _memory(job: Job) -> Iterator[str]:
 
 
 def _communication(job: Job) -> Iterator[str]:
-    yield ""
     rows = [[name, _size(size)] for name, size in communication(job).items() if size]
-    yield from markdown_table(["bytes that a rank receives in a step", ""], rows)
+    if rows:
+        yield ""
+        yield from markdown_table(["bytes that a rank receives in a step", ""], rows)
+
+
+def _rounds(reading: Reading, job: Job) -> Iterator[str]:
+    """Say what a round reads, sends and computes, where neurons leave in rounds."""
+    if not job.rounds:
+        return
+    tokens = job.calibration_steps * int(reading.ds_config["train_batch_size"]) * reading.config.data.block_size
+    yield ""
+    yield f"rounds: {job.rounds}, repair {job.pruning.repair}; each reads {tokens:,} tokens of the training text"
+    if line := calibration_warning(job.pruning, job.groups):
+        yield line
+    if round_bytes(job):
+        received = [[name, _size(size)] for name, size in round_bytes(job).items() if size]
+        counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
+        yield ""
+        yield from markdown_table(["bytes that a rank receives in a round", ""], received)
+        yield ""
+        yield from markdown_table(["arithmetic of the busiest rank in a round", "TFLOP"], counted)
 
 
 def check_disk(reading: Reading, job: Job) -> None:

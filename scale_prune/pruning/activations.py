@@ -85,7 +85,7 @@ class ActivationSampler:
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._wanted = set()
         if torch.is_grad_enabled() and self._pass < self.backend.accumulation_steps:
-            self._wanted, self._chosen, self._real = set(range(len(self.groups))), None, _real_tokens(args, kwargs)
+            self._wanted, self._chosen, self._real = set(range(len(self.groups))), None, real_tokens(args, kwargs)
             self._pass += 1
 
     def _catcher(self, index: int) -> Any:
@@ -118,7 +118,7 @@ class ActivationSampler:
         return torch.cat(chosen)
 
 
-def _real_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+def real_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """Return (B, T) bool on the CPU: the tokens of a pass that are no padding."""
     inputs = next(given for given in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if given is not None)
     mask = kwargs.get("attention_mask")

@@ -40,6 +40,12 @@ class ShardBackend(Protocol):
     def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
         """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses."""
 
+    def gather(self, member: Member) -> Tensor:
+        """Return the whole working copy of a member in float32, as a forward pass gathers it."""
+
+    def reduce(self, values: Tensor, rank: int) -> Tensor:
+        """Add up a tensor over ranks; the sum is `rank`'s, what the others get must not be used."""
+
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Add up (W * n,) over ranks and return the n numbers of this rank."""
 

@@ -9,6 +9,7 @@ from scale_prune.config import PruningConfig
 from scale_prune.core import Similarity
 from scale_prune.criteria import Criterion, State
 from scale_prune.pruning.activations import ActivationSampler
+from scale_prune.pruning.calibration import Calibration
 from scale_prune.pruning.unit_line import UnitLine
 
 
@@ -42,11 +43,16 @@ class Observations:
 
     def prepare(self, step: int) -> None:
         """Catch activations in the step after `step`, if its turn has come; forget what was not taken."""
-        wanted = self.config.remaining < 1 and bool({"activation", "activity"} & self.criterion.needs)
+        sampled = {"activation"} if self.config.rounds else {"activation", "activity"}
+        wanted = self.config.remaining < 1 and bool(sampled & self.criterion.needs)
         self._due = wanted and step % self.config.similarity_every == 0 and step < self.total_steps
         self._sampler.disarm()
         if self._due:
             self._sampler.arm(self.seed, step)
+
+    def stop(self) -> None:
+        """Leave the model without hooks."""
+        self._sampler.disarm()
 
     def take(self, state: State, masks: Sequence[Tensor]) -> State:
         """Take in what the step's sample says, if there is one. A collective.
@@ -59,10 +65,19 @@ class Observations:
             The criterion's state after it.
         """
         if self._due and "activity" in self.criterion.needs:
-            state = self.criterion.observe(state, self._activity())
+            caught = [self.criterion.activity(rows) for rows in self._sampler.caught()]
+            state = self.criterion.observe(state, self._added_up(caught))
         if self._due and "activation" in self.criterion.needs:
             self._update_similarity(masks)
         return state
+
+    def take_calibration(self, state: State, calibration: Calibration) -> State:
+        """Take in what the calibration text says, in the place of any that was seen before. A collective."""
+        if "activity" not in self.criterion.needs:
+            return state
+        initial = self.criterion.initial_state(self.line.spans, self.line.backend.device)
+        observed = self.criterion.observe(initial, self._added_up(calibration.activities))
+        return state | {name: value for name, value in observed.items() if value is not initial.get(name)}
 
     def mean_similarity(self, live: Tensor) -> float | None:
         """Return the mean over the units of an (M,) bool line, None where it is not kept up to date. A collective."""
@@ -70,9 +85,9 @@ class Observations:
             return None
         return float(self.line.gather(self.similarity)[live].mean())
 
-    def _activity(self) -> Tensor:
-        """Add up over ranks what the criterion makes of the sample; return that of the owned units, (U,) or (K, U)."""
-        parts = torch.cat([self.criterion.activity(rows) for rows in self._sampler.caught()], dim=-1).float()
+    def _added_up(self, activities: Sequence[Tensor]) -> Tensor:
+        """Add up over ranks what was made of each group's tokens; return that of the owned units, (U,) or (K, U)."""
+        parts = torch.cat([*activities], dim=-1).float()
         totals = [self.line.add_up(line) for line in parts.view(-1, parts.shape[-1])]
         return torch.stack(totals).view(*parts.shape[:-1], self.line.num_owned)
 

@@ -25,6 +25,7 @@ from scale_prune.config import PruningConfig
 from scale_prune.core import UnitGroup, remaining_fraction
 from scale_prune.criteria import CRITERIA, GatedCriterion, schedule_of, with_defaults
 from scale_prune.pruning.backend import ShardBackend
+from scale_prune.pruning.calibration import Calibration, gram_scores
 from scale_prune.pruning.calls import Calls
 from scale_prune.pruning.gating import Gating
 from scale_prune.pruning.masking import Masking
@@ -64,7 +65,9 @@ class Pruner:
     ) -> None:
         self.backend, self.groups, self.config = backend, tuple(groups), with_defaults(config)
         criterion = CRITERIA[self.config.criterion](self.config, seed)
-        initial = remaining_fraction(self.groups, [group.num_units for group in self.groups])
+        # Neurons that have left in earlier rounds were there at the start.
+        factorized = self.groups[0].kind == "component"
+        initial = remaining_fraction(self.groups, [group.num_units for group in self.groups]) if factorized else 1.0
         self.schedule = schedule_of(self.config, total_steps, initial=initial)
         check_min_kept(self.groups, self.config)
         self.line = UnitLine(backend, self.groups)
@@ -127,6 +130,26 @@ class Pruner:
             with self.seconds.measure("scoring"):
                 self.gating.draw(self.scoring.state, self.step)
 
+    @torch.no_grad()
+    def choose(self, step: int, calibration: Calibration | None) -> None:
+        """Choose the units that leave after `step`, by what calibration text says where the criterion asks for it.
+
+        The masks are not on the working copy after this. A collective.
+
+        Args:
+            step: one of the schedule's removal steps.
+            calibration: what it says; None where the criterion asks for nothing.
+
+        Raises:
+            ValueError: scores cannot be ranked, or a Gram matrix cannot be solved.
+        """
+        with self.seconds.measure("scoring"):
+            if calibration is not None:
+                self.scoring.state = self.observations.take_calibration(self.scoring.state, calibration)
+                if "gram" in self.scoring.criterion.needs:
+                    self.scoring.take_ranks(gram_scores(calibration, self.scoring.criterion.rank_units))
+            self.masking.update(self.scoring.choose(step))
+
     def put_masks_on(self) -> None:
         """Zero the removed units in the working copy and see that it holds; go on from the engine's step. A collective.
 
@@ -138,7 +161,9 @@ class Pruner:
         self.masking.verify(self.step)
 
     def take_gates_off(self) -> dict[str, Tensor]:
-        """Leave the model without gates; return the (N,) numbers that stood for good, by group, if there were any."""
+        """Leave the model without gates and hooks; return the gates that stood for good, (N,) by group, if any."""
+        self.observations.stop()
+        self.scoring.stop()
         return self.gating.take_off() if self.gating is not None else {}
 
     # --- what has come of it -------------------------------------------------------------------------------------
@@ -175,7 +200,7 @@ def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
     Raises:
         ValueError: the groups' floors of `min_kept` units add up to more than the target keeps.
     """
-    each = config.min_kept if config.scope == "global" else 1
+    each = config.min_kept if config.scope != "per_group" else 1
     floors = [min(each, group.num_units) for group in groups]
     smallest, total = remaining_fraction(groups, floors), sum(group.num_units for group in groups)
     if smallest <= config.remaining:
@@ -185,7 +210,7 @@ def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
             f"--remaining {config.remaining} cannot be reached: {each} of the components of each of the {len(groups)} "
             f"weights, the fewest by --min_kept and --scope, are {smallest:.6f} of their parameters together; give more"
         )
-    if config.scope != "global":
+    if config.scope == "per_group":
         return
     raise ValueError(
         f"--min_kept {config.min_kept} keeps {sum(floors)} units in {len(groups)} layers, more than the "

@@ -1,11 +1,14 @@
 """Scores: the criterion at work on the units that a rank owns, and the choice that follows from the scores of all."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from scale_prune.core import Member, Schedule, check_finite
-from scale_prune.criteria import Criterion, Moment
+from scale_prune.criteria import Criterion, Moment, learns_from_gradients
 from scale_prune.pruning.gating import Gating
+from scale_prune.pruning.influence import Influence
 from scale_prune.pruning.unit_line import UnitLine
 
 
@@ -29,6 +32,8 @@ class Scoring:
         self.state = criterion.initial_state(line.spans, line.backend.device)
         self.scores = line.by_group(line.per_unit(lambda group: 0.0))
         self.total = torch.zeros(line.num_owned, device=line.backend.device)
+        watches = schedule.target < 1 and "influence" in criterion.needs
+        self._influence = Influence(line, criterion.of_sequences) if watches else None
         weights = line.per_unit(lambda group: 1.0 / (len(line.groups) * group.num_units))
         self._weights = line.owned(weights).clone()
 
@@ -36,6 +41,8 @@ class Scoring:
         """Add up what the criterion makes of the step's gradients. A collective, 4 M bytes, if it needs them."""
         if "grad" in self.criterion.needs:
             self.total = self.line.totals(self._share)
+        elif self._influence is not None:
+            self.total = self._influence.totals()
         elif self.gating is not None:
             self.total = self.gating.totals()
 
@@ -49,7 +56,7 @@ class Scoring:
         """
         gated = range(self.schedule.warmup_steps + 1, self.schedule.last_pruning_step + 1)
         gates_were_on = self.gating is not None and step in gated
-        if self.schedule.target < 1 and ("grad" in self.criterion.needs or gates_were_on):
+        if self.schedule.target < 1 and (learns_from_gradients(self.criterion) or gates_were_on):
             self.state = self.criterion.update(self.state, self.total, self.moment(step, live, similarity))
 
     def moment(self, step: int, live: Tensor, similarity: Tensor) -> Moment:
@@ -79,6 +86,18 @@ class Scoring:
         for group, scores in zip(self.line.groups, self.scores, strict=True):
             check_finite(scores, group.name)
         return self.criterion.select(self.scores, self.line.groups, self.schedule, step)
+
+    def take_ranks(self, ranked: Mapping[int, Tensor]) -> None:
+        """Take in the (N,) scores of groups, by number, that this rank has ranked. A collective, 4 M bytes."""
+        line = self.line.per_unit(lambda group: 0.0)
+        for index, scores in ranked.items():
+            line[self.line.layout.slice_of(index)] = scores
+        self.state = self.criterion.weigh(self.state, self.line.add_up(line))
+
+    def stop(self) -> None:
+        """Leave the model without hooks."""
+        if self._influence is not None:
+            self._influence.remove()
 
     def _share(self, member: Member) -> Tensor | None:
         if member.role not in self.criterion.roles:

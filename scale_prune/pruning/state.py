@@ -76,5 +76,23 @@ def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
     pruner.prepare_step()
 
 
+@torch.no_grad()
+def carry_over(pruner: Pruner, smaller: Pruner) -> None:
+    """Give a pruner of the units that are left what another one knows of them, but for their similarity. A collective.
+
+    Args:
+        pruner: the other one; collectives of its backend still work.
+        smaller: one whose groups are what the other's masks leave.
+    """
+    live = pruner.masking.live
+    lines = {"masks": live[live], "scores": torch.cat(pruner.scores)[live], "similarity": torch.zeros(int(live.sum()))}
+    for name, values in pruner.scoring.state.items():
+        if values.dim():
+            lines[f"state/{name}"] = pruner.line.gather(values)[live]
+    facts = facts_of(pruner) | {"sampled": False}
+    restore(smaller, facts, lambda name, start, count: lines[name][start : start + count])
+    smaller.seconds.update(pruner.seconds)
+
+
 def _reader_of(group_name: str, read: ReadSlice) -> ReadSlice:
     return lambda name, start, count: read(f"{name}/{group_name}", start, count)

@@ -1,6 +1,6 @@
 """Saving a run, and going on with it."""
 
-from scale_prune.checkpoint import Checkpoint, restore_engine, restore_pruner, restore_randomness, save_run
+from scale_prune.checkpoint import Checkpoint, read_kept, restore_engine, restore_pruner, restore_randomness, save_run
 from scale_prune.run.run import Run
 from scale_prune.system import STOPPED
 
@@ -11,10 +11,12 @@ def go_on_from(run: Run, checkpoint: Checkpoint) -> None:
     tokens_per_step = run.inputs.batch_size * run.config.data.block_size
     run.progress.restore(checkpoint.step, measured, tokens_per_step=tokens_per_step)
     run.quality.restore(measured)
+    if checkpoint.kept_groups:
+        student.go_on_with(*read_kept(checkpoint, student.dense.groups), run.progress.seconds)
     restore_pruner(checkpoint, student.pruner)
     student.pruner.seconds.update(measured["pruner_seconds"])
     if checkpoint.compacted:
-        student.compact(run.progress.seconds)
+        student.compact(run.progress.seconds, finished=True)
     restore_engine(checkpoint, student.backend)
     if not checkpoint.compacted:
         student.pruner.put_masks_on()
@@ -38,16 +40,11 @@ def save_if_due(run: Run, stopping: bool) -> None:
 
 
 def _save(run: Run) -> None:
-    progress, pruner = run.progress, run.student.pruner
+    progress, student, pruner = run.progress, run.student, run.student.pruner
     measured = {**progress.state(), "pruner_seconds": dict(pruner.seconds), **run.quality.state()}
     with progress.seconds.measure("checkpoints"):
+        facts = {"step": progress.step, "finished": student.finished, "texts": dict(run.task.fingerprints)}
         folder = save_run(
-            run.inputs,
-            run.runtime,
-            run.student.backend,
-            pruner,
-            step=progress.step,
-            texts=run.task.fingerprints,
-            measured=measured,
+            run.inputs, run.runtime, student.backend, pruner, student.dense, facts | {"measured": measured}
         )
     run.monitor.say(f"step {progress.step}: saved {folder}")

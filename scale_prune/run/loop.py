@@ -18,7 +18,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
         ValueError: the loss or a gradient is not finite, or a checkpoint cannot be written.
     """
     engine, pruner, progress, output = run.student.engine, run.student.pruner, run.progress, run.config.output
-    pruning = last <= pruner.schedule.last_pruning_step  # afterwards the masked units are gone
+    pruning = not run.student.finished  # afterwards the masked units are gone
     engine.train()
     begun, tokens_before = time.monotonic(), progress.tokens
     for step in range(progress.step + 1, last + 1):

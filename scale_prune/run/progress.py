@@ -16,6 +16,7 @@ class Progress:
         step_seconds: wall-clock seconds of each step.
         resumed_at: steps after which the run has gone on from a checkpoint.
         seconds: wall-clock seconds by part of the work.
+        rounds: of each round in which units left for good, what remained and what it cost.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class Progress:
         self.step_seconds: list[float] = []
         self.resumed_at: list[int] = []
         self.seconds = Seconds()
+        self.rounds: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
     @property
@@ -45,6 +47,7 @@ class Progress:
             "tokens": self.tokens,
             "step_seconds": self.step_seconds,
             "resumed_at": self.resumed_at,
+            "rounds": self.rounds,
         }
 
     def restore(self, step: int, state: Mapping[str, Any], *, tokens_per_step: int) -> None:
@@ -60,4 +63,5 @@ class Progress:
         self.step_seconds = [*state.get("step_seconds", [])]
         self.resumed_at = [*state["resumed_at"], step]
         self.seconds.update(state["seconds"])
+        self.rounds = [*state.get("rounds", [])]
         self._started -= state["total_seconds"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scale_prune.core import UnitGroup
-from scale_prune.system import whole_or_absent, write_atomically
+from scale_prune.system import markdown_table, whole_or_absent, write_atomically
 
 
 def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
@@ -56,12 +56,12 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         f"Layout {report['layout']}, widths {report['widths']}.",
         "",
         *_clusters(report["embedding"]),
+        *_rounds(report.get("rounds", [])),
         "| seconds | |",
         "|---|---|",
         *(f"| {part} | {seconds:.1f} |" for part, seconds in report["seconds"].items()),
         "",
-        f"Seconds a step, by tenths of the run: {', '.join(f'{mean:.2f}' for mean in report['step_seconds'])}.",
-        "",
+        *_step_seconds(report["step_seconds"]),
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['world_size']} ranks, peak memory "
         f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}.",
         "",
@@ -72,6 +72,17 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _step_seconds(tenths: Sequence[float]) -> list[str]:
+    shown = ", ".join(f"{mean:.2f}" for mean in tenths)
+    return [f"Seconds a step, by tenths of the run: {shown}.", ""] if tenths else []
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of the rounds in which neurons left for good, nothing where there are none."""
+    rows = [[str(each["step"]), f"{each['remaining']:.2%}", f"{sum(each['seconds'].values()):.1f}"] for each in rounds]
+    return [*markdown_table(["round after step", "remaining", "seconds"], rows, texts=0), ""] if rounds else []
 
 
 def _clusters(clusters: Sequence[Mapping[str, int]]) -> list[str]:

@@ -39,6 +39,7 @@ def results(run: Run, *, pruned_parameters: int, stored_parameters: int) -> dict
         **_quality(run),
         "seconds": {"total": progress.total_seconds, **progress.seconds, **pruner.seconds},
         "embedding": cluster_sizes(pruner.groups, pruner.widths),
+        "rounds": progress.rounds,
         "step_seconds": tenths(progress.step_seconds),
         "resumed_at": progress.resumed_at,
         "distillation": _distillation(run),

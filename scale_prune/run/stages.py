@@ -6,6 +6,7 @@ from typing import Any
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.run.going_on import go_on_from
 from scale_prune.run.loop import train
+from scale_prune.run.removal import remove
 from scale_prune.run.report import write_kept
 from scale_prune.run.results import results
 from scale_prune.run.run import Run
@@ -27,13 +28,13 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     else:
         go_on_from(run, checkpoint)
     steps = run.task.steps(student.engine.gradient_accumulation_steps(), progress.step)
-    last_pruning_step = student.pruner.schedule.last_pruning_step
-    if progress.step <= last_pruning_step:
-        train(run, steps, last_pruning_step)
-        run.measure("masked")
-        student.compact(progress.seconds)
-        run.measure("compacted")
-    if last_pruning_step < run.last_step:
+    *earlier, last_removal = student.pruner.schedule.removal_steps
+    for removal in (*earlier, last_removal):
+        if not student.finished and progress.step <= removal:
+            if run.config.training.max_steps:
+                train(run, steps, removal)
+            remove(run, removal, finished=removal == last_removal)
+    if (last_removal if run.config.training.max_steps else 0) < run.last_step:
         train(run, steps, run.last_step)
         run.measure("recovered")
     pruned_parameters = student.num_parameters
@@ -57,10 +58,11 @@ def _measure_start(run: Run) -> None:
 
 
 def _export(run: Run) -> None:
-    student, pruner = run.student, run.student.pruner
+    student = run.student
     with run.progress.seconds.measure("export"):
         if run.runtime.is_main:
-            write_kept(run.folder, pruner.groups, pruner.masks, pruner.scores)
+            dense, pruner = student.dense, student.pruner
+            write_kept(run.folder, dense.groups, dense.masks_with(pruner), dense.scores_with(pruner))
         run.writer.write("pruned", student.backend, student.groups, str(run.config.output.layout))
 
 

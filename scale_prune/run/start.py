@@ -6,7 +6,7 @@ from typing import Any
 from scale_prune.checkpoint import choose, filled_from
 from scale_prune.config import Config, cache_folder
 from scale_prune.data import Inputs, build
-from scale_prune.preflight import check_same, read_inputs, unused_settings
+from scale_prune.preflight import calibration_warning, check_same, read_inputs, unused_settings
 from scale_prune.run.output import drop_replaced
 from scale_prune.run.report import write_report
 from scale_prune.run.run import set_up
@@ -70,6 +70,8 @@ def prune(
     if line := unused_settings(config):
         runtime.say(line)
     run = set_up(make_task(inputs, runtime), runtime, checkpoint, stop)
+    if line := calibration_warning(config.pruning, run.student.groups):
+        runtime.say(line)
     try:
         report = go(run, checkpoint)
     finally:

@@ -1,22 +1,28 @@
 """The model that learns and is pruned, with what makes its steps."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from scale_prune.criteria import CRITERIA, learns_from_gradients
 from scale_prune.data import Inputs
-from scale_prune.pruning import Pruner
+from scale_prune.pruning import DenseUnits, Pruner, carry_over
 from scale_prune.system import Seconds
 from scale_prune.tasks import Task
 from scale_prune.zero3 import (
     Zero3Backend,
     check_maskable,
     compact_engine,
+    inference_engine,
     load_model,
     num_parameters,
     prepare_units,
     release,
+    resting_engine,
     training_engine,
 )
 
@@ -32,10 +38,12 @@ class Student:
     Attributes:
         generation_config: of the model as it was loaded, if it has one.
         dense_parameters: how many it had then.
+        dense: the units that it had then, and what earlier rounds have left of them.
         groups: its units; narrower ones once it is compacted, while the pruner remembers those it began with.
         engine: what trains it; another one once it is compacted.
         backend: the engine as pruning sees it.
-        pruner: what scores and masks its units.
+        pruner: what scores and masks its units; another one after every round but the last.
+        finished: whether all units that were to leave have left.
     """
 
     def __init__(self, inputs: Inputs, task: Task, *, factors: str) -> None:
@@ -43,16 +51,20 @@ class Student:
         model = load_dense(inputs, task)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._ds_config = inputs.ds_config
+        self._inputs = inputs
         self.generation_config = getattr(model, "generation_config", None)
         self.dense_parameters = num_parameters(model)
         self.groups = prepare_units(
             model, pruning, seed=training.seed, values=factors, token_counts=task.token_counts()
         )
-        self.engine = self._make_engine(model)
+        if pruning.rounds:  # after which the groups go on counting in the dense model as they do now
+            self.groups = tuple(replace(group, matrix_cost=group.dense_cost) for group in self.groups)
+        self.dense, self.finished = DenseUnits(self.groups), False
+        self.engine = self._maker(finished=False)(model)
         self.backend = Zero3Backend(self.engine)
-        check_maskable(self.engine.module, self.groups)
-        self.pruner = Pruner(self.backend, self.groups, pruning, total_steps=training.max_steps, seed=training.seed)
+        if self.backend.trains:  # otherwise masks are there to stay
+            check_maskable(self.engine.module, self.groups)
+        self.pruner = self._make_pruner()
 
     @property
     def kind(self) -> str:
@@ -69,15 +81,31 @@ class Student:
         """Parameters of the model as it is."""
         return num_parameters(self.engine.module)
 
-    def compact(self, seconds: Seconds) -> None:
-        """Rebuild the engine around the units that are left. A collective."""
+    def go_on_with(self, kept: list[Tensor], scores: list[Tensor], seconds: Seconds) -> None:
+        """Take out what earlier rounds have taken out; the weights will be a checkpoint's. A collective."""
+        self.pruner.masking.put([mask.to(self.backend.device) for mask in kept])
+        self.pruner.scoring.scores = scores
+        self.compact(seconds, finished=False)
+
+    def compact(self, seconds: Seconds, *, finished: bool) -> None:
+        """Rebuild the engine around the units that are left; another pruner goes on with them, unless it is finished.
+
+        A collective.
+        """
+        self.finished = finished
         if not self.pruner.pruning:
             return
         with seconds.measure("compaction"):
-            gates = self.pruner.take_gates_off()
-            masks = self.pruner.masking.by_name
-            self.engine, self.groups = compact_engine(self.backend, self.groups, masks, self._make_engine, gates)
+            gates, masks = self.pruner.take_gates_off(), self.pruner.masking.by_name
+            trained = self._inputs.config.training.max_steps > 0
+            self.engine, self.groups = compact_engine(
+                self.backend, self.groups, masks, self._maker(finished=finished), gates, anew=finished and not trained
+            )
             self.backend = Zero3Backend(self.engine)
+            if not finished:
+                before, self.pruner = self.pruner, self._make_pruner()
+                self.dense.leave_to_next(before)
+                carry_over(before, self.pruner)
 
     def let_go(self) -> None:
         """Free the memory of the engine; its model cannot be used any more. A collective."""
@@ -85,8 +113,19 @@ class Student:
         self.backend.let_go()  # where nothing was removed it is the pruner's too
         del self.engine, self.backend
 
-    def _make_engine(self, module: nn.Module) -> Any:
-        return training_engine(module, self._ds_config)
+    def _make_pruner(self) -> Pruner:
+        config = self._inputs.config
+        steps, seed = self._inputs.pruning_steps, config.training.seed
+        return Pruner(self.backend, self.groups, config.pruning, total_steps=steps, seed=seed)
+
+    def _maker(self, *, finished: bool) -> Callable[[nn.Module], Any]:
+        """Return what builds the engine that goes on: one that trains, or that only reads where nothing is trained."""
+        training, criterion = self._inputs.config.training, CRITERIA[self._inputs.config.pruning.criterion]
+        if training.max_steps or (finished and training.recovery_steps):
+            make = training_engine
+        else:
+            make = resting_engine if learns_from_gradients(criterion) and not finished else inference_engine
+        return partial(make, ds_config=self._inputs.ds_config)
 
 
 def load_dense(inputs: Inputs, task: Task) -> PreTrainedModel:

@@ -1,9 +1,19 @@
 """Everything that touches DeepSpeed: processes, engines, shards in and out, and the rebuild after compaction."""
 
 from scale_prune.zero3.backend import Zero3Backend, check_maskable, gradients_finite, num_parameters
+from scale_prune.zero3.engine_state import write_working_copy
 from scale_prune.zero3.prepare import prepare_units
 from scale_prune.zero3.randomness import random_state, set_random_state
 from scale_prune.zero3.ranks import joined, launched_as
 from scale_prune.zero3.rebuild import compact_engine
-from scale_prune.zero3.runtime import Runtime, inference_engine, load_model, precision, release, training_engine
+from scale_prune.zero3.repair import repair_weights
+from scale_prune.zero3.runtime import (
+    Runtime,
+    inference_engine,
+    load_model,
+    precision,
+    release,
+    resting_engine,
+    training_engine,
+)
 from scale_prune.zero3.teacher import Teacher

@@ -14,11 +14,44 @@ from scale_prune.criteria import ShardView
 from scale_prune.zero3.shard import MASTER, Shard
 
 
-class Zero3Backend:
+class Collectives:
+    """What moves between the ranks, beside parameters.
+
+    Attributes:
+        rank: this one.
+        world_size: how many there are, W.
+    """
+
+    def __init__(self) -> None:
+        self.rank: int = dist.get_rank()
+        self.world_size: int = dist.get_world_size()
+
+    def reduce(self, values: Tensor, rank: int) -> Tensor:
+        """Add up a tensor over ranks, in place; the sum is that of `rank`, the others' must not be used."""
+        dist.reduce(values, rank)
+        return values
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Add up (W * n,) over ranks and return this rank's n numbers."""
+        own = values.new_empty(len(values) // self.world_size)
+        dist.reduce_scatter_tensor(own, values)
+        return own
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Join the ranks' (n, ...) tensors along the first axis."""
+        joined = values.new_empty(len(values) * self.world_size, *values.shape[1:])
+        dist.all_gather_into_tensor(joined, values.contiguous())
+        return joined
+
+
+class Zero3Backend(Collectives):
     """The shards of one engine on this rank; see `scale_prune.pruning.backend.ShardBackend`.
 
     Args:
-        engine: a DeepSpeed engine with ZeRO stage 3 and an optimizer.
+        engine: a DeepSpeed engine with ZeRO stage 3; without an optimizer the working copy is the master as well.
+
+    Attributes:
+        trains: whether the engine has an optimizer.
 
     Raises:
         ValueError: the engine's stage is not 3.
@@ -29,11 +62,11 @@ class Zero3Backend:
             raise ValueError(
                 f"the engine runs ZeRO stage {engine.zero_optimization_stage()}; scale_prune needs stage 3"
             )
+        super().__init__()
         self.engine = engine
+        self.trains = hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
         self.module: nn.Module = engine.module
         self.device = torch.device(engine.device)
-        self.rank: int = dist.get_rank()
-        self.world_size: int = dist.get_world_size()
         self.accumulation_steps: int = engine.gradient_accumulation_steps()
         self.parameters = dict(self.module.named_parameters())
 
@@ -56,6 +89,8 @@ class Zero3Backend:
 
     def master(self, member: Member, *, grad: bool) -> ShardView:
         """Return this rank's slice of the float32 master, with the unscaled gradient if `grad`. No communication."""
+        if not self.trains:
+            return self.working(member)
         shard, gradient = Shard(self.parameters[member.name]), None
         if grad:
             gradient = shard.gradient().float()
@@ -74,17 +109,11 @@ class Zero3Backend:
         for member in group.members:
             Shard(self.parameters[member.name]).zero_units(removed, member)
 
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        """Add up (W * n,) over ranks and return this rank's n numbers."""
-        own = values.new_empty(len(values) // self.world_size)
-        dist.reduce_scatter_tensor(own, values)
-        return own
-
-    def all_gather(self, values: Tensor) -> Tensor:
-        """Join the ranks' (n, ...) tensors along the first axis."""
-        joined = values.new_empty(len(values) * self.world_size, *values.shape[1:])
-        dist.all_gather_into_tensor(joined, values.contiguous())
-        return joined
+    def gather(self, member: Member) -> Tensor:
+        """Return a member's whole working copy in float32. A collective; a rank receives it once."""
+        param: Any = self.parameters[member.name]
+        with GatheredParameters([param]):
+            return param.detach().float().clone()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor on the CPU) of everything a checkpoint holds, in the working precision.

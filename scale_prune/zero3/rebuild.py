@@ -30,6 +30,8 @@ def compact_engine(
     masks: Mapping[str, Tensor],
     make_engine: Callable[[nn.Module], deepspeed.DeepSpeedEngine] | None,
     gates: Mapping[str, Tensor] | None = None,
+    *,
+    anew: bool = False,
 ) -> tuple[deepspeed.DeepSpeedEngine, tuple[UnitGroup, ...]]:
     """Remove the masked units for good. A collective; it can be called again on what it returns.
 
@@ -37,9 +39,9 @@ def compact_engine(
         backend: the engine to take apart; it is destroyed.
         groups: the groups of its model.
         masks: (N,) bool by group name, True = keep.
-        make_engine: builds an engine of the same settings around the module; None for one that only runs forward
-            passes.
+        make_engine: builds an engine of the same settings around the module; None for one that only reads.
         gates: (N,) by group name, numbers that the weights which read the units are multiplied by for good.
+        anew: the new engine takes over the weights alone.
 
     Returns:
         The new engine and the groups with their new widths. Masters, optimizer state, learning rates, schedulers and
@@ -48,13 +50,11 @@ def compact_engine(
     Source: the order of calls that DeepSpeed 0.19 needs: partition the smaller parameters before `initialize`.
     """
     reduced = _reductions(groups, masks, gates or {})
-    facts = facts_of(backend) if make_engine else None
+    facts = facts_of(backend) if make_engine and backend.trains and not anew else None
     slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
     smaller = _smaller_parameters(backend, reduced)
     ds_config = backend.engine._config._param_dict  # `engine.config` may be the path of a file
-    _free_state(backend.engine.optimizer)
-    backend.engine.destroy()
-    _forget_engine(backend.module)
+    _take_apart(backend)
     compacted = []
     for group in groups:
         own = {member.name: smaller.pop(member.name) for member in group.members}
@@ -126,6 +126,14 @@ def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, _Reduction]
         param.convert_to_zero_parameters(param_list=[small])
         smaller[name] = small
     return smaller
+
+
+def _take_apart(backend: Zero3Backend) -> None:
+    """Destroy the engine; what it has left in its module would be in another one's way."""
+    if backend.trains:
+        _free_state(backend.engine.optimizer)
+    backend.engine.destroy()
+    _forget_engine(backend.module)
 
 
 def _free_state(sharded_optimizer: Any) -> None:

@@ -1,0 +1,134 @@
+"""What removed units did, taken over by those that stay; and which units can be spared at the least cost.
+
+Everything follows from the Gram matrix G = h^T h of what the output projection W (D, N) reads. The survivors' weights
+that leave the least squared error in its output are known in closed form, whoever chose them; so choice and repair are
+separate. Where the projection has a bias, h has a last column of ones, which always stays: what it takes over is the
+bias's.
+
+Shape legend: N units, F = N features, or N + 1 with the ones, K units that stay, P units that go, D outputs.
+
+Source: optimal brain surgeon as in SlimGPT (arXiv 2412.18110) and ZipLM (arXiv 2302.04089); the mean as in FLAP (arXiv
+2312.11983). Deviation: units leave in rounds of equal size, and their scores never fall from one round to the next.
+"""
+
+import torch
+from torch import Tensor
+
+
+class UnsolvableError(ValueError):
+    """A Gram matrix that is not finite, or not positive definite in spite of the damping."""
+
+
+WIDEST_IN_DOUBLE = 8192  # features; wider matrices are solved in float32, which halves 2 GiB at N = 16,384
+
+
+def taken_over(weight: Tensor, takeover: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """Return a weight in which the units that stay do the others' part as well; the others' elements are as before.
+
+    Args:
+        weight: float32, what reads the units, N long along `dim`.
+        takeover: (K, P) or (K + 1, P), of `least_squares` or `mean_takeover`.
+        keep: (N,) bool, K of them True.
+        dim: the axis that counts units.
+    """
+    by_unit = weight.movedim(dim, -1).clone()
+    by_unit[:, keep] += by_unit[:, ~keep] @ takeover[: int(keep.sum())].T
+    return by_unit.movedim(-1, dim)
+
+
+def bias_taken_over(weight: Tensor, takeover: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """Return (D,) what the projection's bias gains; the weight is that before the repair, `takeover` (K + 1, P)."""
+    return weight.movedim(dim, -1)[:, ~keep] @ takeover[-1]
+
+
+def least_squares(gram: Tensor, keep: Tensor, damping: float) -> Tensor:
+    """Return how h of the units that go follows from those that stay with the least error: h_P = h_K @ takeover.
+
+    Args:
+        gram: (F, F) float32.
+        keep: (N,) bool, True = stays.
+        damping: added to the units' diagonal, as a fraction of its mean, at least 0.
+
+    Returns:
+        (K, P) float32; (K + 1, P) where there is a bias, whose row is the last.
+
+    Raises:
+        UnsolvableError: the matrix is not finite, or not positive definite.
+    """
+    staying = torch.cat([keep, keep.new_ones(len(gram) - len(keep))])
+    gram = _damped(gram, len(keep), damping)
+    factor = _cholesky(gram[staying][:, staying])
+    return torch.cholesky_solve(gram[staying][:, ~staying], factor).float()
+
+
+def mean_takeover(gram: Tensor, keep: Tensor) -> Tensor:
+    """Return (K + 1, P): the bias takes over the means of the units that go, and the other units nothing.
+
+    Args:
+        gram: (N + 1, N + 1) float32, with the column of ones.
+        keep: (N,) bool, True = stays.
+    """
+    means = gram[-1, :-1][~keep] / gram[-1, -1]
+    return torch.cat([means.new_zeros(int(keep.sum()), len(means)), means[None]])
+
+
+def elimination_scores(gram: Tensor, weight: Tensor, *, damping: float, rounds: int) -> Tensor:
+    """Take all units out, those first whose loss the others can make good, and return when and at what cost they went.
+
+    Args:
+        gram: (F, F) float32.
+        weight: (D, N) what reads the units.
+        damping: as of `least_squares`.
+        rounds: how often costs are computed anew, at least 1; with N they are exact.
+
+    Returns:
+        (N,) float32: the squared error in the projection's output, summed over tokens, that the unit adds when it goes.
+
+    Raises:
+        UnsolvableError: as `least_squares`.
+    """
+    num_units = weight.shape[1]
+    inverse = torch.cholesky_inverse(_cholesky(_damped(gram, num_units, damping)))
+    weight = weight.to(inverse.dtype) * (gram.diagonal()[:num_units] > 0)  # a unit that is never active goes for free
+    units = torch.arange(num_units, device=gram.device)
+    scores = torch.zeros(num_units, dtype=inverse.dtype, device=gram.device)
+    floor = scores.new_zeros(())
+    while len(units):
+        costs = weight.square().sum(0) / inverse.diagonal()[: len(units)]
+        going = costs.argsort(stable=True)[: -(-num_units // rounds)]
+        scores[units[going]] = costs[going].clamp(min=floor)
+        floor = scores[units[going]].amax()
+        inverse, weight, units = _without(inverse, weight, units, going)
+    return scores.float()
+
+
+def _without(inverse: Tensor, weight: Tensor, units: Tensor, going: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inverse (F, F), weight (D, N) and units (N,) of those that stay, once they have taken over the others."""
+    staying = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    staying[going] = False
+    rows = inverse[going]
+    takeover = torch.linalg.solve(rows[:, going], rows[:, staying])
+    still = staying[: len(units)]
+    weight = weight[:, still] - weight[:, going] @ takeover[:, : int(still.sum())]
+    return inverse[staying][:, staying] - rows[:, staying].T @ takeover, weight, units[still]
+
+
+def _damped(gram: Tensor, num_units: int, damping: float) -> Tensor:
+    """Return a copy to solve with; units that were never active get a diagonal of their own."""
+    damped = gram.to(torch.float64 if len(gram) <= WIDEST_IN_DOUBLE else torch.float32, copy=True)
+    diagonal = damped.diagonal()[:num_units]
+    diagonal += damping * diagonal.mean()
+    diagonal.masked_fill_(diagonal == 0, 1.0)
+    return damped
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """Return the lower factor.
+
+    Raises:
+        UnsolvableError: there is none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed or not factor.isfinite().all():
+        raise UnsolvableError("the Gram matrix is not finite or not positive definite")
+    return factor

@@ -1,0 +1,80 @@
+"""What a round needs, in which neurons leave for good: memory of a rank, bytes between ranks, arithmetic.
+
+Shape letters: N units of a group, F features, N or N + 1, K units that stay, P units that go, D outputs, W ranks.
+"""
+
+from math import prod
+
+from scale_prune.core.repair import WIDEST_IN_DOUBLE
+from scale_prune.criteria import CRITERIA
+from scale_prune.preflight.job import FP32, Job
+from scale_prune.pruning import ROWS_AT_ONCE
+
+
+def solves(job: Job) -> bool:
+    """Tell whether Gram matrices are made."""
+    return job.rounds > 0 and (job.pruning.repair != "none" or "gram" in CRITERIA[job.pruning.criterion].needs)
+
+
+def round_memory(job: Job) -> dict[str, int]:
+    """Return the bytes that a round adds on the rank that keeps the most groups, by purpose.
+
+    While a group is solved for there are about three matrices of its size, in float64 where it is not too wide.
+    """
+    if not solves(job):
+        return {}
+    widths = [group.num_units + 1 for group in job.groups]
+    own, widest = -(-len(widths) // job.world_size), max(widths)
+    exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
+    return {
+        "Gram matrices": own * FP32 * widest**2,
+        "solving, or a block of sums": max(3 * exact * widest**2, 2 * FP32 * min(ROWS_AT_ONCE, widest) * widest),
+        "what is taken over": own * FP32 * _kept(job, widest) * (widest - _kept(job, widest)),
+        "a gathered weight": 3 * FP32 * max(_output_weights(job)),
+    }
+
+
+def round_bytes(job: Job) -> dict[str, int]:
+    """Return the bytes that a rank receives in a round, by purpose, at the widths of the dense model."""
+    if not solves(job):
+        return {}
+    widths, weights = [group.num_units + 1 for group in job.groups], _output_weights(job)
+    passes = job.calibration_steps * job.accumulation
+    chooses = "gram" in CRITERIA[job.pruning.criterion].needs
+    received = {
+        "calibration, parameters": passes * job.num_parameters * job.width,
+        "calibration, Gram matrices": passes * FP32 * sum(width**2 for width in widths),
+        "choice, weights": sum(weights) * job.width if chooses else 0,
+        "repair, what is taken over": FP32 * sum(_kept(job, width) * (width - _kept(job, width)) for width in widths),
+        "repair, weights": FP32 * sum(weights),
+    }
+    return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
+
+
+def round_operations(job: Job, tokens: int) -> dict[str, float]:
+    """Return the multiplications and additions of a round on the rank that does the most, by purpose.
+
+    Args:
+        job: the run.
+        tokens: of the calibration text, over all ranks.
+    """
+    if not solves(job):
+        return {}
+    widths = [group.num_units + 1 for group in job.groups]
+    own, widest = -(-len(widths) // job.world_size), max(widths)
+    kept = _kept(job, widest)
+    return {
+        "calibration, forward passes": 2 * job.num_parameters * tokens / job.world_size,
+        "calibration, Gram matrices": 2 * tokens * sum(width**2 for width in widths) / job.world_size,
+        "choice": own * 4 * widest**3 if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
+        "repair": own * (kept**3 / 3 + 2 * kept**2 * (widest - kept)),
+    }
+
+
+def _kept(job: Job, width: int) -> int:
+    return max(round(job.pruning.remaining * width), 1)
+
+
+def _output_weights(job: Job) -> list[int]:
+    members = [member for group in job.groups for member in group.members if member.role == "out"]
+    return [prod(member.shape) for member in members]

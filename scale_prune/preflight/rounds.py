@@ -1,0 +1,101 @@
+"""Rounds, repair and pruning without training: what of them is settled, refused or warned of before a run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from scale_prune.config import Config, PruningConfig
+from scale_prune.core import UnitGroup
+from scale_prune.criteria import CRITERIA, learns_from_gradients, schedule_of
+
+
+def settle_rounds(config: Config) -> Config:
+    """Fill in what --rounds and --repair leave open; without training there is a round, and no warm-up.
+
+    Raises:
+        ValueError: they cannot be met.
+    """
+    pruning, max_steps = config.pruning, config.training.max_steps
+    if not max_steps:
+        pruning = replace(pruning, rounds=pruning.rounds or 1, warmup_fraction=0.0, cooldown_fraction=0.0)
+    if pruning.repair is None:
+        of_neurons = CRITERIA[pruning.criterion].kind == "neuron"
+        pruning = replace(pruning, repair="least_squares" if pruning.rounds and of_neurons else "none")
+    if pruning.remaining < 1:
+        _check_criterion(pruning, max_steps)
+    return replace(config, pruning=pruning)
+
+
+def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
+    criterion, name = CRITERIA[pruning.criterion], f"--criterion {pruning.criterion}"
+    if pruning.budget != "uniform" and (pruning.scope != "per_group" or criterion.kind == "component"):
+        raise ValueError(
+            f"--budget {pruning.budget} says what each layer loses, --scope {pruning.scope} lets scores say it; give "
+            "--scope per_group, and a criterion of neurons"
+        )
+    asked = f"--rounds {pruning.rounds}" if max_steps else "--max_steps 0"
+    if criterion.kind == "component" and pruning.repair != "none":
+        raise ValueError(
+            f"--repair {pruning.repair} belongs to neurons, {name} removes components; leave it out, or give "
+            "--criterion obs"
+        )
+    if pruning.rounds and "gate" in criterion.needs:
+        raise ValueError(
+            f"{name} trains gates that settle what leaves, which {asked} does not wait for; give --max_steps and no "
+            "--rounds, or another criterion"
+        )
+    if pruning.rounds and criterion.kind == "component":
+        raise ValueError(
+            f"{asked} belongs to neurons, {name} removes components; leave it out, or give --criterion obs"
+        )
+    if "gram" in criterion.needs and not pruning.rounds:
+        raise ValueError(f"{name} ranks neurons that leave at once, not under masks; give --rounds 1 or more")
+    steps = schedule_of(pruning, max_steps).descent_steps
+    if max_steps and pruning.rounds and pruning.rounds > steps:
+        raise ValueError(
+            f"--rounds {pruning.rounds} are more than the {steps} steps of the descent; give fewer, more --max_steps, "
+            "or smaller --warmup_fraction and --cooldown_fraction"
+        )
+
+
+def check_repair(model: nn.Module, groups: Sequence[UnitGroup], pruning: PruningConfig) -> None:
+    """Refuse to give means to biases that the model does not have.
+
+    Raises:
+        ValueError: it has none.
+    """
+    output = model.get_submodule(groups[0].output)
+    if pruning.repair == "mean" and getattr(output, "bias", None) is None:
+        raise ValueError(
+            f"--repair mean gives the means of removed neurons to the bias of {groups[0].output}, which has none; give "
+            "--repair least_squares, which needs none"
+        )
+
+
+def check_calibration(config: Config, batch_size: int) -> None:
+    """Refuse less text than gradients are taken of at a time.
+
+    Raises:
+        ValueError: it is less.
+    """
+    pruning, tokens = config.pruning, batch_size * config.data.block_size
+    needs_gradients = learns_from_gradients(CRITERIA[pruning.criterion]) and not config.training.max_steps
+    if needs_gradients and pruning.remaining < 1 and pruning.calibration_tokens < tokens:
+        raise ValueError(
+            f"--calibration_tokens {pruning.calibration_tokens} are less than the {tokens} tokens of a step, of which "
+            f"--criterion {pruning.criterion} takes the gradient; give at least {tokens}, or a smaller "
+            "--train_batch_size"
+        )
+
+
+def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> str:
+    """Return a line where the damping decides more than the text, empty where it does not."""
+    widest = max(group.num_units for group in groups)
+    solves = pruning.repair == "least_squares" or "gram" in CRITERIA[pruning.criterion].needs
+    if pruning.remaining == 1 or not solves or pruning.calibration_tokens >= widest:
+        return ""
+    return (
+        f"--calibration_tokens {pruning.calibration_tokens} are fewer than the {widest} neurons of a layer, so "
+        f"--repair_damping {pruning.repair_damping} decides as much as the text; a few times {widest} are better"
+    )

@@ -1,0 +1,177 @@
+"""What calibration text says of the units: Gram matrices of their activations, and what a criterion makes of these.
+
+Every token of the text counts, padding never, and everything adds up over tokens and ranks; so the number of ranks
+changes nothing but the rounding.
+
+The Gram matrix of group g lies whole with rank g mod W, which solves for it, so that the layers are solved side by
+side. What moves, with N units in a group and F = N or N + 1 features:
+
+    every forward pass   each group's F * F sums to the rank that keeps them       4 F^2 bytes a group
+    at the end           the criterion's numbers to the units' owners               4 M bytes a number
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from scale_prune.core import UnitGroup, UnsolvableError, least_squares, mean_takeover
+from scale_prune.pruning.activations import real_tokens
+from scale_prune.pruning.backend import ShardBackend
+
+ROWS_AT_ONCE = 1024  # of a Gram matrix, on their way to the rank that keeps it: 64 MiB at N = 16,384
+
+
+class Calibration:
+    """Watches forward passes without gradients, between `watching` and its end.
+
+    Args:
+        backend: the model, and this rank's place among the others.
+        groups: whose activations are watched; of neurons.
+        gram: keep Gram matrices.
+        activity: (T, N) float32 activations of one group to the (N,) or (K, N) numbers that add up over tokens; None
+            for no such numbers.
+
+    Attributes:
+        grams: (F, F) float32 by number of the group, of those that this rank keeps; F is N + 1 where the projection has
+            a bias, and the last feature is 1.
+        activities: what `activity` came to, group by group, on this rank.
+    """
+
+    def __init__(
+        self,
+        backend: ShardBackend,
+        groups: Sequence[UnitGroup],
+        *,
+        gram: bool,
+        activity: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.backend, self.groups = backend, tuple(groups)
+        self._gram, self._activity = gram, activity
+        self.grams: dict[int, Tensor] = {}
+        self.activities: list[Tensor] = []
+        if activity is not None:
+            self.activities = [activity(torch.empty(0, group.num_units, device=backend.device)) for group in groups]
+        self._real = torch.empty(0)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the forward passes of the body, which all ranks make alike."""
+        module = self.backend.module
+        handles = [module.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
+        for index, group in enumerate(self.groups):
+            handles.append(module.get_submodule(group.output).register_forward_pre_hook(self._watcher(index)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._real = real_tokens(args, kwargs).flatten()
+
+    def _watcher(self, index: int) -> Any:
+        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            h = rearrange(args[0].detach(), "... unit -> (...) unit")[self._real.to(args[0].device)].float()
+            if self._activity is not None:
+                self.activities[index] += self._activity(h)
+            if self._gram:
+                ones = h.new_ones(len(h), 1)
+                self._add(index, h if getattr(module, "bias", None) is None else torch.cat([h, ones], 1))
+
+        return watch
+
+    def _add(self, index: int, features: Tensor) -> None:
+        """Bring what this pass adds to a Gram matrix to the rank that keeps it. A collective."""
+        keeper = keeper_of(index, self.backend)
+        for rows in torch.arange(features.shape[1]).split(ROWS_AT_ONCE):
+            block = slice(int(rows[0]), int(rows[-1]) + 1)
+            total = self.backend.reduce(features[:, block].T @ features, keeper)
+            if keeper == self.backend.rank:
+                empty = torch.zeros(features.shape[1], features.shape[1], device=features.device)
+                self.grams.setdefault(index, empty)[block] += total
+
+
+def keeper_of(group: int, backend: ShardBackend) -> int:
+    """Return the rank that keeps the Gram matrix of group number `group`, and solves for it."""
+    return group % backend.world_size
+
+
+def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor], Tensor]) -> dict[int, Tensor]:
+    """Return (N,) scores by number of the group, of the groups that this rank keeps. A collective.
+
+    The weights that read a group's units are gathered as in a forward pass, those of W groups before they are ranked.
+
+    Args:
+        calibration: with Gram matrices.
+        rank_units: (F, F) Gram matrix and (D, N) float32 weight to (N,) scores.
+
+    Raises:
+        ValueError: a Gram matrix cannot be solved.
+    """
+    backend, groups = calibration.backend, calibration.groups
+    scores: dict[int, Tensor] = {}
+    failed = torch.zeros(len(groups), device=backend.device)
+    for side_by_side in torch.arange(len(groups)).split(backend.world_size):
+        weights = {index: _output_weight(backend, groups[index], index) for index in side_by_side.tolist()}
+        for index, weight in weights.items():
+            if weight is not None:
+                try:
+                    scores[index] = rank_units(calibration.grams[index], weight)
+                except UnsolvableError:
+                    failed[index] = 1
+    _raise_together(backend, groups, failed)
+    return scores
+
+
+def takeovers_of(calibration: Calibration, masks: Sequence[Tensor], repair: str, damping: float) -> dict[int, Tensor]:
+    """Solve for what the units that stay take over, in the groups that this rank keeps. A collective.
+
+    Args:
+        calibration: with Gram matrices.
+        masks: (N,) bool a group, True = stays.
+        repair: "least_squares", or "mean" where the projections have biases.
+        damping: of `least_squares`.
+
+    Returns:
+        (K, P) or (K + 1, P) by number of the group.
+
+    Raises:
+        ValueError: a Gram matrix cannot be solved.
+    """
+    takeovers: dict[int, Tensor] = {}
+    failed = torch.zeros(len(masks), device=calibration.backend.device)
+    for index, gram in calibration.grams.items():
+        mask = masks[index]
+        try:
+            if not mask.all():
+                mean = repair == "mean"
+                takeovers[index] = mean_takeover(gram, mask) if mean else least_squares(gram, mask, damping)
+        except UnsolvableError:
+            failed[index] = 1
+    _raise_together(calibration.backend, calibration.groups, failed)
+    return takeovers
+
+
+def _output_weight(backend: ShardBackend, group: UnitGroup, index: int) -> Tensor | None:
+    """Return the (D, N) float32 weight that reads the units, on the rank that keeps the group. A collective."""
+    member = next(member for member in group.members if member.role == "out")
+    weight = backend.gather(member)
+    return weight.movedim(member.dim, -1) if keeper_of(index, backend) == backend.rank else None
+
+
+def _raise_together(backend: ShardBackend, groups: Sequence[UnitGroup], failed: Tensor) -> None:
+    """Raise on all ranks where one has failed. A collective.
+
+    Raises:
+        ValueError: with the group's name.
+    """
+    anywhere = backend.all_gather(failed).view(-1, len(groups)).amax(0).nonzero().flatten().tolist()
+    if anywhere:
+        raise ValueError(
+            f"the Gram matrix of the activations of {groups[anywhere[0]].name} is not finite or not positive definite; "
+            "give a larger --repair_damping or more --calibration_tokens, or look for activations that overflow"
+        )

@@ -1,0 +1,140 @@
+"""Laws of the repair: choice and repair are separate, and the repair is the best there is."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from scale_prune.core.repair import (
+    UnsolvableError,
+    bias_taken_over,
+    elimination_scores,
+    least_squares,
+    mean_takeover,
+    taken_over,
+)
+
+TOKENS, UNITS, OUTPUTS = 200, 12, 7
+DAMPING = 1e-3
+
+
+def activations(*, ones: bool, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(TOKENS, UNITS, generator=generator) @ torch.randn(UNITS, UNITS, generator=generator)
+    h = torch.relu(mixed) + 0.1 * torch.randn(TOKENS, UNITS, generator=generator)
+    return torch.cat([h, torch.ones(TOKENS, 1)], 1) if ones else h
+
+
+def a_weight(seed: int = 1) -> Tensor:
+    return torch.randn(OUTPUTS, UNITS, generator=torch.Generator().manual_seed(seed))
+
+
+def repaired_error(h: Tensor, weight: Tensor, keep: Tensor, damping: float) -> float:
+    gram = h.T @ h
+    takeover = least_squares(gram, keep, damping)
+    output = h[:, :UNITS][:, keep] @ taken_over(weight, takeover, keep, 1)[:, keep].T
+    if len(takeover) > int(keep.sum()):
+        output = output + bias_taken_over(weight, takeover, keep, 1)
+    return float((output - h[:, :UNITS] @ weight.T).square().sum())
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_least_squares_is_the_minimum(ones: bool) -> None:
+    h, weight = activations(ones=ones), a_weight()
+    keep = torch.arange(UNITS) % 3 > 0
+    kept = torch.cat([keep, torch.ones(h.shape[1] - UNITS, dtype=torch.bool)])
+    best = torch.linalg.lstsq(h[:, kept].double(), (h[:, :UNITS] @ weight.T).double()).solution
+    least = float((h[:, kept].double() @ best - (h[:, :UNITS] @ weight.T).double()).square().sum())
+    assert repaired_error(h, weight, keep, 0.0) == pytest.approx(least, rel=1e-3)
+    unrepaired = float((h[:, :UNITS][:, ~keep] @ weight[:, ~keep].T).square().sum())
+    assert least < repaired_error(h, weight, keep, DAMPING) < unrepaired
+
+
+def test_repair_is_exact_where_removed_units_follow_from_kept_ones() -> None:
+    h = activations(ones=True)
+    keep = torch.arange(UNITS) < UNITS - 3
+    h[:, :UNITS][:, ~keep] = h[:, :UNITS][:, keep] @ torch.randn(UNITS - 3, 3) + torch.tensor([1.0, -2.0, 0.5])
+    whole = float((h[:, :UNITS] @ a_weight().T).square().sum())
+    assert repaired_error(h, a_weight(), keep, 1e-9) < 1e-8 * whole
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_one_by_one_in_blocks_and_least_squares_are_the_same_weights(ones: bool) -> None:
+    """Optimal brain surgeon's updates, from the inverse alone, against the closed form for the same set."""
+    h, weight = activations(ones=ones).double(), a_weight().double()
+    gram = h.T @ h
+    gram.diagonal()[:UNITS].add_(DAMPING * gram.diagonal()[:UNITS].mean())
+    removed = [2, 3, 7, 10]
+    one_by_one = _eliminated(gram, weight, [[unit] for unit in removed])
+    in_blocks = _eliminated(gram, weight, [removed[:1], removed[1:]])
+    keep = torch.ones(UNITS, dtype=torch.bool)
+    keep[removed] = False
+    takeover = least_squares((h.T @ h).float(), keep, DAMPING)
+    closed = taken_over(weight.float(), takeover, keep, 1)[:, keep]
+    torch.testing.assert_close(one_by_one[:, keep], in_blocks[:, keep])
+    torch.testing.assert_close(closed.double(), in_blocks[:, keep], rtol=1e-4, atol=1e-4)
+
+
+def _eliminated(gram: Tensor, weight: Tensor, blocks: list[list[int]]) -> Tensor:
+    inverse, weight = torch.linalg.inv(gram), weight.clone()
+    gone: list[int] = []
+    for block in blocks:
+        takeover = torch.linalg.solve(inverse[block][:, block], inverse[block])
+        weight -= weight[:, block] @ takeover[:, :UNITS]
+        inverse = inverse - inverse[:, block] @ takeover
+        gone += block
+        inverse[gone, :] = inverse[:, gone] = 0
+        inverse[gone, gone] = 1
+    return weight
+
+
+def test_costs_add_up_to_the_error_of_the_repair() -> None:
+    h, weight = activations(ones=False), a_weight()
+    scores = elimination_scores(h.T @ h, weight, damping=0.0, rounds=UNITS)
+    for removed in range(1, UNITS - 2):
+        keep = torch.ones(UNITS, dtype=torch.bool)
+        keep[scores.argsort()[:removed]] = False
+        together = repaired_error(h, weight, keep, 0.0)
+        assert float(scores.sort().values[:removed].sum()) == pytest.approx(together, rel=2e-2)
+
+
+def test_elimination_spares_what_the_others_cannot_do_and_drops_copies_and_the_dead_first() -> None:
+    h = activations(ones=False)
+    h[:, 4] = h[:, 5]
+    h[:, 9] = 0
+    scores = elimination_scores(h.T @ h, a_weight(), damping=1e-6, rounds=UNITS)
+    assert scores.argmin() == 9
+    assert scores[9] == 0
+    assert set(scores.argsort()[1:2].tolist()) <= {4, 5}
+
+
+def test_rounds_keep_the_order_of_the_costs_within_the_matrix() -> None:
+    h = activations(ones=True)
+    coarse = elimination_scores(h.T @ h, a_weight(), damping=DAMPING, rounds=3)
+    assert len(coarse.unique()) > 3
+    assert (coarse >= 0).all()
+
+
+def test_mean_repair_keeps_the_mean_of_the_output() -> None:
+    h, weight = activations(ones=True), a_weight()
+    keep = torch.arange(UNITS) % 2 > 0
+    takeover = mean_takeover(h.T @ h, keep)
+    torch.testing.assert_close(taken_over(weight, takeover, keep, 1), weight)
+    before = (h[:, :UNITS] @ weight.T).mean(0)
+    after = (h[:, :UNITS][:, keep] @ weight[:, keep].T).mean(0) + bias_taken_over(weight, takeover, keep, 1)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_store_units_as_rows_are_repaired_alike() -> None:
+    h, weight = activations(ones=True), a_weight()
+    keep = torch.arange(UNITS) % 2 > 0
+    takeover = least_squares(h.T @ h, keep, DAMPING)
+    torch.testing.assert_close(taken_over(weight.T, takeover, keep, 0), taken_over(weight, takeover, keep, 1).T)
+    torch.testing.assert_close(bias_taken_over(weight.T, takeover, keep, 0), bias_taken_over(weight, takeover, keep, 1))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -1e9])
+def test_matrices_that_cannot_be_solved_are_refused(broken: float) -> None:
+    gram = activations(ones=False).T @ activations(ones=False)
+    gram[0, 0] = broken
+    with pytest.raises(UnsolvableError):
+        least_squares(gram, torch.arange(UNITS) < 5, DAMPING)

@@ -1,0 +1,63 @@
+"""The repair on real ZeRO-3 engines: the same for every number of ranks, and exact where it can be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from engines import ds_config, saved_model
+from models import VOCABULARY
+from torch import Tensor
+
+from scale_prune.models import unit_groups
+from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, repair_weights, training_engine
+
+DAMPING, ROWS = 1e-3, 12
+FAMILIES = ("gpt_neo", "gpt2", "llama")
+
+
+def repaired(folder: str, repair: str, trains: bool) -> dict[str, Any]:
+    """Remove every second unit of every group; return Gram matrices, weights and logits. On one rank or more."""
+    config = ds_config(train_micro_batch_size_per_gpu=None)
+    del config["train_micro_batch_size_per_gpu"]
+    model = load_model(folder, config)
+    engine = training_engine(model, config) if trains else inference_engine(model, config)
+    backend, groups = Zero3Backend(engine), unit_groups(model)
+    engine.eval()
+    rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
+    own = rows.chunk(backend.world_size)[backend.rank]
+    calibration = Calibration(backend, groups, gram=True)
+    with torch.no_grad(), calibration.watching():
+        for part in own.split(2):
+            engine(input_ids=part, use_cache=False)
+    masks = [torch.arange(group.num_units) % 2 > 0 for group in groups]
+    if repair != "none":
+        takeovers = takeovers_of(calibration, masks, repair, DAMPING)
+        repair_weights(backend, groups, masks, takeovers)
+    for group, mask in zip(groups, masks, strict=True):
+        backend.mask_working_copy(group, mask)
+    with torch.no_grad():
+        logits = engine(input_ids=rows, use_cache=False).logits.float()
+    return {"grams": calibration.grams, "logits": logits, "weights": dict(backend.named_tensors())}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("trains", [True, False])
+def test_any_number_of_ranks_repairs_alike(tmp_path: Path, model_type: str, trains: bool) -> None:
+    folder = str(saved_model(tmp_path, model_type))
+    alone = run_ranks(repaired, 1, folder, "least_squares", trains)[0]
+    for world_size in (2, 3):
+        together = run_ranks(repaired, world_size, folder, "least_squares", trains)
+        for index, gram in alone["grams"].items():
+            torch.testing.assert_close(together[index % world_size]["grams"][index], gram)
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(together[0]["weights"][name], weight, rtol=1e-3, atol=1e-3)
+        for rank in together:
+            torch.testing.assert_close(rank["logits"], alone["logits"], rtol=1e-3, atol=1e-3)
+
+
+def dense_logits(folder: str) -> Tensor:
+    return repaired(folder, "none", True)["logits"]

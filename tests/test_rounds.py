@@ -1,0 +1,150 @@
+"""Units that leave in rounds, and pruning without training, through the command on real ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import arguments, errors_of, make_work, outcome, outcomes, report_of
+from distributed import run_ranks
+from safetensors.torch import load_file
+from test_resume import assert_same_run, losses
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.distributed
+
+UNTRAINED = {"max_steps": 0, "remaining": 0.5, "calibration_tokens": 384, "train_batch_size": 6}
+ROUNDS = {
+    "criterion": "sensitivity",
+    "rounds": 3,
+    "remaining": 0.4,
+    "max_steps": 7,
+    "recovery_steps": 3,
+    "train_batch_size": 6,
+    "calibration_tokens": 384,
+    "save_every": 2,
+    "keep_checkpoints": 9,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+def run(world_size: int, flags: list[str]) -> None:
+    codes = run_ranks(outcome, world_size, flags)
+    assert [code for code, _ in codes] == [0] * world_size, codes
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(output / "pruned" / "model.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("criterion", ["obs", "sensitivity", "flap"])
+def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion: str, work: Path) -> None:
+    outputs = []
+    for world_size, passes in ((1, 1), (2, 1), (2, 3), (3, 2)):
+        outputs.append(work / f"{criterion}-{world_size}-{passes}")
+        settings = UNTRAINED | {"criterion": criterion, "gradient_accumulation_steps": passes}
+        run(world_size, arguments(work, outputs[-1], **settings))
+    for output in outputs[1:]:
+        assert json.loads((output / "kept.json").read_text()) == json.loads((outputs[0] / "kept.json").read_text())
+        for name, weight in weights(outputs[0]).items():
+            torch.testing.assert_close(weights(output)[name], weight, rtol=1e-3, atol=1e-4)
+    perplexity = report_of(outputs[0])["perplexity"]
+    assert perplexity["masked"] == pytest.approx(perplexity["exported"], rel=1e-5)
+    assert perplexity["compacted"] == pytest.approx(perplexity["exported"], rel=1e-5)
+
+
+def test_neurons_that_follow_from_others_go_for_nothing(work: Path, tmp_path: Path) -> None:
+    """Half of the neurons are copies of the others, so that a repaired half is the dense model."""
+    doubled: Any = AutoModelForCausalLM.from_pretrained(work / "model")
+    for layer in doubled.transformer.h:
+        half = layer.mlp.c_fc.weight.shape[0] // 2
+        for tensor in (layer.mlp.c_fc.weight, layer.mlp.c_fc.bias):
+            tensor.data[half : 2 * half] = tensor.data[:half]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((work / "model" / name).read_bytes())
+    doubled.save_pretrained(tmp_path)
+    for criterion, repair in (("obs", "least_squares"), ("obs", "none")):
+        settings = UNTRAINED | {"criterion": criterion, "repair": repair, "remaining": 0.6, "repair_damping": 1e-6}
+        run(2, arguments(work, tmp_path / repair, model=tmp_path, **settings))
+    dense, exact = (report_of(tmp_path / "least_squares")["perplexity"][stage] for stage in ("dense", "exported"))
+    assert exact == pytest.approx(dense, rel=1e-4)
+    assert report_of(tmp_path / "none")["perplexity"]["exported"] != pytest.approx(dense, rel=1e-2)
+
+
+def test_rounds_go_on_bit_for_bit(work: Path) -> None:
+    whole = work / "whole"
+    run(2, arguments(work, whole, **ROUNDS))
+    report = report_of(whole)
+    assert report["remaining"]["measured"] == pytest.approx(0.4, abs=0.05)
+    assert report["widths"] == [len(units) for units in json.loads((whole / "kept.json").read_text()).values()]
+    for step in (2, 4, 6, 8):  # before the first round and the second, after the last and in recovery
+        output = work / f"from {step}"
+        checkpoint = whole / "checkpoints" / f"step-{step:08d}"
+        run(2, arguments(work, output, **ROUNDS | {"resume": checkpoint}))
+        assert_same_run(output, whole)
+        assert losses(output) == {made: loss for made, loss in losses(whole).items() if made > step}
+    other = work / "on one rank"
+    run(1, arguments(work, other, **ROUNDS | {"resume": whole / "checkpoints" / "step-00000004"}))
+    assert json.loads((other / "kept.json").read_text()) == json.loads((whole / "kept.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16", "criterion": "obs", "rounds": 2},
+        {"ds_config": "zero3_offload", "criterion": "magnitude", "rounds": 2, "repair": "mean"},
+        {"criterion": "gum", "rounds": 2, "similarity_every": 2},
+        {"criterion": "wanda", "rounds": 1, "repair": "none"},
+        {"criterion": "sensitivity", "repair": "least_squares"},
+    ],
+    ids=str,
+)
+def test_rounds_with_everything(settings: dict[str, Any], work: Path) -> None:
+    output = work / str(abs(hash(str(settings))))
+    run(2, arguments(work, output, **{"calibration_tokens": 384, "remaining": 0.5, "max_steps": 6} | settings))
+    perplexity = report_of(output)["perplexity"]
+    assert perplexity["recovered"] is None or settings.get("rounds")
+    assert report_of(output)["remaining"]["measured"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_recovery_follows_pruning_without_training(work: Path) -> None:
+    output = work / "recovered"
+    settings = UNTRAINED | {"criterion": "sensitivity", "recovery_steps": 4, "learning_rate": 3e-3, "save_every": 2}
+    run(2, arguments(work, output, **settings))
+    perplexity = report_of(output)["perplexity"]
+    assert perplexity["recovered"] < perplexity["compacted"]
+    again = work / "recovered again"
+    run(2, arguments(work, again, **settings | {"resume": output / "checkpoints" / "step-00000002"}))
+    assert_same_run(again, output)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"criterion": "factorize", "repair": "least_squares"}, "--repair least_squares belongs to neurons"),
+    ({"criterion": "factorize", "max_steps": 0}, "--max_steps 0 belongs to neurons"),
+    ({"criterion": "neuron_l0", "rounds": 2}, "trains gates that settle what leaves"),
+    ({"criterion": "obs", "rounds": 0}, "--criterion obs ranks neurons that leave at once"),
+    ({"criterion": "magnitude", "rounds": 5, "max_steps": 4}, "--rounds 5 are more than the 3 steps of the descent"),
+    (
+        {"criterion": "sensitivity", "max_steps": 0, "calibration_tokens": 10},
+        "--calibration_tokens 10 are less than the 64 tokens of a step",
+    ),
+    ({"criterion": "magnitude", "repair_damping": -1}, "--repair_damping -1.0 is out of range"),
+    ({"criterion": "magnitude", "repair": "some"}, "--repair some is unknown"),
+]
+
+
+def test_what_cannot_be_repaired_is_refused(work: Path) -> None:
+    cases = [arguments(work, work / "refused", **settings) for settings, _ in REFUSED]
+    cases += [[*case, "--dry_run"] for case in cases]
+    (found,) = run_ranks(outcomes, 1, cases)
+    for (code, stderr), (_, expected) in zip(found, [*REFUSED, *REFUSED], strict=True):
+        assert code == 2
+        assert expected in stderr
+        assert len(errors_of(stderr)) == 1
