@@ -1,9 +1,14 @@
 """Laws of the repair: choice and repair are separate, and the repair is the best there is."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from memory_backend import InMemoryBackend
+from models import VOCABULARY, tiny_model
 from torch import Tensor
 
+from scale_prune.core import UnitGroup
 from scale_prune.core.repair import (
     UnsolvableError,
     bias_taken_over,
@@ -12,9 +17,12 @@ from scale_prune.core.repair import (
     mean_takeover,
     taken_over,
 )
+from scale_prune.models import FAMILIES, unit_groups
+from scale_prune.pruning import Calibration, takeovers_of
 
 TOKENS, UNITS, OUTPUTS = 200, 12, 7
 DAMPING = 1e-3
+ROWS = torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(0))
 
 
 def activations(*, ones: bool, seed: int = 0) -> Tensor:
@@ -138,3 +146,43 @@ def test_matrices_that_cannot_be_solved_are_refused(broken: float) -> None:
     gram[0, 0] = broken
     with pytest.raises(UnsolvableError):
         least_squares(gram, torch.arange(UNITS) < 5, DAMPING)
+
+
+# --- every family ----------------------------------------------------------------------------------------------------
+
+
+def repair_in_memory(backend: InMemoryBackend, groups: Sequence[UnitGroup], masks: Sequence[Tensor]) -> None:
+    """Repair a model in memory, as `repair_weights` does on shards."""
+    calibration = Calibration(backend, groups, gram=True)
+    with torch.no_grad(), calibration.watching():
+        backend.module(input_ids=ROWS)
+    for index, takeover in takeovers_of(calibration, masks, "least_squares", DAMPING).items():
+        group, keep = groups[index], masks[index]
+        member = next(member for member in group.members if member.role == "out")
+        weight, bias = backend.parameters[member.name].data, backend.parameters.get(f"{group.output}.bias")
+        if bias is not None:
+            bias.data += bias_taken_over(weight, takeover, keep, member.dim)
+        weight.copy_(taken_over(weight, takeover, keep, member.dim))
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if not family.classifies])
+def test_every_family_loses_less_in_its_mlps_outputs_when_repaired(model_type: str) -> None:
+    """One layer at a time loses half of its neurons, so that its inputs stay what they were."""
+    for layer in range(2):
+        errors = {}
+        for repaired in (False, True):
+            backend = InMemoryBackend(tiny_model(model_type))
+            groups = unit_groups(backend.module)
+            masks = [torch.arange(each.num_units) % 2 > int(each.layer == layer) - 1 for each in groups]
+            outputs: list[Tensor] = []
+            output = backend.module.get_submodule(groups[layer].output)
+            output.register_forward_hook(lambda module, args, found, to=outputs: to.append(found.detach()))
+            with torch.no_grad():
+                backend.module(input_ids=ROWS)
+                if repaired:
+                    repair_in_memory(backend, groups, masks)
+                for group, mask in zip(groups, masks, strict=True):
+                    backend.mask_working_copy(group, mask)
+                backend.module(input_ids=ROWS)
+            errors[repaired] = float((outputs[-1] - outputs[0]).square().sum())
+        assert 0 < errors[True] < errors[False]
