@@ -92,7 +92,9 @@ def test_the_report_keeps_its_contract(report: dict[str, Any], finished: Path) -
     assert len(report["peak_memory_bytes"]) == 2
     assert all(2**26 < peak < 2**34 for peak in report["peak_memory_bytes"])
     assert report["settings"]["learning_rate"] == report["ds_config"]["optimizer"]["params"]["lr"]
-    assert report["versions"]["torch"] == torch.__version__
+    assert (
+        torch.__version__.split("+")[0] == report["versions"]["torch"].split("+")[0]
+    )  # a wheel for CUDA says more of itself
     markdown = (finished / "report.md").read_text()
     assert all(str(width) in markdown for width in report["widths"])
     assert f"{report['perplexity']['exported']:,.3f}" in markdown

@@ -167,7 +167,7 @@ def _rules(
 ) -> list[Rule]:
     rate = _learning_rate(ds_config, training, explicit)
     dtype = training.precision if "precision" in explicit else precision(ds_config) or training.precision
-    total = max(1, training.max_steps + training.recovery_steps)
+    total = training.max_steps + training.recovery_steps or 2  # DeepSpeed warns of a schedule of 1 step
     warmup = max(1, round(total * training.lr_warmup_fraction))
     square = hidden_size * hidden_size if hidden_size else None
     return [
