@@ -108,6 +108,7 @@ class Bench:
             samples = "activation" in pruner.scoring.criterion.needs and step % pruning.similarity_every == 0
             if not samples:  # the sampler's hooks are in place already, and must not catch a plain step
                 plain.append(self.step(None))
+                pruner.calls.go_on()  # it counts the engine's steps, and has not seen this one
             (sampling if samples else pruned).append(self.step(pruner))
         return {
             "criterion": criterion,
