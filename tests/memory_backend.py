@@ -1,7 +1,7 @@
 """Pruning without DeepSpeed: plain PyTorch models that are trained data-parallel, their ranks being threads.
 
 Each rank holds a whole replica. What pruning sees of it are the slices that ZeRO-3 would have cut, with NaN where
-ZeRO-3 leaves memory uninitialised.
+ZeRO-3 leaves memory uninitialized.
 """
 
 from collections.abc import Callable, Iterable, Sequence

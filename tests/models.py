@@ -82,7 +82,7 @@ def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedMod
 
 
 def prepared_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
-    """Factorise the weights of a model in one piece, as `prepare` does under ZeRO-3, and list the units."""
+    """Factorize the weights of a model in one piece, as `prepare` does under ZeRO-3, and list the units."""
     if removes_components(pruning):
         criterion, transposed = CRITERIA[pruning.criterion](pruning, 0), family_of(model.config).transposed
         for name in linear_names(model, pruning.target_names):

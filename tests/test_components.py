@@ -1,4 +1,4 @@
-"""Components under the real ZeRO-3 engine: factorised, gated, compacted, exported and loaded again."""
+"""Components under the real ZeRO-3 engine: factorized, gated, compacted, exported and loaded again."""
 
 import json
 from functools import partial
@@ -88,7 +88,7 @@ def life(path: Path, settings: PruningConfig, config: dict[str, Any], output: Pa
         ("gptj", "flop", "attention,embedding"),  # whose output is not tied
     ],
 )
-def test_dense_is_factorised_and_masked_is_compacted_is_exported(
+def test_dense_is_factorized_and_masked_is_compacted_is_exported(
     model_type: str, criterion: str, targets: str, folder: Path, tmp_path: Path
 ) -> None:
     settings = pruning(criterion, targets=targets, remaining=0.5, embedding_clusters=3)

@@ -91,8 +91,8 @@ def test_a_rank_above_the_full_one_is_refused_with_its_weight() -> None:
         sketch_units(tiny_model("gpt2"), asked)
 
 
-def test_what_is_factorised_already_is_refused(tmp_path: Path) -> None:
+def test_what_is_factorized_already_is_refused(tmp_path: Path) -> None:
     model = tiny_model("gpt_neo")
     model.config.factorized = {"transformer.h.0.mlp.c_fc": 3}
-    with pytest.raises(ValueError, match="factorised weights already, which cannot be pruned again"):
+    with pytest.raises(ValueError, match="factorized weights already, which cannot be pruned again"):
         sketch_units(model, PruningConfig())

@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(work: Path) -> None:
     assert_stopped(ranks, "the loss is nan", work / "nan", 4)
 
 
-def test_weights_that_are_not_finite_are_not_factorised(work: Path) -> None:
+def test_weights_that_are_not_finite_are_not_factorized(work: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(work / "model")
     model.get_parameter("transformer.h.1.mlp.c_fc.weight").data[0, :2] = math.inf
     shutil.copytree(work / "model", work / "infinite")
@@ -337,7 +337,7 @@ def test_weights_that_are_not_finite_are_not_factorised(work: Path) -> None:
 
 
 @pytest.mark.parametrize(("criterion", "is_the_same"), [("factorize", False), ("flop", True)])
-def test_dense_is_before_the_weights_are_factorised(
+def test_dense_is_before_the_weights_are_factorized(
     criterion: str, is_the_same: bool, report: dict[str, Any], work: Path
 ) -> None:
     output = work / f"start-{criterion}"

@@ -68,7 +68,7 @@ def test_gates_start_in_the_order_of_singular_values_where_there_are_any(factors
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "llama", "gpt_neox", "opt", "gptj"])
-def test_factorised_is_dense_at_the_start(model_type: str) -> None:
+def test_factorized_is_dense_at_the_start(model_type: str) -> None:
     dense = tiny_model(model_type)
     expected = logits(dense, tokens())
     pruner = start("flop", model=tiny_model(model_type))
@@ -292,7 +292,7 @@ def test_remaining_counts_parameters() -> None:
     assert remaining_fraction(pruner.groups, widths) == pytest.approx(kept / dense)
 
 
-def test_a_criterion_of_components_wants_factorised_weights() -> None:
+def test_a_criterion_of_components_wants_factorized_weights() -> None:
     from scale_prune.pruning.units import units_of
 
     with pytest.raises(ValueError, match=r"'flop' removes components, but no weight .* scale_prune\.prepare"):

@@ -106,7 +106,7 @@ class ActivationSampler:
         if self.tokens is None:
             return self._real.flatten().nonzero().flatten()
         total_rows = self.backend.accumulation_steps * self.backend.world_size * in_pass
-        # As `batches.dealt` hands rows out: passes first, then ranks, then the rows of a pass.
+        # As `batches.assigned` hands rows out: passes first, then ranks, then the rows of a pass.
         first_row = ((self._pass - 1) * self.backend.world_size + self.backend.rank) * in_pass
         turns = np.random.default_rng(self._seed).permutation(total_rows)
         chosen = []

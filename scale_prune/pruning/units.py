@@ -1,4 +1,4 @@
-"""What a criterion removes from a model: its neurons, or components of weights that are factorised first."""
+"""What a criterion removes from a model: its neurons, or components of weights that are factorized first."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ FACTORIZED = ("factorized", "factorized_embedding")
 
 
 def removes_components(pruning: PruningConfig) -> bool:
-    """Tell whether a run factorises weights."""
+    """Tell whether a run factorizes weights."""
     criterion = CRITERIA.get(pruning.criterion)
     return criterion is not None and criterion.kind == "component" and pruning.remaining < 1
 
@@ -57,13 +57,13 @@ def embedding_tied_as_asked(model: PreTrainedModel, pruning: PruningConfig) -> l
     if pruning.tie_embeddings and len(names) == 1:
         raise ValueError(
             f"--tie_embeddings: the output of this model is not tied to its embedding {names[0]}; leave it out, and "
-            "the embedding alone is factorised"
+            "the embedding alone is factorized"
         )
     return names
 
 
 def components_of(model: nn.Module) -> tuple[UnitGroup, ...]:
-    """List the components of a model's factorised weights; none where there are none."""
+    """List the components of a model's factorized weights; none where there are none."""
     return (*cluster_groups(model), *component_groups(model))
 
 
@@ -71,13 +71,13 @@ def units_of(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup,
     """List the units of a model that has been prepared.
 
     Raises:
-        ValueError: the criterion removes components, and the model's weights are not factorised; or as `unit_groups`.
+        ValueError: the criterion removes components, and the model's weights are not factorized; or as `unit_groups`.
     """
     if not removes_components(pruning):
         return unit_groups(model)
     if not (groups := components_of(model)):
         raise ValueError(
-            f"criterion {pruning.criterion!r} removes components, but no weight of the model is factorised; call "
+            f"criterion {pruning.criterion!r} removes components, but no weight of the model is factorized; call "
             "scale_prune.prepare(model, config) before deepspeed.initialize"
         )
     return groups
@@ -87,12 +87,12 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
     """List the units of a model without weights, on the meta device or of fake tensors; it is changed in place.
 
     Raises:
-        ValueError: the model has no such targets, is factorised already, or `initial_rank` is more than a full rank.
+        ValueError: the model has no such targets, is factorized already, or `initial_rank` is more than a full rank.
     """
-    told = model.config.to_dict()
-    if any(told.get(key) for key in FACTORIZED):
+    saved = model.config.to_dict()
+    if any(saved.get(key) for key in FACTORIZED):
         raise ValueError(
-            "the model has factorised weights already, which cannot be pruned again; give the model that it was made "
+            "the model has factorized weights already, which cannot be pruned again; give the model that it was made "
             "from"
         )
     if not removes_components(pruning):

@@ -1,4 +1,4 @@
-"""What TensorBoard is told of a step."""
+"""What TensorBoard shows of a step."""
 
 from scale_prune.run.run import Run
 
