@@ -52,6 +52,10 @@ def prepare(
                 f"criterion {config.criterion} needs a model that ZeRO-3 has partitioned while it was loaded: make "
                 "HfDeepSpeedConfig(ds_config) or TrainingArguments(deepspeed=ds_config) before from_pretrained"
             )
+        if config.factors == "whitened":
+            raise ValueError(
+                "factors whitened belong to launch/prune.py, which has text to calibrate on; give svd or random"
+            )
         prepare_units(model, config, seed=seed, values=config.factors, token_counts=token_counts)
 
 
@@ -77,11 +81,11 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
             "accelerator.prepare returns"
         )
     check_uniqueness(config)
-    if with_defaults(config).rounds or config.repair not in (None, "none"):
+    if with_defaults(config).rounds or config.repair not in (None, "none") or config.budget == "redundancy":
         raise ValueError(
-            f"criterion {config.criterion}, rounds {with_defaults(config).rounds}, repair {config.repair}: rounds and "
-            "repairs belong to launch/prune.py, which has text to calibrate on; in a loop of your own give neither, "
-            "and a criterion that needs no Gram matrix"
+            f"criterion {config.criterion}, rounds {with_defaults(config).rounds}, repair {config.repair}, budget "
+            f"{config.budget}: rounds, repairs and redundancy belong to launch/prune.py, which has text to calibrate "
+            "on; in a loop of your own give none of them, and a criterion that needs no Gram matrix"
         )
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)

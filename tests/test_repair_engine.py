@@ -9,6 +9,7 @@ from distributed import run_ranks
 from engines import ds_config, saved_model
 from models import VOCABULARY
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from scale_prune.models import unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
@@ -41,6 +42,43 @@ def repaired(folder: str, repair: str, trains: bool) -> dict[str, Any]:
     with torch.no_grad():
         logits = engine(input_ids=rows, use_cache=False).logits.float()
     return {"grams": calibration.grams, "logits": logits, "weights": dict(backend.named_tensors())}
+
+
+def redundancy(folder: str) -> list[float]:
+    """Compare what goes into layers with what comes out, of rows of two lengths."""
+    config = ds_config()
+    engine = inference_engine(load_model(folder, config), config)
+    backend = Zero3Backend(engine)
+    rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(backend, unit_groups(engine.module), gram=False, redundancy=True)
+    with torch.no_grad(), calibration.watching():
+        for part in rows.chunk(backend.world_size)[backend.rank].split(2):
+            mask = torch.ones_like(part)
+            mask[0, 4:] = 0
+            engine(input_ids=part, attention_mask=mask, use_cache=False)
+    return calibration.redundancy()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_redundancy_is_that_of_the_hidden_states(tmp_path: Path, model_type: str) -> None:
+    folder = str(saved_model(tmp_path, model_type))
+    alone, *others = (run_ranks(redundancy, world_size, folder)[0] for world_size in (1, 2, 3))
+    rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(rows)
+    mask[::2, 4:] = 0
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    outputs: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, group in enumerate(unit_groups(model)):
+        layer = model.get_submodule(group.output.rpartition(".mlp.")[0])
+        layer.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: (args[0], output)}))
+    with torch.no_grad():
+        model(input_ids=rows, attention_mask=mask, use_cache=False)
+    for index, (before, after) in outputs.items():
+        cosines = torch.cosine_similarity(before, after[0] if isinstance(after, tuple) else after, dim=-1)
+        assert alone[index] == pytest.approx(float(cosines[mask.bool()].mean()), abs=1e-5)
+    for each in others:
+        assert each == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.distributed

@@ -125,9 +125,46 @@ def test_recovery_follows_pruning_without_training(work: Path) -> None:
     assert_same_run(again, output)
 
 
+def test_redundancy_is_measured_once_and_decides_all_rounds(work: Path) -> None:
+    settings = ROUNDS | {"criterion": "magnitude", "budget": "redundancy", "rounds": 2, "repair": "none"}
+    whole, again = work / "redundancy", work / "redundancy again"
+    run(2, arguments(work, whole, **settings))
+    first, second = report_of(whole)["rounds"]
+    assert first["redundancy"] == second["redundancy"]
+    for widths in (first["widths"], second["widths"]):  # where more comes out that went in, more leaves
+        assert sorted(range(len(widths)), key=lambda layer: -widths[layer]) == sorted(
+            range(len(widths)), key=lambda layer: first["redundancy"][layer]
+        )
+    run(2, arguments(work, again, **settings | {"resume": whole / "checkpoints" / "step-00000004"}))
+    assert_same_run(again, whole)
+
+
+def test_whitened_factors_are_alike_on_any_number_of_ranks(work: Path) -> None:
+    settings = UNTRAINED | {"criterion": "factorize", "targets": "mlp,attention", "factors": "whitened"}
+    outputs = [work / f"whitened-{world_size}" for world_size in (1, 2, 3)]
+    for world_size, output in enumerate(outputs, 1):
+        run(world_size, arguments(work, output, **settings, gradient_accumulation_steps=world_size % 2 + 1))
+        perplexity = report_of(output)["perplexity"]
+        assert perplexity["factorized"] == pytest.approx(perplexity["exported"], rel=1e-5)
+        assert perplexity["exported"] == pytest.approx(report_of(outputs[0])["perplexity"]["exported"], rel=1e-4)
+    plain = work / "svd"
+    run(2, arguments(work, plain, **settings | {"factors": "svd"}))
+    assert report_of(plain)["perplexity"]["exported"] != pytest.approx(perplexity["exported"], rel=1e-3)
+
+
+def test_whitened_factors_train_and_go_on(work: Path) -> None:
+    settings = {"criterion": "flop", "factors": "whitened", "targets": "mlp,embedding", "max_steps": 6, "save_every": 3}
+    whole, again = work / "whitened", work / "whitened again"
+    run(2, arguments(work, whole, **settings))
+    run(2, arguments(work, again, **settings | {"resume": whole / "checkpoints" / "step-00000003"}))
+    assert_same_run(again, whole)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "factorize", "repair": "least_squares"}, "--repair least_squares belongs to neurons"),
-    ({"criterion": "factorize", "max_steps": 0}, "--max_steps 0 belongs to neurons"),
+    ({"criterion": "flop", "max_steps": 0}, "trains gates that settle what leaves"),
+    ({"criterion": "factorize", "rounds": 2}, "--rounds 2 belongs to neurons"),
+    ({"criterion": "magnitude", "budget": "redundancy"}, "--budget redundancy is measured where neurons leave at once"),
     ({"criterion": "neuron_l0", "rounds": 2}, "trains gates that settle what leaves"),
     ({"criterion": "obs", "rounds": 0}, "--criterion obs ranks neurons that leave at once"),
     ({"criterion": "magnitude", "rounds": 5, "max_steps": 4}, "--rounds 5 are more than the 3 steps of the descent"),

@@ -1,12 +1,22 @@
 """Laws of choosing: exact counts, floors, order, ties, budgets, rounding of widths."""
 
+import math
 from itertools import combinations, pairwise, product
 
 import pytest
 import torch
 from torch import Tensor
 
-from scale_prune.core.selection import budget, check_finite, log_fractions, round_widths, select, standardized, top_mask
+from scale_prune.core.selection import (
+    budget,
+    check_finite,
+    log_fractions,
+    redundancy_fractions,
+    round_widths,
+    select,
+    standardized,
+    top_mask,
+)
 
 SIZES = (7, 13, 1, 29)
 REMAINING = (1e-9, 0.02, 0.1, 0.25, 0.5, 0.77, 0.999, 1.0)
@@ -187,6 +197,18 @@ def test_log_budgets_keep_the_mean_and_take_more_from_later_layers(layers: int, 
     assert all(0 < fraction < 1 for fraction in fractions)
     if layers > 1 and fractions[-1] > 0.06:
         assert (1 - fractions[-1]) / (1 - fractions[0]) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("remaining", [0.9, 0.75, 0.5, 0.3])
+def test_redundant_layers_lose_most_and_none_loses_all(remaining: float) -> None:
+    cosines = [0.3, 0.95, 0.8, 0.99]
+    fractions = redundancy_fractions(remaining, cosines)
+    assert sum(fractions) / 4 == pytest.approx(remaining)
+    assert fractions[0] == max(fractions)
+    assert fractions[3] == min(fractions) >= 0.05 - 1e-9
+    if min(fractions) > 0.06:
+        assert (1 - fractions[1]) / (1 - fractions[2]) == pytest.approx(math.exp(1.5))
+    assert redundancy_fractions(remaining, [0.7] * 4) == pytest.approx([remaining] * 4)
 
 
 def test_standardized_ranking_is_blind_to_the_groups_scales() -> None:

@@ -139,9 +139,10 @@ class PruningConfig(Settings):
         otherwise="global for gum, else per_group",
     )
     budget: str = setting(
-        "under scope per_group, let every layer lose alike (uniform), or later layers more (log)",
+        "under scope per_group, let every layer lose alike (uniform), later layers more (log), or those more that, by "
+        "the calibration text, change least of what goes in (redundancy)",
         "uniform",
-        choices=("uniform", "log"),
+        choices=("uniform", "log", "redundancy"),
     )
     remaining: float = setting(
         "fraction of the neurons that is kept at the end, 1 is plain fine-tuning",
@@ -198,7 +199,10 @@ class PruningConfig(Settings):
         "weights that are factorized where components are removed: any of mlp, attention, embedding, with commas", "mlp"
     )
     factors: str = setting(
-        "where factors come from: the pretrained weights (svd) or chance (random)", "svd", choices=("svd", "random")
+        "where factors come from: the pretrained weights (svd), these and the calibration text (whitened), or chance "
+        "(random)",
+        "svd",
+        choices=("svd", "whitened", "random"),
     )
     initial_rank: int | None = setting(
         "components that a factorized weight has at the start", within=Range(1), otherwise="its full rank"

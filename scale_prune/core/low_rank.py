@@ -30,6 +30,27 @@ def svd_factors(weight: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
     return down.contiguous(), up.contiguous()
 
 
+def whitened_factors(weight: Tensor, root: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of that rank whose outputs are nearest to the weight's, over the tokens of a Gram matrix.
+
+    The components are in order of what they add to the outputs; `up` has the root of that as its norms.
+
+    Args:
+        weight: (D_out, D_in), any floating type.
+        root: (D_in, D_in) float, lower triangular: root @ root.T is the Gram matrix of the inputs.
+        num_components: C, in [1, min(D_out, D_in)].
+
+    Returns:
+        down (C, D_in) and up (D_out, C), float32; up @ down is `weight` where C is the full rank.
+
+    Source: DRONE (Chen et al., NeurIPS 2021), SVD-LLM (arXiv 2403.07378).
+    """
+    left, values, right = torch.linalg.svd(weight.to(root.dtype) @ root, full_matrices=False)
+    size = values[:num_components].sqrt()
+    down = torch.linalg.solve_triangular(root, size[:, None] * right[:num_components], upper=False, left=False)
+    return down.float().contiguous(), (left[:, :num_components] * size).float().contiguous()
+
+
 def random_factors(weight: Tensor, num_components: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return random factors whose product has the size of `weight`'s elements, and nothing else of it.
 

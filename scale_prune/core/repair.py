@@ -22,6 +22,20 @@ class UnsolvableError(ValueError):
 WIDEST_IN_DOUBLE = 8192  # features; wider matrices are solved in float32, which halves 2 GiB at N = 16,384
 
 
+def gram_root(gram: Tensor, num_units: int, damping: float) -> Tensor:
+    """Return the lower triangular (N, N) root of a Gram matrix, without its column of ones.
+
+    Args:
+        gram: (F, F) float32.
+        num_units: N.
+        damping: as of `least_squares`.
+
+    Raises:
+        UnsolvableError: as `least_squares`.
+    """
+    return _cholesky(_damped(gram, num_units, damping)[:num_units, :num_units])
+
+
 def taken_over(weight: Tensor, takeover: Tensor, keep: Tensor, dim: int) -> Tensor:
     """Return a weight in which the units that stay do the others' part as well; the others' elements are as before.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MOST_LOST = 0.95  # of a layer, by a budget
+TEMPERATURE = 0.1  # of the softmax over layers' redundancy
 
 
 def top_mask(scores: Tensor, count: int) -> Tensor:
@@ -179,6 +180,18 @@ def log_fractions(remaining: float, layers: int) -> list[float]:
     """
     rises = [math.log(layer + 1) / math.log(layers) if layers > 1 else 0.0 for layer in range(layers)]
     return fractions_of([1 + 3 * rise for rise in rises], remaining)
+
+
+def redundancy_fractions(remaining: float, redundancy: Sequence[float]) -> list[float]:
+    """Return the fraction of each layer that remains, so that layers which change little lose most.
+
+    Args:
+        remaining: fraction of all, in (0, 1].
+        redundancy: of each layer, the mean cosine between what goes in and what comes out, in [-1, 1].
+
+    Source: SlimLLM (arXiv 2505.22689), MoDeGPT (arXiv 2408.09632): losses by a softmax of the cosines, at 0.1.
+    """
+    return fractions_of([math.exp((cosine - max(redundancy)) / TEMPERATURE) for cosine in redundancy], remaining)
 
 
 def fractions_of(losses: list[float], remaining: float) -> list[float]:

@@ -23,6 +23,7 @@ from scale_prune.core import (
     UnitSpan,
     full_rank,
     log_fractions,
+    redundancy_fractions,
     select,
     standardized,
     unit_sum,
@@ -98,6 +99,8 @@ class Criterion:
             "scope".
         settings: the settings that change its result, beside the scope, the schedule and what remains.
         settles: what is removed once the target is reached stays the same.
+        redundancy: of each group's layer in the dense model, the mean cosine between what goes in and what comes out;
+            empty where no budget asks for it.
 
     Args:
         config: settings of pruning, without None where `defaults` has a value.
@@ -114,6 +117,7 @@ class Criterion:
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self.redundancy: Sequence[float] = ()
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
@@ -194,8 +198,13 @@ class Criterion:
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,
             width_multiple=self.config.width_multiple if at_target else 1,
-            fractions=log_fractions(remaining, len(groups)) if self.config.budget == "log" else None,
+            fractions=self._fractions(remaining, len(groups)),
         )
+
+    def _fractions(self, remaining: float, layers: int) -> list[float] | None:
+        if self.config.budget == "log":
+            return log_fractions(remaining, layers)
+        return redundancy_fractions(remaining, self.redundancy) if self.config.budget == "redundancy" else None
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""

@@ -1,6 +1,6 @@
-"""FLOP: hard-concrete gates on the rank-1 components of factorised weights, under one budget of parameters.
+"""FLOP: hard-concrete gates on the rank-1 components of factorized weights, under one budget of parameters.
 
-    minimise over weights and log_alpha, maximise over l1, l2:   L_task + l1 (S - T) + l2 (S - T)^2
+    minimize over weights and log_alpha, maximize over l1, l2:   L_task + l1 (S - T) + l2 (S - T)^2
 
 S is the sparsity that the gates amount to on average, T the one that is wanted: it rises linearly to its target. The
 gradient of both terms is taken in closed form, so the loss itself stays untouched. What a component costs are its
@@ -63,7 +63,7 @@ class Flop(GatedCriterion):
 
     def _log_alpha(self, group: UnitGroup) -> Tensor:
         noise = torch.randn(group.num_units, generator=generator_of(self.seed, group.name))
-        in_order_of_size = group.kind == "component" and self.config.factors == "svd"
+        in_order_of_size = group.kind == "component" and self.config.factors != "random"
         by_size = SPREAD_BY_SIZE if in_order_of_size else 0.0
         start = hard_concrete.log_alpha_of(self.config.initial_drop_rate)
         return start + SPREAD * noise + torch.linspace(by_size, -by_size, group.num_units)

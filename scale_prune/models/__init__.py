@@ -8,6 +8,7 @@ from scale_prune.models.families import (
     auto_model,
     classifies,
     family_of,
+    linear_inputs,
     linear_names,
     positions_of,
     register_family,

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from scale_prune.core import Member, Role, UnitGroup
+from scale_prune.models.factorized import full_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +238,17 @@ def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     except AttributeError as missing:
         raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
     return names
+
+
+def linear_inputs(model: PreTrainedModel, targets: Sequence[str]) -> list[UnitGroup]:
+    """List what the linear modules of `linear_names` read, one group of D_in features a module, without members."""
+    axis = 0 if family_of(model.config).transposed else 1
+    names = linear_names(model, targets)
+    widths = [full_shape(model.get_submodule(name).weight)[axis] for name in names]
+    return [
+        UnitGroup(name=name, layer=0, num_units=width, members=(), output=name)
+        for name, width in zip(names, widths, strict=True)
+    ]
 
 
 def unit_groups(model: PreTrainedModel) -> tuple[UnitGroup, ...]:

@@ -17,7 +17,7 @@ from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
 from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.job import FP32, PERSISTENT, PREFETCH_BUCKET, REDUCE_BUCKET, REUSE_DISTANCE, SUB_GROUP, Job
-from scale_prune.preflight.round_needs import round_memory
+from scale_prune.preflight.round_needs import round_memory, whitening_memory
 
 PROCESS = 550 * 2**20
 """Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
@@ -48,12 +48,25 @@ def memory(job: Job) -> dict[str, list[Part]]:
     own = _phases(job)
     if added := round_memory(job):
         own["round"] = [Part(name, job.place(), size) for name, size in added.items()]
-    phases = {"loading": [*_process(job), *_loading(job)]} | {name: [*held, *parts] for name, parts in own.items()}
+    phases = {"loading": [*_process(job), *_loading(job)]}
+    if whitening := _whitening(job):
+        phases["whitening"] = whitening
+    phases |= {name: [*held, *parts] for name, parts in own.items()}
     if job.pruning.remaining < 1:
         phases["compaction"] = [*always, *_compaction(job)]
     if not job.on_gpu:
         phases[KEPT] = [*held, *chain.from_iterable(own.values()), *_growth(phases.get("compaction", []), held)]
     return {name: [part for part in parts if part.size] for name, parts in phases.items()}
+
+
+def _whitening(job: Job) -> list[Part]:
+    """Return what is there while the dense model reads the calibration text, before there is an optimizer."""
+    if not (added := whitening_memory(job)):
+        return []
+    device = job.place()
+    parts = [Part(name, device, size) for name, size in added.items()]
+    parameters = Part("parameters", job.place("offload_param"), job.shards * job.width)
+    return [*_process(job), parameters, Part("gathered parameters", device, _gathered(job)), *parts]
 
 
 def _growth(compaction: list[Part], held: list[Part]) -> list[Part]:

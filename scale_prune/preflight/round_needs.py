@@ -34,6 +34,16 @@ def round_memory(job: Job) -> dict[str, int]:
     }
 
 
+def whitening_memory(job: Job) -> dict[str, int]:
+    """Return the bytes on the rank that keeps the most Gram matrices of what factorized weights read, by purpose."""
+    widths = [group.members[0].shape[1] for group in job.groups if group.kind == "component"]
+    if not widths or job.pruning.factors != "whitened":
+        return {}
+    own, widest = -(-len(widths) // job.world_size), max(widths)
+    exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
+    return {"Gram matrices": own * FP32 * widest**2, "roots": own * exact * widest**2}
+
+
 def round_bytes(job: Job) -> dict[str, int]:
     """Return the bytes that a rank receives in a round, by purpose, at the widths of the dense model."""
     if not solves(job):

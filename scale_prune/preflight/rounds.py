@@ -8,6 +8,7 @@ from torch import nn
 from scale_prune.config import Config, PruningConfig
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, learns_from_gradients, schedule_of
+from scale_prune.pruning import layer_of
 
 
 def settle_rounds(config: Config) -> Config:
@@ -45,9 +46,13 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
             f"{name} trains gates that settle what leaves, which {asked} does not wait for; give --max_steps and no "
             "--rounds, or another criterion"
         )
-    if pruning.rounds and criterion.kind == "component":
+    if pruning.rounds and max_steps and criterion.kind == "component":
         raise ValueError(
             f"{asked} belongs to neurons, {name} removes components; leave it out, or give --criterion obs"
+        )
+    if pruning.budget == "redundancy" and not pruning.rounds:
+        raise ValueError(
+            "--budget redundancy is measured where neurons leave at once, not under masks; give --rounds 1 or more"
         )
     if "gram" in criterion.needs and not pruning.rounds:
         raise ValueError(f"{name} ranks neurons that leave at once, not under masks; give --rounds 1 or more")
@@ -60,11 +65,13 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
 
 
 def check_repair(model: nn.Module, groups: Sequence[UnitGroup], pruning: PruningConfig) -> None:
-    """Refuse to give means to biases that the model does not have.
+    """Refuse to give means to biases that the model does not have, and to compare layers that it does not list.
 
     Raises:
         ValueError: it has none.
     """
+    if pruning.budget == "redundancy":
+        layer_of(model, groups[0].output)
     output = model.get_submodule(groups[0].output)
     if pruning.repair == "mean" and getattr(output, "bias", None) is None:
         raise ValueError(
@@ -91,11 +98,14 @@ def check_calibration(config: Config, batch_size: int) -> None:
 
 def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> str:
     """Return a line where the damping decides more than the text, empty where it does not."""
-    widest = max(group.num_units for group in groups)
-    solves = pruning.repair == "least_squares" or "gram" in CRITERIA[pruning.criterion].needs
+    criterion = CRITERIA[pruning.criterion]
+    whitens = criterion.kind == "component" and pruning.factors == "whitened"
+    widest = max(group.members[0].shape[1] if whitens else group.num_units for group in groups)
+    solves = pruning.repair == "least_squares" or "gram" in criterion.needs or whitens
     if pruning.remaining == 1 or not solves or pruning.calibration_tokens >= widest:
         return ""
     return (
-        f"--calibration_tokens {pruning.calibration_tokens} are fewer than the {widest} neurons of a layer, so "
+        f"--calibration_tokens {pruning.calibration_tokens} are fewer than the {widest} numbers a token whose products "
+        f"are solved for, so "
         f"--repair_damping {pruning.repair_damping} decides as much as the text; a few times {widest} are better"
     )

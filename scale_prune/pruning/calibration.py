@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
-from scale_prune.core import UnitGroup, UnsolvableError, least_squares, mean_takeover
+from scale_prune.core import UnitGroup, UnsolvableError, gram_root, least_squares, mean_takeover
 from scale_prune.pruning.activations import real_tokens
 from scale_prune.pruning.backend import ShardBackend
 
@@ -34,6 +35,7 @@ class Calibration:
         gram: keep Gram matrices.
         activity: (T, N) float32 activations of one group to the (N,) or (K, N) numbers that add up over tokens; None
             for no such numbers.
+        redundancy: compare what goes into the groups' layers with what comes out.
 
     Attributes:
         grams: (F, F) float32 by number of the group, of those that this rank keeps; F is N + 1 where the projection has
@@ -48,9 +50,11 @@ class Calibration:
         *,
         gram: bool,
         activity: Callable[[Tensor], Tensor] | None = None,
+        redundancy: bool = False,
     ) -> None:
         self.backend, self.groups = backend, tuple(groups)
-        self._gram, self._activity = gram, activity
+        self._gram, self._activity, self._compares = gram, activity, redundancy
+        self._cosines = torch.zeros(len(groups), 2, device=backend.device)  # their sum, and of how many tokens
         self.grams: dict[int, Tensor] = {}
         self.activities: list[Tensor] = []
         if activity is not None:
@@ -64,6 +68,9 @@ class Calibration:
         handles = [module.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
         for index, group in enumerate(self.groups):
             handles.append(module.get_submodule(group.output).register_forward_pre_hook(self._watcher(index)))
+            if self._compares:
+                layer = module.get_submodule(layer_of(module, group.output))
+                handles.append(layer.register_forward_hook(self._comparer(index), with_kwargs=True))
         try:
             yield
         finally:
@@ -84,6 +91,22 @@ class Calibration:
 
         return watch
 
+    def _comparer(self, index: int) -> Any:
+        def compare(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosines = cosine_similarity(before.float(), after.float(), dim=-1).flatten()
+            real = cosines[self._real.to(cosines.device)]
+            self._cosines[index] += torch.stack([real.sum(), real.new_tensor(float(len(real)))])
+
+        return compare
+
+    def redundancy(self) -> list[float]:
+        """Return the mean cosine of each group's layer over the tokens of all ranks. A collective, 8 bytes a group."""
+        by_rank = self.backend.all_gather(self._cosines.flatten()).view(-1, *self._cosines.shape)
+        total, count = by_rank.sum(0).unbind(1)
+        return (total / count).tolist()
+
     def _add(self, index: int, features: Tensor) -> None:
         """Bring what this pass adds to a Gram matrix to the rank that keeps it. A collective."""
         keeper = keeper_of(index, self.backend)
@@ -98,6 +121,22 @@ class Calibration:
 def keeper_of(group: int, backend: ShardBackend) -> int:
     """Return the rank that keeps the Gram matrix of group number `group`, and solves for it."""
     return group % backend.world_size
+
+
+def layer_of(model: nn.Module, name: str) -> str:
+    """Return the name of the layer that a module is in, of the model's list of layers.
+
+    Raises:
+        ValueError: the model has no such list.
+    """
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    raise ValueError(
+        f"--budget redundancy compares what goes into a layer with what comes out, and {name} is in no list of layers; "
+        "give --budget uniform or log"
+    )
 
 
 def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor], Tensor]) -> dict[int, Tensor]:
@@ -142,18 +181,44 @@ def takeovers_of(calibration: Calibration, masks: Sequence[Tensor], repair: str,
     Raises:
         ValueError: a Gram matrix cannot be solved.
     """
-    takeovers: dict[int, Tensor] = {}
-    failed = torch.zeros(len(masks), device=calibration.backend.device)
-    for index, gram in calibration.grams.items():
-        mask = masks[index]
+
+    def solve(index: int, gram: Tensor) -> Tensor:
+        return mean_takeover(gram, masks[index]) if repair == "mean" else least_squares(gram, masks[index], damping)
+
+    return _solved(calibration, solve, [index for index in calibration.grams if not masks[index].all()])
+
+
+def roots_of(calibration: Calibration, damping: float) -> dict[str, Tensor]:
+    """Return (N, N) roots of the Gram matrices that this rank keeps, by the group's name. A collective.
+
+    Raises:
+        ValueError: a Gram matrix has none.
+    """
+    groups = calibration.groups
+
+    def root(index: int, gram: Tensor) -> Tensor:
+        return gram_root(gram, groups[index].num_units, damping)
+
+    return {groups[index].name: each for index, each in _solved(calibration, root, list(calibration.grams)).items()}
+
+
+def _solved(
+    calibration: Calibration, solve: Callable[[int, Tensor], Tensor], indices: Sequence[int]
+) -> dict[int, Tensor]:
+    """Solve for some of the Gram matrices that this rank keeps. A collective.
+
+    Raises:
+        ValueError: one cannot be solved, on whichever rank.
+    """
+    solved: dict[int, Tensor] = {}
+    failed = torch.zeros(len(calibration.groups), device=calibration.backend.device)
+    for index in indices:
         try:
-            if not mask.all():
-                mean = repair == "mean"
-                takeovers[index] = mean_takeover(gram, mask) if mean else least_squares(gram, mask, damping)
+            solved[index] = solve(index, calibration.grams[index])
         except UnsolvableError:
             failed[index] = 1
     _raise_together(calibration.backend, calibration.groups, failed)
-    return takeovers
+    return solved
 
 
 def _output_weight(backend: ShardBackend, group: UnitGroup, index: int) -> Tensor | None:

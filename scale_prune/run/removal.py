@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
-
-import torch
 
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.run.calibrating import calibration_text, read_text
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
-from scale_prune.tasks import MicroBatch
 from scale_prune.zero3 import repair_weights, write_working_copy
 
 
@@ -43,14 +40,20 @@ def _choose_and_repair(run: Run, step: int) -> None:
     """Leave the weights repaired and the masks chosen, but not put on."""
     student, pruner, pruning = run.student, run.student.pruner, run.config.pruning
     repairs, chooses = pruning.repair != "none", bool(pruning.rounds)
-    needs = pruner.scoring.criterion.needs
-    if chooses and not run.config.training.max_steps and learns_from_gradients(pruner.scoring.criterion):
+    criterion = pruner.scoring.criterion
+    needs = criterion.needs
+    if chooses and not run.config.training.max_steps and learns_from_gradients(criterion):
         _observe_gradients(run)
     calibration = None
-    if repairs or (chooses and needs & {"gram", "activity"}):
+    if run.progress.rounds:  # the dense model's holds in all of them
+        criterion.redundancy = run.progress.rounds[0].get("redundancy", ())
+    compares = pruning.budget == "redundancy" and not criterion.redundancy
+    if repairs or (chooses and needs & {"gram", "activity"}) or compares:
         if not chooses:
             write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
-        calibration = _calibrate(run, gram=repairs or "gram" in needs)
+        calibration = _calibrate(run, gram=repairs or "gram" in needs, redundancy=compares)
+    if compares and calibration is not None:
+        criterion.redundancy = calibration.redundancy()
     if chooses:
         pruner.choose(step, calibration)
     if repairs and calibration is not None:
@@ -66,31 +69,28 @@ def _noted(run: Run) -> Iterator[None]:
     def seconds() -> dict[str, float]:
         return {**run.progress.seconds, **run.student.pruner.seconds}
 
-    before = seconds()
+    before, criterion = seconds(), run.student.pruner.scoring.criterion
     yield
+    redundancy = list(criterion.redundancy)
     if run.config.pruning.rounds and run.student.pruner.pruning:
         spent = {part: now - before.get(part, 0.0) for part, now in seconds().items()}
         widths = [group.num_units for group in run.student.groups]
         dense = sum(group.dense_cost for group in run.student.groups)
         round_: dict[str, Any] = {"step": run.progress.step, "remaining": sum(widths) / dense, "widths": widths}
+        round_ |= {"redundancy": redundancy} if redundancy else {}
         round_ |= {"seconds": {part: each for part, each in spent.items() if each and part != "evaluation"}}
         run.progress.rounds.append(round_)
         run.monitor.say(f"step {run.progress.step}: {round_['remaining']:.1%} of the neurons remain, for good")
 
 
-@torch.no_grad()
-def _calibrate(run: Run, *, gram: bool) -> Calibration:
+def _calibrate(run: Run, *, gram: bool, redundancy: bool) -> Calibration:
     """Let the student read the calibration text, the same for every number of ranks. A collective."""
     student = run.student
     criterion = student.pruner.scoring.criterion
     activity = criterion.activity if "activity" in criterion.needs else None
-    calibration = Calibration(student.backend, student.groups, gram=gram, activity=activity)
-    student.engine.eval()
-    with run.progress.seconds.measure("calibration"), calibration.watching():
-        for micro_batch in _calibration_text(run):
-            student.engine(**{**micro_batch.to(run.runtime.device), **run.task.options, "labels": None})
-    student.engine.empty_partition_cache()
-    student.engine.train()
+    calibration = Calibration(student.backend, student.groups, gram=gram, activity=activity, redundancy=redundancy)
+    with run.progress.seconds.measure("calibration"):
+        read_text(student.engine, calibration, run.inputs, run.task)
     return calibration
 
 
@@ -98,16 +98,8 @@ def _observe_gradients(run: Run) -> None:
     """Let the criterion see the gradients of the calibration text, of which no step follows. A collective."""
     engine, pruner = run.student.engine, run.student.pruner
     engine.train()
-    for micro_batch in _calibration_text(run):
+    for micro_batch in calibration_text(engine, run.inputs, run.task):
         engine.backward(loss_of(run, micro_batch))
         pruner.after_backward()
         engine.step()
         pruner.after_step()
-
-
-def _calibration_text(run: Run) -> Iterator[MicroBatch]:
-    """Yield this rank's part of the text that every round is calibrated on: that of the first steps."""
-    for step in islice(
-        run.task.steps(run.student.engine.gradient_accumulation_steps(), 0), run.inputs.calibration_steps
-    ):
-        yield from step.micro_batches

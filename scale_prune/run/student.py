@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from scale_prune.criteria import CRITERIA, learns_from_gradients
 from scale_prune.data import Inputs
 from scale_prune.pruning import DenseUnits, Pruner, carry_over
+from scale_prune.run.calibrating import whitening_roots
 from scale_prune.system import Seconds
 from scale_prune.tasks import Task
 from scale_prune.zero3 import (
@@ -55,7 +56,12 @@ class Student:
         self.generation_config = getattr(model, "generation_config", None)
         self.dense_parameters = num_parameters(model)
         self.groups = prepare_units(
-            model, pruning, seed=training.seed, values=factors, token_counts=task.token_counts()
+            model,
+            pruning,
+            seed=training.seed,
+            values=factors,
+            token_counts=task.token_counts(),
+            roots=whitening_roots(model, inputs, task) if factors == "whitened" else {},
         )
         if pruning.rounds:  # after which the groups go on counting in the dense model as they do now
             self.groups = tuple(replace(group, matrix_cost=group.dense_cost) for group in self.groups)

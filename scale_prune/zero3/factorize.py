@@ -3,7 +3,7 @@
 One weight a rank is gathered at a time; the factors of each are computed by one rank and sharded like any parameter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from scale_prune.core import generator_of, random_factors, svd_factors
+from scale_prune.core import generator_of, random_factors, svd_factors, whitened_factors
 from scale_prune.models import full_shape, put_clusters, put_factors
 from scale_prune.models.embedding import Cluster
 
@@ -19,16 +19,20 @@ Factors = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
 """(name, (D_out, D_in) weight, C) -> down (C, D_in) and up (D_out, C), float32."""
 
 
-def factors_of(kind: str, seed: int) -> Factors:
+def factors_of(kind: str, seed: int, roots: Mapping[str, Tensor]) -> Factors:
     """Return what makes factors.
 
     Args:
-        kind: "svd", "random", or "zeros" where a checkpoint's values take their place.
+        kind: "svd", "whitened", "random", or "zeros" where a checkpoint's values take their place.
         seed: of random factors, which depend on the weight's name too, not on ranks.
+        roots: (D_in, D_in) of `gram_root` by name, of weights that this rank makes whitened factors of; what has none
+            on any rank, a table of tokens, gets those of "svd".
     """
 
     def make(name: str, weight: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
-        if kind == "svd":
+        if name in roots:
+            return whitened_factors(weight, roots[name], num_components)
+        if kind in ("svd", "whitened"):
             return svd_factors(weight, num_components)
         if kind == "random":
             return random_factors(weight, num_components, generator_of(seed, name))

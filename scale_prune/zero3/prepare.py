@@ -1,5 +1,7 @@
 """Units of a sharded model: factorized where the criterion removes components, before an engine is made around it."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,7 +14,13 @@ from scale_prune.zero3.factorize import factorize, factorize_embedding, factors_
 
 
 def prepare_units(
-    model: PreTrainedModel, pruning: PruningConfig, *, seed: int, values: str, token_counts: Tensor | None = None
+    model: PreTrainedModel,
+    pruning: PruningConfig,
+    *,
+    seed: int,
+    values: str,
+    token_counts: Tensor | None = None,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> tuple[UnitGroup, ...]:
     """Factorize what the criterion needs factorized, and list the units. A collective.
 
@@ -20,13 +28,14 @@ def prepare_units(
         model: a model that ZeRO-3 has partitioned, before an engine is made around it; changed in place.
         pruning: settings of pruning.
         seed: of random factors.
-        values: "svd", "random", or "zeros" where a checkpoint's values take the factors' place.
+        values: "svd", "whitened", "random", or "zeros" where a checkpoint's values take the factors' place.
         token_counts: (V,) how often each token occurs in training, for the target embedding; without them tokens are
             taken to come in order of their frequency.
+        roots: of whitened factors, see `factors_of`; number i of the linear maps' with rank i mod W.
     """
     if not removes_components(pruning):
         return unit_groups(model)
-    criterion, factors = CRITERIA[pruning.criterion](pruning, seed), factors_of(values, seed)
+    criterion, factors = CRITERIA[pruning.criterion](pruning, seed), factors_of(values, seed, roots or {})
     if names := linear_names(model, pruning.linear_targets):
         transposed = family_of(model.config).transposed
         factorize(model, names, criterion.components, factors, transposed=transposed)

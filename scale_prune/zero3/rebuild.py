@@ -54,7 +54,7 @@ def compact_engine(
     slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
     smaller = _smaller_parameters(backend, reduced)
     ds_config = backend.engine._config._param_dict  # `engine.config` may be the path of a file
-    _take_apart(backend)
+    take_apart(backend)
     compacted = []
     for group in groups:
         own = {member.name: smaller.pop(member.name) for member in group.members}
@@ -128,8 +128,8 @@ def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, _Reduction]
     return smaller
 
 
-def _take_apart(backend: Zero3Backend) -> None:
-    """Destroy the engine; what it has left in its module would be in another one's way."""
+def take_apart(backend: Zero3Backend) -> None:
+    """Destroy the engine and leave its model for another one, without what would be in that one's way."""
     if backend.trains:
         _free_state(backend.engine.optimizer)
     backend.engine.destroy()

@@ -1,0 +1,58 @@
+"""The calibration text, and a model that reads it."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scale_prune.data import Inputs
+from scale_prune.models import linear_inputs
+from scale_prune.pruning import Calibration, roots_of
+from scale_prune.tasks import MicroBatch, Task
+from scale_prune.zero3 import Zero3Backend, inference_engine, take_apart
+
+
+def calibration_text(engine: Any, inputs: Inputs, task: Task) -> Iterator[MicroBatch]:
+    """Yield this rank's part of the text that every round is calibrated on: that of the first steps."""
+    for step in islice(task.steps(engine.gradient_accumulation_steps(), 0), inputs.calibration_steps):
+        yield from step.micro_batches
+
+
+@torch.no_grad()
+def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
+    """Let a model read the calibration text, the same for every number of ranks, and be watched. A collective."""
+    engine.eval()
+    with calibration.watching():
+        for micro_batch in calibration_text(engine, inputs, task):
+            engine(**{**micro_batch.to(engine.device), **task.options, "labels": None})
+    engine.empty_partition_cache()
+    engine.train()
+
+
+def whitening_roots(model: PreTrainedModel, inputs: Inputs, task: Task) -> dict[str, Tensor]:
+    """Return roots of the Gram matrices of what the targets read, by the name of the linear map. A collective.
+
+    Args:
+        model: one that ZeRO-3 has partitioned and no engine is around; it is so again afterwards.
+        inputs: the run's inputs.
+        task: has the text.
+
+    Returns:
+        (D_in, D_in) of the maps that this rank keeps, number i with rank i mod W.
+
+    Raises:
+        ValueError: a Gram matrix has no root.
+    """
+    pruning = inputs.config.pruning
+    if not (groups := linear_inputs(model, pruning.linear_targets)):
+        return {}
+    backend = Zero3Backend(inference_engine(model, inputs.ds_config))
+    calibration = Calibration(backend, groups, gram=True)
+    read_text(backend.engine, calibration, inputs, task)
+    roots = roots_of(calibration, pruning.repair_damping)
+    take_apart(backend)
+    backend.let_go()
+    return roots
