@@ -44,6 +44,46 @@ def repaired(folder: str, repair: str, trains: bool) -> dict[str, Any]:
     return {"grams": calibration.grams, "logits": logits, "weights": dict(backend.named_tensors())}
 
 
+def output_grams(folder: str, trains: bool, checkpointing: bool) -> dict[int, Tensor]:
+    """Return the Gram matrices of the gradients of what the projections put out, of the sum of tokens' losses."""
+    config = ds_config()
+    model = load_model(folder, config)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = training_engine(model, config) if trains else inference_engine(model, config)
+    backend = Zero3Backend(engine)
+    calibration = Calibration(backend, unit_groups(engine.module), gram=True)
+    embedded: list[Tensor] = []
+    engine.module.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
+    engine.train()
+    rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
+    with calibration.watching_gradients():
+        for part in rows.chunk(backend.world_size)[backend.rank].split(2):
+            loss = engine.module(input_ids=part, labels=part, use_cache=False).loss
+            torch.autograd.grad(loss * 2 * 6, embedded.pop())
+    return calibration.output_grams
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradients_are_those_of_plain_autograd(tmp_path: Path, model_type: str) -> None:
+    folder = str(saved_model(tmp_path, model_type))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    caught: dict[int, Tensor] = {}
+    for index, group in enumerate(unit_groups(model)):
+        module = model.get_submodule(group.output)
+        module.register_forward_hook(lambda _, args, output, index=index: caught.update({index: output}))
+    rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
+    loss = model(input_ids=rows, labels=rows, use_cache=False).loss * ROWS * 6
+    gradients = torch.autograd.grad(loss, list(caught.values()))
+    for world_size, trains, checkpointing in ((1, False, False), (2, False, True), (2, True, True), (3, True, False)):
+        ranks = run_ranks(output_grams, world_size, folder, trains, checkpointing)
+        for index, gradient in enumerate(gradients):
+            by_token = gradient.reshape(-1, gradient.shape[-1])
+            expected, size = by_token.T @ by_token, float(by_token.square().sum())
+            torch.testing.assert_close(ranks[index % world_size][index], expected, rtol=1e-3, atol=1e-5 * size)
+
+
 def redundancy(folder: str) -> list[float]:
     """Compare what goes into layers with what comes out, of rows of two lengths."""
     config = ds_config()

@@ -44,7 +44,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("criterion", ["obs", "sensitivity", "flap"])
+@pytest.mark.parametrize("criterion", ["obs", "kfac", "sensitivity", "flap"])
 def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion: str, work: Path) -> None:
     outputs = []
     for world_size, passes in ((1, 1), (2, 1), (2, 3), (3, 2)):
@@ -101,6 +101,7 @@ def test_rounds_go_on_bit_for_bit(work: Path) -> None:
         {"precision": "bf16", "criterion": "obs", "rounds": 2},
         {"ds_config": "zero3_offload", "criterion": "magnitude", "rounds": 2, "repair": "mean"},
         {"criterion": "gum", "rounds": 2, "similarity_every": 2},
+        {"criterion": "kfac", "rounds": 2, "precision": "bf16", "gradient_checkpointing": True},
         {"criterion": "wanda", "rounds": 1, "repair": "none"},
         {"criterion": "sensitivity", "repair": "least_squares"},
     ],

@@ -29,7 +29,7 @@ from scale_prune.core import (
     unit_sum,
 )
 
-Need = Literal["weight", "grad", "influence", "activation", "activity", "gram", "gate"]
+Need = Literal["weight", "grad", "influence", "activation", "activity", "gram", "output_grad", "gate"]
 State = dict[str, Tensor]
 
 OF_COMPONENTS = frozenset({"targets", "factors", "initial_rank", "embedding_clusters", "tie_embeddings"})
@@ -91,7 +91,8 @@ class Criterion:
             of the activations' gradients, without shares. "activation": `Moment.similarity` is kept up to date.
             "activity": every `similarity_every` steps `activity` gets `similarity_tokens` tokens, before `update`; the
             calibration text instead, once a round, where units leave in rounds.
-            "gram": units leave in rounds, and in each `rank_units` ranks a group by its Gram matrix.
+            "gram": units leave in rounds, and in each `rank_units` ranks a group by its Gram matrix. "output_grad"
+            beside it: errors of the output are weighed by what the loss makes of them.
             "gate": there are no shares; units are multiplied by gates, and `update` gets the gradient of these.
         kind: what is removed: neurons, or components of the weights that the run factorizes before it begins.
         roles: the members that have a share.
@@ -177,7 +178,8 @@ class Criterion:
 
         Args:
             gram: (F, F) float32, h^T h of what the output projection reads; F is N, or N + 1 with a last feature of 1.
-            weight: (D, N) float32, what reads it.
+            weight: (D, N) float32, what reads it; where "output_grad" is needed, multiplied from the left by a root of
+                the Gram matrix of the output's gradients, so that squared norms are errors of the loss.
         """
         raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no rank_units")
 

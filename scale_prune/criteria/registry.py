@@ -56,6 +56,8 @@ def _problem_of(criterion: type[Criterion]) -> str | None:
         return 'defaults must have a "scope", global or per_group'
     if ("gate" in criterion.needs) != issubclass(criterion, GatedCriterion):
         return 'needs has "gate" where the class is a GatedCriterion, and nowhere else'
+    if "output_grad" in criterion.needs and "gram" not in criterion.needs:
+        return 'needs has "output_grad", which is for rank_units, but not "gram"'
     if criterion.kind == "component" and criterion.needs & {"influence", "activation", "activity", "gram"}:
         return "components have no activations of their own, only neurons have"
     methods = {

@@ -27,9 +27,10 @@ def round_memory(job: Job) -> dict[str, int]:
     own, widest = -(-len(widths) // job.world_size), max(widths)
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
     return {
-        "Gram matrices": own * FP32 * widest**2,
+        "Gram matrices": own * FP32 * (widest**2 + _gradient_features(job)),
         "solving, or a block of sums": max(3 * exact * widest**2, 2 * FP32 * min(ROWS_AT_ONCE, widest) * widest),
         "what is taken over": own * FP32 * _kept(job, widest) * (widest - _kept(job, widest)),
+        "activations": job.activations if _gradient_features(job) and not job.trains else 0,
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),
     }
 
@@ -50,10 +51,11 @@ def round_bytes(job: Job) -> dict[str, int]:
         return {}
     widths, weights = [group.num_units + 1 for group in job.groups], _output_weights(job)
     passes = job.calibration_steps * job.accumulation
+    with_gradients, features = (3, _gradient_features(job)) if _gradient_features(job) else (1, 0)
     chooses = "gram" in CRITERIA[job.pruning.criterion].needs
     received = {
-        "calibration, parameters": passes * job.num_parameters * job.width,
-        "calibration, Gram matrices": passes * FP32 * sum(width**2 for width in widths),
+        "calibration, parameters": passes * job.num_parameters * job.width * with_gradients,
+        "calibration, Gram matrices": passes * FP32 * sum(width**2 + features for width in widths),
         "choice, weights": sum(weights) * job.width if chooses else 0,
         "repair, what is taken over": FP32 * sum(_kept(job, width) * (width - _kept(job, width)) for width in widths),
         "repair, weights": FP32 * sum(weights),
@@ -72,13 +74,21 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
         return {}
     widths = [group.num_units + 1 for group in job.groups]
     own, widest = -(-len(widths) // job.world_size), max(widths)
-    kept = _kept(job, widest)
+    kept, features = _kept(job, widest), _gradient_features(job)
     return {
-        "calibration, forward passes": 2 * job.num_parameters * tokens / job.world_size,
-        "calibration, Gram matrices": 2 * tokens * sum(width**2 for width in widths) / job.world_size,
+        "calibration, passes": (6 if features else 2) * job.num_parameters * tokens / job.world_size,
+        "calibration, Gram matrices": 2 * tokens * sum(width**2 + features for width in widths) / job.world_size,
         "choice": own * 4 * widest**3 if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
         "repair": own * (kept**3 / 3 + 2 * kept**2 * (widest - kept)),
     }
+
+
+def _gradient_features(job: Job) -> int:
+    """Return the elements of a Gram matrix of gradients, D * D, 0 where none is made."""
+    (width,) = {
+        member.shape[1 - member.dim] for group in job.groups for member in group.members if member.role == "out"
+    }
+    return width**2 if "output_grad" in CRITERIA[job.pruning.criterion].needs else 0
 
 
 def _kept(job: Job, width: int) -> int:

@@ -7,6 +7,7 @@ The Gram matrix of group g lies whole with rank g mod W, which solves for it, so
 side. What moves, with N units in a group and F = N or N + 1 features:
 
     every forward pass   each group's F * F sums to the rank that keeps them       4 F^2 bytes a group
+    every backward pass  likewise, of gradients, D the width of the model          4 D^2 bytes a group
     at the end           the criterion's numbers to the units' owners               4 M bytes a number
 """
 
@@ -23,6 +24,7 @@ from scale_prune.core import UnitGroup, UnsolvableError, gram_root, least_square
 from scale_prune.pruning.activations import real_tokens
 from scale_prune.pruning.backend import ShardBackend
 
+OUTPUT_DAMPING = 1.0  # of the Gram matrices of gradients, as a fraction of the mean of their diagonals
 ROWS_AT_ONCE = 1024  # of a Gram matrix, on their way to the rank that keeps it: 64 MiB at N = 16,384
 
 
@@ -40,6 +42,7 @@ class Calibration:
     Attributes:
         grams: (F, F) float32 by number of the group, of those that this rank keeps; F is N + 1 where the projection has
             a bias, and the last feature is 1.
+        output_grams: (D, D) float32 of the gradients of what comes out of the projection, likewise.
         activities: what `activity` came to, group by group, on this rank.
     """
 
@@ -56,6 +59,7 @@ class Calibration:
         self._gram, self._activity, self._compares = gram, activity, redundancy
         self._cosines = torch.zeros(len(groups), 2, device=backend.device)  # their sum, and of how many tokens
         self.grams: dict[int, Tensor] = {}
+        self.output_grams: dict[int, Tensor] = {}
         self.activities: list[Tensor] = []
         if activity is not None:
             self.activities = [activity(torch.empty(0, group.num_units, device=backend.device)) for group in groups]
@@ -77,6 +81,20 @@ class Calibration:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def watching_gradients(self) -> Iterator[None]:
+        """Watch the backward passes of the body, of the sum of the tokens' losses; tokens without any add nothing."""
+        module = self.backend.module
+        handles = [
+            module.get_submodule(group.output).register_forward_hook(self._gradient_watcher(index))
+            for index, group in enumerate(self.groups)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._real = real_tokens(args, kwargs).flatten()
 
@@ -87,7 +105,17 @@ class Calibration:
                 self.activities[index] += self._activity(h)
             if self._gram:
                 ones = h.new_ones(len(h), 1)
-                self._add(index, h if getattr(module, "bias", None) is None else torch.cat([h, ones], 1))
+                features = h if getattr(module, "bias", None) is None else torch.cat([h, ones], 1)
+                self._add(self.grams, index, features)
+
+        return watch
+
+    def _gradient_watcher(self, index: int) -> Any:
+        def take(gradient: Tensor) -> None:
+            self._add(self.output_grams, index, rearrange(gradient, "... output -> (...) output").float())
+
+        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(take)
 
         return watch
 
@@ -107,7 +135,7 @@ class Calibration:
         total, count = by_rank.sum(0).unbind(1)
         return (total / count).tolist()
 
-    def _add(self, index: int, features: Tensor) -> None:
+    def _add(self, grams: dict[int, Tensor], index: int, features: Tensor) -> None:
         """Bring what this pass adds to a Gram matrix to the rank that keeps it. A collective."""
         keeper = keeper_of(index, self.backend)
         for rows in torch.arange(features.shape[1]).split(ROWS_AT_ONCE):
@@ -115,7 +143,7 @@ class Calibration:
             total = self.backend.reduce(features[:, block].T @ features, keeper)
             if keeper == self.backend.rank:
                 empty = torch.zeros(features.shape[1], features.shape[1], device=features.device)
-                self.grams.setdefault(index, empty)[block] += total
+                grams.setdefault(index, empty)[block] += total
 
 
 def keeper_of(group: int, backend: ShardBackend) -> int:
@@ -159,6 +187,9 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor],
         for index, weight in weights.items():
             if weight is not None:
                 try:
+                    output_gram = calibration.output_grams.get(index)
+                    if output_gram is not None:
+                        weight = gram_root(output_gram, len(output_gram), OUTPUT_DAMPING).T.float() @ weight
                     scores[index] = rank_units(calibration.grams[index], weight)
                 except UnsolvableError:
                     failed[index] = 1

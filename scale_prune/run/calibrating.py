@@ -32,6 +32,24 @@ def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task)
     engine.train()
 
 
+def read_gradients(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
+    """Let a model read the calibration text, and watch the gradients of what its projections put out. A collective.
+
+    Gradients of parameters are not made, so that an engine without an optimizer is enough.
+    """
+    embedded: list[Tensor] = []
+    embedding = engine.module.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
+    engine.train()  # where activations are checkpointed
+    with calibration.watching_gradients():
+        for micro_batch in calibration_text(engine, inputs, task):
+            batch = micro_batch.to(engine.device)
+            mean_loss = engine.module(**batch, **task.options).loss * micro_batch.weight  # the engine would step in
+            torch.autograd.grad(mean_loss * batch["labels"].numel(), embedded.pop())
+    handle.remove()
+    engine.empty_partition_cache()
+
+
 def whitening_roots(model: PreTrainedModel, inputs: Inputs, task: Task) -> dict[str, Tensor]:
     """Return roots of the Gram matrices of what the targets read, by the name of the linear map. A collective.
 

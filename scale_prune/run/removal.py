@@ -6,7 +6,7 @@ from typing import Any
 
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.pruning import Calibration, takeovers_of
-from scale_prune.run.calibrating import calibration_text, read_text
+from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
 from scale_prune.zero3 import repair_weights, write_working_copy
@@ -91,6 +91,8 @@ def _calibrate(run: Run, *, gram: bool, redundancy: bool) -> Calibration:
     calibration = Calibration(student.backend, student.groups, gram=gram, activity=activity, redundancy=redundancy)
     with run.progress.seconds.measure("calibration"):
         read_text(student.engine, calibration, run.inputs, run.task)
+        if run.config.pruning.rounds and "output_grad" in criterion.needs:
+            read_gradients(student.engine, calibration, run.inputs, run.task)
     return calibration
 
 
