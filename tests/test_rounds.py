@@ -10,7 +10,7 @@ from command import arguments, errors_of, make_work, outcome, outcomes, report_o
 from distributed import run_ranks
 from safetensors.torch import load_file
 from test_resume import assert_same_run, losses
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -148,6 +148,9 @@ def test_whitened_factors_are_alike_on_any_number_of_ranks(work: Path) -> None:
         perplexity = report_of(output)["perplexity"]
         assert perplexity["factorized"] == pytest.approx(perplexity["exported"], rel=1e-5)
         assert perplexity["exported"] == pytest.approx(report_of(outputs[0])["perplexity"]["exported"], rel=1e-4)
+    AutoTokenizer.from_pretrained(outputs[0] / "pruned")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):  # not a model with random weights
+        AutoModelForCausalLM.from_pretrained(outputs[0] / "pruned")
     plain = work / "svd"
     run(2, arguments(work, plain, **settings | {"factors": "svd"}))
     assert report_of(plain)["perplexity"]["exported"] != pytest.approx(perplexity["exported"], rel=1e-3)

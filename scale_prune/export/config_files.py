@@ -21,11 +21,15 @@ BOS_BY_DEFAULT = ("LlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 def write_config(folder: Path, config: PretrainedConfig) -> None:
     """Write config.json, with the older words for rotary embeddings where transformers 5 is not misled by them."""
     config.save_pretrained(folder)
-    content = _read(folder / "config.json")
+    content = written = _read(folder / "config.json")
     if older := _older_rope(content.get("rope_parameters") or {}, content["model_type"]):
         understood = [type(config).from_dict(copy.deepcopy(words)).to_dict() for words in (content, content | older)]
         if understood[0] == understood[1]:
-            _write(folder / "config.json", content | older)
+            content = content | older
+    if "AutoConfig" in content.get("auto_map", {}):  # of a class that is not here, but in the folder
+        content = content | {"model_type": f"factorized_{content['model_type']}"}
+    if content != written:
+        _write(folder / "config.json", content)
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from scale_prune.core import Kind, UnitGroup, pad_units
 from scale_prune.export.factors import Plan
-from scale_prune.models import auto_model, classifies, family_of, stock_class, unit_groups
+from scale_prune.models import auto_model, classifies, family_of, model_type_of, stock_class, unit_groups
 
 LAYOUTS = ("uniform", "pad", "per_layer")
 PROBE = 61
@@ -140,6 +140,7 @@ def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> Pret
     if factors := plan.settings():
         config.update(factors)
         _set_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
+        config.auto_map["AutoConfig"] = f"{FACTORIZED_FILE.stem}.Factorized{_stock_config(config).__name__}"
     if plan.cluster_ranks:
         config.tie_word_embeddings = False  # the output uses the clusters, there is nothing to tie
     return config
@@ -148,6 +149,12 @@ def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> Pret
 def _set_code(config: PretrainedConfig, file: Path, name: str) -> None:
     config.architectures = [name]
     config.auto_map = {auto_model(config).__name__: f"{file.stem}.{name}"}
+
+
+def _stock_config(config: PretrainedConfig) -> type[PretrainedConfig]:
+    """Return the class of transformers for a config, also of one that we have left with factors."""
+    kind: type[PretrainedConfig] = CONFIG_MAPPING[model_type_of(config)]
+    return kind
 
 
 def code_of(config: PretrainedConfig) -> Path | None:
@@ -163,7 +170,8 @@ def modeling_source(file: Path, config: PretrainedConfig) -> str:
         "AutoModelForCausalLM": auto_model(config).__name__,
         "A causal language model": "A classifier" if classifies(config) else "A causal language model",
         "GPTNeoForCausalLM": stock_class(config).__name__,
-        "GPTNeoConfig": type(config).__name__,
+        "GPTNeoConfig": _stock_config(config).__name__,
+        "factorized_gpt_neo": f"factorized_{model_type_of(config)}",
         "transformer.h": family.layers,
         "intermediate_size": family.width_key,
     }

@@ -10,6 +10,7 @@ from scale_prune.models.families import (
     family_of,
     linear_inputs,
     linear_names,
+    model_type_of,
     positions_of,
     register_family,
     stock_class,

@@ -169,18 +169,23 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         ValueError: the config's `model_type` belongs to no registered family.
     """
-    if config.model_type not in FAMILIES:
+    if model_type_of(config) not in FAMILIES:
         raise ValueError(
             f"no family is known for model type {config.model_type!r}; known are {', '.join(sorted(FAMILIES))}; "
             f"describe another in a few lines, scale_prune.register_family(scale_prune.Family(...)), in a --plugin"
         )
-    return FAMILIES[config.model_type]
+    return FAMILIES[model_type_of(config)]
+
+
+def model_type_of(config: PretrainedConfig) -> str:
+    """Return the model type of a config, of one that we have left with factors that of the model it was."""
+    return str(config.model_type).removeprefix("factorized_")
 
 
 def classifies(config: PretrainedConfig) -> bool:
     """Tell whether a config is that of an encoder, which classifies; of an unknown family, what its folder holds."""
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type].classifies
+    if (model_type := model_type_of(config)) in FAMILIES:
+        return FAMILIES[model_type].classifies
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
@@ -192,14 +197,15 @@ def auto_model(config: PretrainedConfig) -> Any:
 def stock_class(config: PretrainedConfig) -> Any:
     """Return the model class of transformers for a config, None if it has none."""
     heads = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if classifies(config) else MODEL_FOR_CAUSAL_LM_MAPPING
-    return heads.get(type(config), None)
+    return next((heads[kind] for kind in type(config).__mro__ if kind in heads), None)
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model can read at once, None where its config does not say."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or config.model_type not in FAMILIES or not FAMILIES[config.model_type].spare_positions:
+    family = FAMILIES.get(model_type_of(config))
+    if positions is None or family is None or not family.spare_positions:
         return positions
     return int(positions - (config.pad_token_id + 1))
 

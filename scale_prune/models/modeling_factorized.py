@@ -17,10 +17,17 @@ if tuple(map(int, __version__.split(".")[:2])) < (5, 14):  # older ones name som
     raise ImportError(f"this model needs transformers 5.14 or newer, here is {__version__}")
 
 
-class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
-    _auto_class = "AutoModelForCausalLM"  # makes save_pretrained copy this file along
+class FactorizedGPTNeoConfig(GPTNeoConfig):
+    # One of its own, so that nothing loads this model without this file: the weights that it lacks would be random.
+    model_type = "factorized_gpt_neo"
+    _auto_class = "AutoConfig"  # makes save_pretrained copy this file along
 
-    def __init__(self, config: GPTNeoConfig) -> None:
+
+class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
+    config_class = FactorizedGPTNeoConfig
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: FactorizedGPTNeoConfig) -> None:
         super().__init__(config)
         settings = config.to_dict()
         for name, rank in settings.get("factorized", {}).items():

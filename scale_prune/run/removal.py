@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from scale_prune.core import remaining_fraction
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.pruning import Calibration, takeovers_of
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
@@ -75,12 +76,13 @@ def _noted(run: Run) -> Iterator[None]:
     if run.config.pruning.rounds and run.student.pruner.pruning:
         spent = {part: now - before.get(part, 0.0) for part, now in seconds().items()}
         widths = [group.num_units for group in run.student.groups]
-        dense = sum(group.dense_cost for group in run.student.groups)
-        round_: dict[str, Any] = {"step": run.progress.step, "remaining": sum(widths) / dense, "widths": widths}
+        remaining = remaining_fraction(run.student.groups, widths)
+        round_: dict[str, Any] = {"step": run.progress.step, "remaining": remaining, "widths": widths}
         round_ |= {"redundancy": redundancy} if redundancy else {}
         round_ |= {"seconds": {part: each for part, each in spent.items() if each and part != "evaluation"}}
         run.progress.rounds.append(round_)
-        run.monitor.say(f"step {run.progress.step}: {round_['remaining']:.1%} of the neurons remain, for good")
+        what = "neurons" if run.student.kind == "neuron" else "targets' parameters"
+        run.monitor.say(f"step {run.progress.step}: {remaining:.1%} of the {what} remain, for good")
 
 
 def _calibrate(run: Run, *, gram: bool, redundancy: bool) -> Calibration:
