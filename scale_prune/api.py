@@ -81,9 +81,10 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
             "accelerator.prepare returns"
         )
     check_uniqueness(config)
-    if with_defaults(config).rounds or config.repair not in (None, "none") or config.budget == "redundancy":
+    rounds = with_defaults(config).rounds
+    if rounds != 0 or config.repair not in (None, "none") or config.budget == "redundancy":
         raise ValueError(
-            f"criterion {config.criterion}, rounds {with_defaults(config).rounds}, repair {config.repair}, budget "
+            f"criterion {config.criterion}, rounds {rounds}, repair {config.repair}, budget "
             f"{config.budget}: rounds, repairs and redundancy belong to launch/prune.py, which has text to calibrate "
             "on; in a loop of your own give none of them, and a criterion that needs no Gram matrix"
         )

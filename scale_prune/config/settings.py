@@ -159,7 +159,7 @@ class PruningConfig(Settings):
         "parts of the descent; at the end of each, neurons leave for good and training goes on with the smaller model; "
         "0 masks them until the end",
         within=Range(0),
-        otherwise="1 for criteria that need a Gram matrix and where max_steps is 0, else 0",
+        otherwise="4 for criteria that need a Gram matrix, 1 where max_steps is 0, else 0",
     )
     repair: str | None = setting(
         "what those that stay take over of neurons that leave: the best in closed form (least_squares), their means "

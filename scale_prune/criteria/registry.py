@@ -99,7 +99,7 @@ _discover()
 
 
 def with_defaults(config: PruningConfig) -> PruningConfig:
-    """Fill the settings that were not given with the criterion's own.
+    """Fill the settings that were not given with the criterion's own, but for rounds that follow from the steps.
 
     Raises:
         ValueError: there is no criterion of that name.
@@ -107,7 +107,7 @@ def with_defaults(config: PruningConfig) -> PruningConfig:
     if config.criterion not in CRITERIA:
         raise ValueError(f"--criterion {config.criterion} is unknown; known are {', '.join(CRITERIA)}")
     criterion = CRITERIA[config.criterion]
-    defaults = {"rounds": int("gram" in criterion.needs)} | criterion.defaults
+    defaults = ({} if "gram" in criterion.needs else {"rounds": 0}) | criterion.defaults
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 

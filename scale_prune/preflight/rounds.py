@@ -10,6 +10,8 @@ from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, learns_from_gradients, schedule_of
 from scale_prune.pruning import layer_of
 
+USUAL_ROUNDS = 4
+
 
 def settle_rounds(config: Config) -> Config:
     """Fill in what --rounds and --repair leave open; without training there is a round, and no warm-up.
@@ -20,6 +22,8 @@ def settle_rounds(config: Config) -> Config:
     pruning, max_steps = config.pruning, config.training.max_steps
     if not max_steps:
         pruning = replace(pruning, rounds=pruning.rounds or 1, warmup_fraction=0.0, cooldown_fraction=0.0)
+    elif pruning.rounds is None:
+        pruning = replace(pruning, rounds=min(USUAL_ROUNDS, schedule_of(pruning, max_steps).descent_steps))
     if pruning.repair is None:
         of_neurons = CRITERIA[pruning.criterion].kind == "neuron"
         pruning = replace(pruning, repair="least_squares" if pruning.rounds and of_neurons else "none")
