@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
-from scale_prune.criteria import check_uniqueness, with_defaults
+from scale_prune.criteria import IN_A_LOOP, check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, tied_output, unit_groups
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
@@ -80,8 +80,9 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
             f"got a {type(engine).__name__} where a DeepSpeed engine is needed: give what deepspeed.initialize or "
             "accelerator.prepare returns"
         )
+    config = with_defaults(config, IN_A_LOOP)
     check_uniqueness(config)
-    rounds = with_defaults(config).rounds
+    rounds = config.rounds
     if rounds != 0 or config.repair not in (None, "none") or config.budget == "redundancy":
         raise ValueError(
             f"criterion {config.criterion}, rounds {rounds}, repair {config.repair}, budget "

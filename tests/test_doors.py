@@ -92,7 +92,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "mine",
         like(needs={"activations"}),
-        r"needs has 'activations', valid are weight, grad, influence, activation, activity, gram, gate",
+        r"needs has 'activations', valid are weight, grad, influence, activation, activity, gram, output_grad, gate",
     ),
     ("mine", like(roles={"input"}), "roles has 'input', valid are in, bias, out"),
     ("mine", like(kind="head"), "kind has 'head', valid are neuron, component"),

@@ -58,10 +58,12 @@ def _unusable(wanted: str, problem: str, config: Config) -> str:
 
 
 def filled_from(checkpoint: Checkpoint | None, config: Config) -> Config:
-    """Return the settings with the checkpoint's global batch and BOS, where they leave them open."""
+    """Return the settings with the checkpoint's global batch, BOS and criterion, where they leave them open."""
     found: dict[str, Any] = {}
     if checkpoint is not None and config.training.train_batch_size is None:
         found["train_batch_size"] = checkpoint.state["ds_config"]["train_batch_size"]
     if checkpoint is not None and config.data.bos == "auto":
         found["bos"] = (UNSAID | checkpoint.state["settings"])["bos"]
+    if checkpoint is not None and config.pruning.criterion == "auto":
+        found["criterion"] = checkpoint.state["settings"]["criterion"]
     return Config.from_flat(config.flat() | found)

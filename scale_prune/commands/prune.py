@@ -10,7 +10,7 @@ from functools import cache
 
 from scale_prune.checkpoint import filled_from, glance
 from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins_of, user_errors
-from scale_prune.criteria import CRITERIA, check_uniqueness
+from scale_prune.criteria import AUTO, CRITERIA, check_uniqueness
 from scale_prune.preflight import check_output, check_same, dry_run, fill_in, goes_on, is_complete, read_inputs
 from scale_prune.run import embedded_default, prune
 from scale_prune.zero3 import joined, launched_as
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         if ranks is not None:
             raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))
         with redirect_stdout(None if rank else sys.stdout):  # --help once, not once a rank
-            config, explicit = parse(argv, criteria=tuple(CRITERIA))
+            config, explicit = parse(argv, criteria=(AUTO, *CRITERIA))
         fill_in(config)
         load(config.training.ds_config)
         check_output(config)

@@ -131,7 +131,11 @@ class TaskConfig(Settings):
 class PruningConfig(Settings):
     """What is pruned, by which criterion, how fast."""
 
-    criterion: str = setting("rule that scores neurons", "gum")
+    criterion: str = setting(
+        "rule that scores neurons; auto is the one that measures best, kfac, or gum in a loop of one's own, which has "
+        "no text to calibrate on",
+        "auto",
+    )
     scope: str | None = setting(
         "rank all neurons of the model together (global), together by how far each is from its layer's mean in "
         "standard deviations (standardized), or within each layer's MLP (per_group)",

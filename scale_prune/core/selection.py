@@ -166,6 +166,20 @@ def check_finite(scores: Tensor, group_name: str) -> None:
         )
 
 
+def layer_fractions(budget: str, remaining: float, layers: int, redundancy: Sequence[float]) -> list[float] | None:
+    """Return the fraction of each layer that remains under a budget, None where all lose alike.
+
+    Args:
+        budget: "uniform", "log" or "redundancy".
+        remaining: fraction of all, in (0, 1].
+        layers: how many there are, at least 1.
+        redundancy: of each layer, for the budget of that name.
+    """
+    if budget == "log":
+        return log_fractions(remaining, layers)
+    return redundancy_fractions(remaining, redundancy) if budget == "redundancy" else None
+
+
 def log_fractions(remaining: float, layers: int) -> list[float]:
     """Return the fraction of each layer that remains, so that later layers lose more and the mean is `remaining`.
 

@@ -1,17 +1,11 @@
 """The criteria, one module each, and what a criterion is."""
 
-from scale_prune.criteria.base import (
-    Criterion,
-    GatedCriterion,
-    Moment,
-    Need,
-    ShardView,
-    State,
-    learns_from_gradients,
-)
+from scale_prune.criteria.base import Criterion, GatedCriterion, Moment, Need, ShardView, State, learns_from_gradients
 from scale_prune.criteria.flop import Flop
 from scale_prune.criteria.registry import (
+    AUTO,
     CRITERIA,
+    IN_A_LOOP,
     check_uniqueness,
     register_criterion,
     schedule_of,

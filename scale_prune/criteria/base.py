@@ -22,8 +22,7 @@ from scale_prune.core import (
     UnitGroup,
     UnitSpan,
     full_rank,
-    log_fractions,
-    redundancy_fractions,
+    layer_fractions,
     select,
     standardized,
     unit_sum,
@@ -200,13 +199,8 @@ class Criterion:
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,
             width_multiple=self.config.width_multiple if at_target else 1,
-            fractions=self._fractions(remaining, len(groups)),
+            fractions=layer_fractions(self.config.budget, remaining, len(groups), self.redundancy),
         )
-
-    def _fractions(self, remaining: float, layers: int) -> list[float] | None:
-        if self.config.budget == "log":
-            return log_fractions(remaining, layers)
-        return redundancy_fractions(remaining, self.redundancy) if self.config.budget == "redundancy" else None
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""

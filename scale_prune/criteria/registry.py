@@ -15,6 +15,7 @@ from scale_prune.criteria.base import Criterion, GatedCriterion, Need
 
 NO_CRITERIA = ("base", "registry")
 CRITERIA: dict[str, type[Criterion]] = {}
+AUTO, BY_THE_COMMAND, IN_A_LOOP = "auto", "kfac", "gum"
 
 
 def register_criterion(name: str, criterion: type[Criterion]) -> None:
@@ -98,12 +99,18 @@ def _discover() -> None:
 _discover()
 
 
-def with_defaults(config: PruningConfig) -> PruningConfig:
+def with_defaults(config: PruningConfig, usual: str = BY_THE_COMMAND) -> PruningConfig:
     """Fill the settings that were not given with the criterion's own, but for rounds that follow from the steps.
+
+    Args:
+        config: the settings.
+        usual: the criterion that "auto" stands for.
 
     Raises:
         ValueError: there is no criterion of that name.
     """
+    if config.criterion == AUTO:
+        config = replace(config, criterion=usual)
     if config.criterion not in CRITERIA:
         raise ValueError(f"--criterion {config.criterion} is unknown; known are {', '.join(CRITERIA)}")
     criterion = CRITERIA[config.criterion]
@@ -116,7 +123,7 @@ def unused(config: PruningConfig) -> dict[str, Any]:
     filled = with_defaults(config)
     if config.remaining == 1:
         return {}
-    used = CRITERIA[config.criterion].settings
+    used = CRITERIA[filled.criterion].settings
     if filled.scope == "per_group":
         used -= {"min_kept"}
     if EMBEDDING not in config.target_names:
@@ -133,8 +140,9 @@ def check_uniqueness(config: PruningConfig) -> None:
         ValueError: `uniqueness` is above 0, and the criterion does not use it.
     """
     if "uniqueness" in unused(config):
+        criterion = with_defaults(config).criterion
         raise ValueError(
-            f"--uniqueness {config.uniqueness} does nothing under --criterion {config.criterion}, which keeps no "
+            f"--uniqueness {config.uniqueness} does nothing under --criterion {criterion}, which keeps no "
             "similarity of neurons; give --uniqueness 0, or --criterion gum, which is movement with uniqueness, over "
             "the whole model or with --scope per_group"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from scale_prune.config import DEFAULT, Mistakes, parse, precision
-from scale_prune.criteria import CRITERIA, learns_from_gradients, with_defaults
+from scale_prune.criteria import AUTO, CRITERIA, learns_from_gradients, with_defaults
 from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
 from scale_prune.preflight.inputs import CHECKS, Reading
@@ -38,7 +38,7 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
     """
     mistakes = Mistakes()
     with redirect_stdout(sys.stdout if speaks else None):
-        config, explicit = parse(argv, criteria=tuple(CRITERIA), noted=mistakes.noted)
+        config, explicit = parse(argv, criteria=(AUTO, *CRITERIA), noted=mistakes.noted)
     reading = Reading(config=config, explicit=explicit, world_size=world_size)
     if config.training.model is None:
         reading.model_config = embedded.model_config()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_prune.config import Config, as_settings, check_value, load_plugins, read_recipe, read_yaml, with_keys
-from scale_prune.criteria import CRITERIA, check_uniqueness, with_defaults
+from scale_prune.criteria import AUTO, CRITERIA, check_uniqueness, with_defaults
 from scale_prune.export import resolve_layout
 from scale_prune.study.naming import differing, short
 from scale_prune.study.rows import NO_METHOD
@@ -159,7 +159,7 @@ def _word(name: str, text: str) -> str:
 def _cell(path: str, folder: Path, given: Mapping[str, Any]) -> Cell:
     try:
         for name, value in given.items():
-            check_value(name, value, tuple(CRITERIA))
+            check_value(name, value, (AUTO, *CRITERIA))
         settings = {**given, "output_dir": str(folder)}
         config = Config.from_flat(settings)
         pruning = with_defaults(config.pruning)
