@@ -53,6 +53,7 @@ def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
         "train_batch_size": BATCH,
         "log_every": 2,
         "output_dir": output,
+        "criterion": "gum",
     }
     words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in (usual | settings).items()]
     return list(chain.from_iterable(words))

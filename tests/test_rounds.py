@@ -115,6 +115,23 @@ def test_rounds_with_everything(settings: dict[str, Any], work: Path) -> None:
     assert report_of(output)["remaining"]["measured"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_what_no_criterion_is_named_for(work: Path, tmp_path: Path) -> None:
+    run(2, arguments(work, tmp_path / "auto", criterion="auto", calibration_tokens=384))
+    report = report_of(tmp_path / "auto")
+    assert {name: report["settings"][name] for name in ("criterion", "rounds", "repair", "scope")} == {
+        "criterion": "kfac",
+        "rounds": 4,
+        "repair": "least_squares",
+        "scope": "global",
+    }
+    assert len(report["rounds"]) == 4
+    begun = tmp_path / "gum"
+    run(2, arguments(work, begun, save_every=3))
+    again = arguments(work, tmp_path / "again", criterion="auto", resume=begun / "checkpoints" / "step-00000003")
+    run(2, again)  # goes on with the checkpoint's criterion
+    assert_same_run(tmp_path / "again", begun)
+
+
 def test_recovery_follows_pruning_without_training(work: Path) -> None:
     output = work / "recovered"
     settings = UNTRAINED | {"criterion": "sensitivity", "recovery_steps": 4, "learning_rate": 3e-3, "save_every": 2}

@@ -16,20 +16,26 @@ USUAL_ROUNDS = 4
 def settle_rounds(config: Config) -> Config:
     """Fill in what --rounds and --repair leave open; without training there is a round, and no warm-up.
 
+    Gradients without training are those of checkpointed activations: they are taken once, and memory decides.
+
     Raises:
         ValueError: they cannot be met.
     """
-    pruning, max_steps = config.pruning, config.training.max_steps
+    pruning, training, max_steps = config.pruning, config.training, config.training.max_steps
+    criterion = CRITERIA[pruning.criterion]
     if not max_steps:
         pruning = replace(pruning, rounds=pruning.rounds or 1, warmup_fraction=0.0, cooldown_fraction=0.0)
     elif pruning.rounds is None:
         pruning = replace(pruning, rounds=min(USUAL_ROUNDS, schedule_of(pruning, max_steps).descent_steps))
+    reads_back = learns_from_gradients(criterion) or "output_grad" in criterion.needs
+    if reads_back and not (max_steps or training.recovery_steps):
+        training = replace(training, gradient_checkpointing=True)
     if pruning.repair is None:
-        of_neurons = CRITERIA[pruning.criterion].kind == "neuron"
-        pruning = replace(pruning, repair="least_squares" if pruning.rounds and of_neurons else "none")
+        repairs = pruning.rounds and criterion.kind == "neuron"
+        pruning = replace(pruning, repair="least_squares" if repairs else "none")
     if pruning.remaining < 1:
         _check_criterion(pruning, max_steps)
-    return replace(config, pruning=pruning)
+    return replace(config, pruning=pruning, training=training)
 
 
 def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
