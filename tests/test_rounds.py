@@ -54,7 +54,7 @@ def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion:
     for output in outputs[1:]:
         assert json.loads((output / "kept.json").read_text()) == json.loads((outputs[0] / "kept.json").read_text())
         for name, weight in weights(outputs[0]).items():
-            torch.testing.assert_close(weights(output)[name], weight, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(weights(output)[name], weight, rtol=1e-3, atol=5e-4)
     perplexity = report_of(outputs[0])["perplexity"]
     assert perplexity["masked"] == pytest.approx(perplexity["exported"], rel=1e-5)
     assert perplexity["compacted"] == pytest.approx(perplexity["exported"], rel=1e-5)

@@ -13,7 +13,9 @@ from scale_prune.pruning import ROWS_AT_ONCE
 
 def solves(job: Job) -> bool:
     """Tell whether Gram matrices are made."""
-    return job.rounds > 0 and (job.pruning.repair != "none" or "gram" in CRITERIA[job.pruning.criterion].needs)
+    return job.rounds > 0 and (
+        job.pruning.repair not in (None, "none") or "gram" in CRITERIA[job.pruning.criterion].needs
+    )
 
 
 def round_memory(job: Job) -> dict[str, int]:
