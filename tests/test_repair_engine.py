@@ -76,7 +76,7 @@ def test_gradients_are_those_of_plain_autograd(tmp_path: Path, model_type: str) 
     rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=rows, labels=rows, use_cache=False).loss * ROWS * 6
     gradients = torch.autograd.grad(loss, list(caught.values()))
-    for world_size, trains, checkpointing in ((1, False, False), (2, False, True), (2, True, True), (3, True, False)):
+    for world_size, trains, checkpointing in ((1, False, False), (2, True, True), (3, False, True)):
         ranks = run_ranks(output_grams, world_size, folder, trains, checkpointing)
         for index, gradient in enumerate(gradients):
             by_token = gradient.reshape(-1, gradient.shape[-1])

@@ -13,9 +13,8 @@ from scale_prune.pruning import ROWS_AT_ONCE
 
 def solves(job: Job) -> bool:
     """Tell whether Gram matrices are made."""
-    return job.rounds > 0 and (
-        job.pruning.repair not in (None, "none") or "gram" in CRITERIA[job.pruning.criterion].needs
-    )
+    repairs = job.pruning.repair not in (None, "none")
+    return job.rounds > 0 and (repairs or "gram" in CRITERIA[job.pruning.criterion].needs)
 
 
 def round_memory(job: Job) -> dict[str, int]:
@@ -87,10 +86,10 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
 
 def _gradient_features(job: Job) -> int:
     """Return the elements of a Gram matrix of gradients, D * D, 0 where none is made."""
-    (width,) = {
-        member.shape[1 - member.dim] for group in job.groups for member in group.members if member.role == "out"
-    }
-    return width**2 if "output_grad" in CRITERIA[job.pruning.criterion].needs else 0
+    if "output_grad" not in CRITERIA[job.pruning.criterion].needs:
+        return 0
+    output = next(member for member in job.groups[0].members if member.role == "out")
+    return output.shape[1 - output.dim] ** 2
 
 
 def _kept(job: Job, width: int) -> int:
