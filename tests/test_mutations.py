@@ -56,6 +56,13 @@ class Mutation(NamedTuple):
 
 # fmt: off
 MUTATIONS = [Mutation(*line) for line in (
+    # what calibration text says
+    ("pruning/calibration.py", "OUTPUT_DAMPING).T.float() @ weight", "OUTPUT_DAMPING).float() @ weight",
+     "test_repair.py::test_the_gradients_of_the_output_are_the_metric_of_its_errors"),
+    ("core/low_rank.py", "weight.to(root.dtype) @ root", "weight.to(root.dtype) @ root.T",
+     "test_low_rank.py::test_whitened_factors_are_the_nearest_in_the_outputs"),
+    ("core/selection.py", "(cosine - max(redundancy)) / TEMPERATURE", "(max(redundancy) - cosine) / TEMPERATURE",
+     "test_selection.py::test_redundant_layers_lose_most_and_none_loses_all"),
     # gates
     ("criteria/flop.py", "of_task = total *", "of_task = -total *", GATES),
     ("criteria/flop.py", "of_budget = -pull *", "of_budget = pull *", GATES),

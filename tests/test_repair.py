@@ -19,6 +19,7 @@ from scale_prune.core.repair import (
 )
 from scale_prune.models import FAMILIES, unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.pruning.calibration import OUTPUT_DAMPING, gram_scores
 
 TOKENS, UNITS, OUTPUTS = 200, 12, 7
 DAMPING = 1e-3
@@ -186,3 +187,26 @@ def test_every_family_loses_less_in_its_mlps_outputs_when_repaired(model_type: s
                 backend.module(input_ids=ROWS)
             errors[repaired] = float((outputs[-1] - outputs[0]).square().sum())
         assert 0 < errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2"])
+def test_the_gradients_of_the_output_are_the_metric_of_its_errors(model_type: str) -> None:
+    model = tiny_model(model_type)
+    backend, groups = InMemoryBackend(model), unit_groups(model)
+    calibration = Calibration(backend, groups, gram=True)
+    gradients = {}
+    for index, group in enumerate(groups):
+        weight = next(
+            backend.gather(member).movedim(member.dim, -1) for member in group.members if member.role == "out"
+        )
+        gradients[index] = torch.randn(20, len(weight), generator=torch.Generator().manual_seed(index))
+        calibration.grams[index] = torch.eye(group.num_units)
+        calibration.output_grams[index] = gradients[index].T @ gradients[index]
+    scores = gram_scores(calibration, lambda gram, weight: weight.square().sum(0))
+    for index, group in enumerate(groups):
+        weight = next(
+            backend.gather(member).movedim(member.dim, -1) for member in group.members if member.role == "out"
+        )
+        damping = gradients[index].square().sum(0).mean() * weight.square().sum(0)
+        expected = (gradients[index] @ weight).square().sum(0) + OUTPUT_DAMPING * damping
+        torch.testing.assert_close(scores[index], expected, rtol=1e-4, atol=1e-5)
