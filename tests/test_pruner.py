@@ -214,7 +214,9 @@ def test_any_number_of_ranks_keeps_the_same_units(criterion: str, world_size: in
     assert 0 < alone.remaining < 1
     for pruner in several:
         assert all(torch.equal(mask, other) for mask, other in zip(pruner.masks, alone.masks, strict=True))
-        torch.testing.assert_close(torch.cat(pruner.scores), torch.cat(alone.scores), rtol=1e-2, atol=1e-5)
+        # Adam makes a rounding of a gate's small gradient a step of its own.
+        rtol = 1e-2 if criterion == "neuron_l0" else 1e-3
+        torch.testing.assert_close(torch.cat(pruner.scores), torch.cat(alone.scores), rtol=rtol, atol=1e-5)
     assert sum(pruner.line.num_owned for pruner in several) == alone.line.num_owned
 
 

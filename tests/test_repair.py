@@ -189,6 +189,11 @@ def test_every_family_loses_less_in_its_mlps_outputs_when_repaired(model_type: s
         assert 0 < errors[True] < errors[False]
 
 
+def output_weight(backend: InMemoryBackend, group: UnitGroup) -> Tensor:
+    member = next(member for member in group.members if member.role == "out")
+    return backend.gather(member).movedim(member.dim, -1)
+
+
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2"])
 def test_the_gradients_of_the_output_are_the_metric_of_its_errors(model_type: str) -> None:
     model = tiny_model(model_type)
@@ -196,17 +201,13 @@ def test_the_gradients_of_the_output_are_the_metric_of_its_errors(model_type: st
     calibration = Calibration(backend, groups, gram=True)
     gradients = {}
     for index, group in enumerate(groups):
-        weight = next(
-            backend.gather(member).movedim(member.dim, -1) for member in group.members if member.role == "out"
-        )
+        weight = output_weight(backend, group)
         gradients[index] = torch.randn(20, len(weight), generator=torch.Generator().manual_seed(index))
         calibration.grams[index] = torch.eye(group.num_units)
         calibration.output_grams[index] = gradients[index].T @ gradients[index]
     scores = gram_scores(calibration, lambda gram, weight: weight.square().sum(0))
     for index, group in enumerate(groups):
-        weight = next(
-            backend.gather(member).movedim(member.dim, -1) for member in group.members if member.role == "out"
-        )
+        weight = output_weight(backend, group)
         damping = gradients[index].square().sum(0).mean() * weight.square().sum(0)
         expected = (gradients[index] @ weight).square().sum(0) + OUTPUT_DAMPING * damping
         torch.testing.assert_close(scores[index], expected, rtol=1e-4, atol=1e-5)

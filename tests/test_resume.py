@@ -298,7 +298,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 )
 def test_bos_stays_as_it_was_where_it_is_left_open(before: dict[str, str] | None, asked: str, expected: str) -> None:
     """Checkpoints from before there was the setting have no BOS token."""
-    state = {"settings": before, "ds_config": {"train_batch_size": 6}}
+    state = {"settings": {"criterion": "gum"} | (before or {}), "ds_config": {"train_batch_size": 6}}
     checkpoint = None if before is None else Checkpoint(Path("step"), state, {})
     assert filled_from(checkpoint, Config.from_flat({"bos": asked})).data.bos == expected
 

@@ -8,7 +8,7 @@ from scale_prune.checkpoint.folder import damage as damage_of
 from scale_prune.config import Config
 from scale_prune.zero3 import Runtime
 
-UNSAID = {"bos": "never", "criterion": "gum"}
+UNSAID = {"bos": "never"}
 """What held in runs from before there was the setting."""
 
 
@@ -65,5 +65,5 @@ def filled_from(checkpoint: Checkpoint | None, config: Config) -> Config:
     if checkpoint is not None and config.data.bos == "auto":
         found["bos"] = (UNSAID | checkpoint.state["settings"])["bos"]
     if checkpoint is not None and config.pruning.criterion == "auto":
-        found["criterion"] = (UNSAID | checkpoint.state["settings"])["criterion"]
+        found["criterion"] = checkpoint.state["settings"]["criterion"]
     return Config.from_flat(config.flat() | found)

@@ -140,7 +140,7 @@ class PruningConfig(Settings):
         "rank all neurons of the model together (global), together by how far each is from its layer's mean in "
         "standard deviations (standardized), or within each layer's MLP (per_group)",
         choices=("global", "per_group", "standardized"),
-        otherwise="global for gum, else per_group",
+        otherwise="the criterion's own (see docs/choosing.md)",
     )
     budget: str = setting(
         "under scope per_group, let every layer lose alike (uniform), later layers more (log), or those more that, by "
@@ -173,7 +173,10 @@ class PruningConfig(Settings):
     )
     repair_damping: float = setting("added to the diagonal of Gram matrices, as a fraction of its mean", 1e-3, Range(0))
     calibration_tokens: int = setting(
-        "tokens of the training text that a round sees before it chooses and repairs, over all ranks", 32_768, Range(1)
+        "tokens of the training text that a round sees before it chooses and repairs, over all ranks; whitened factors "
+        "are made of as many",
+        32_768,
+        Range(1),
     )
     score_learning_rate: float = setting("learning rate of the movement scores", 1e-2, POSITIVE)
     score_optimizer: str = setting("optimizer of the movement scores", "adam", choices=("adam", "sgd"))
