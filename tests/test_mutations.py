@@ -57,7 +57,7 @@ class Mutation(NamedTuple):
 # fmt: off
 MUTATIONS = [Mutation(*line) for line in (
     # what calibration text says
-    ("pruning/calibration.py", "OUTPUT_DAMPING).T.float() @ weight", "OUTPUT_DAMPING).float() @ weight",
+    ("core/repair.py", "OUTPUT_DAMPING).T.float() @ weight", "OUTPUT_DAMPING).float() @ weight",
      "test_repair.py::test_the_gradients_of_the_output_are_the_metric_of_its_errors"),
     ("core/low_rank.py", "weight.to(root.dtype) @ root", "weight.to(root.dtype) @ root.T",
      "test_low_rank.py::test_whitened_factors_are_the_nearest_in_the_outputs"),

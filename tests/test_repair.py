@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scale_prune.core import UnitGroup
 from scale_prune.core.repair import (
+    OUTPUT_DAMPING,
     UnsolvableError,
     bias_taken_over,
     elimination_scores,
@@ -19,7 +20,7 @@ from scale_prune.core.repair import (
 )
 from scale_prune.models import FAMILIES, unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
-from scale_prune.pruning.calibration import OUTPUT_DAMPING, gram_scores
+from scale_prune.pruning.calibration import gram_scores
 
 TOKENS, UNITS, OUTPUTS = 200, 12, 7
 DAMPING = 1e-3

@@ -19,6 +19,7 @@ class UnsolvableError(ValueError):
     """A Gram matrix that is not finite, or not positive definite in spite of the damping."""
 
 
+OUTPUT_DAMPING = 1.0  # of the Gram matrices of gradients, as a fraction of the mean of their diagonals
 WIDEST_IN_DOUBLE = 8192  # features; wider matrices are solved in float32, which halves 2 GiB at N = 16,384
 
 
@@ -34,6 +35,19 @@ def gram_root(gram: Tensor, num_units: int, damping: float) -> Tensor:
         UnsolvableError: as `least_squares`.
     """
     return _cholesky(_damped(gram, num_units, damping)[:num_units, :num_units])
+
+
+def in_metric(weight: Tensor, output_gram: Tensor) -> Tensor:
+    """Return (D, N) weights whose squared norms are errors of the loss, not of the output.
+
+    Args:
+        weight: (D, N) float32, what reads the units.
+        output_gram: (D, D) float32, g^T g of the gradients of the output, token by token.
+
+    Raises:
+        UnsolvableError: as `least_squares`.
+    """
+    return gram_root(output_gram, len(output_gram), OUTPUT_DAMPING).T.float() @ weight
 
 
 def taken_over(weight: Tensor, takeover: Tensor, keep: Tensor, dim: int) -> Tensor:

@@ -20,11 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from scale_prune.core import UnitGroup, UnsolvableError, gram_root, least_squares, mean_takeover
+from scale_prune.core import UnitGroup, UnsolvableError, gram_root, in_metric, least_squares, mean_takeover
 from scale_prune.pruning.activations import real_tokens
 from scale_prune.pruning.backend import ShardBackend
 
-OUTPUT_DAMPING = 1.0  # of the Gram matrices of gradients, as a fraction of the mean of their diagonals
 ROWS_AT_ONCE = 1024  # of a Gram matrix, on their way to the rank that keeps it: 64 MiB at N = 16,384
 
 
@@ -75,11 +74,8 @@ class Calibration:
             if self._compares:
                 layer = module.get_submodule(layer_of(module, group.output))
                 handles.append(layer.register_forward_hook(self._comparer(index), with_kwargs=True))
-        try:
+        with _removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def watching_gradients(self) -> Iterator[None]:
@@ -89,11 +85,8 @@ class Calibration:
             module.get_submodule(group.output).register_forward_hook(self._gradient_watcher(index))
             for index, group in enumerate(self.groups)
         ]
-        try:
+        with _removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._real = real_tokens(args, kwargs).flatten()
@@ -146,6 +139,15 @@ class Calibration:
                 grams.setdefault(index, empty)[block] += total
 
 
+@contextmanager
+def _removed_after(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def keeper_of(group: int, backend: ShardBackend) -> int:
     """Return the rank that keeps the Gram matrix of group number `group`, and solves for it."""
     return group % backend.world_size
@@ -187,9 +189,8 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor],
         for index, weight in weights.items():
             if weight is not None:
                 try:
-                    output_gram = calibration.output_grams.get(index)
-                    if output_gram is not None:
-                        weight = gram_root(output_gram, len(output_gram), OUTPUT_DAMPING).T.float() @ weight
+                    if index in calibration.output_grams:
+                        weight = in_metric(weight, calibration.output_grams[index])
                     scores[index] = rank_units(calibration.grams[index], weight)
                 except UnsolvableError:
                     failed[index] = 1

@@ -44,7 +44,8 @@ def read_gradients(engine: Any, calibration: Calibration, inputs: Inputs, task: 
     with calibration.watching_gradients():
         for micro_batch in calibration_text(engine, inputs, task):
             batch = micro_batch.to(engine.device)
-            mean_loss = engine.module(**batch, **task.options).loss * micro_batch.weight  # the engine would step in
+            # Of what the engine itself returns DeepSpeed lets no gradient through but by engine.backward.
+            mean_loss = engine.module(**batch, **task.options).loss * micro_batch.weight
             torch.autograd.grad(mean_loss * batch["labels"].numel(), embedded.pop())
     handle.remove()
     engine.empty_partition_cache()

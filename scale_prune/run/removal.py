@@ -46,7 +46,7 @@ def _choose_and_repair(run: Run, step: int) -> None:
     if chooses and not run.config.training.max_steps and learns_from_gradients(criterion):
         _observe_gradients(run)
     calibration = None
-    if run.progress.rounds:  # the dense model's holds in all of them
+    if run.progress.rounds:  # what was measured of the dense model holds in all of them
         criterion.redundancy = run.progress.rounds[0].get("redundancy", ())
     compares = pruning.budget == "redundancy" and not criterion.redundancy
     if repairs or (chooses and needs & {"gram", "activity"}) or compares:
