@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from scale_prune.core import UnitGroup, UnsolvableError, gram_root, in_metric, least_squares, mean_takeover
+from scale_prune.core import UnitGroup, UnsolvableError, gram_root, least_squares, mean_takeover
+from scale_prune.core.repair import in_metric
 from scale_prune.pruning.activations import real_tokens
 from scale_prune.pruning.backend import ShardBackend
 
