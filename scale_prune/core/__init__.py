@@ -1,6 +1,6 @@
 """Pure mathematics of pruning: torch and einops only; no collectives, no files, no DeepSpeed."""
 
-from scale_prune.core.compaction import pad_units, select_units, set_members
+from scale_prune.core.compaction import pad_units, resize_group, select_units, set_members
 from scale_prune.core.divergence import token_divergence
 from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.groups import Kind, Member, Role, UnitGroup, UnitLayout, UnitSpan, remaining_fraction

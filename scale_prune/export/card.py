@@ -5,13 +5,16 @@ from importlib.metadata import version
 from typing import Any
 
 from scale_prune.core import UnitGroup
+from scale_prune.export.layouts import needs_code
+
+TRUST = ", trust_remote_code=True"
 
 
 def model_card(
     settings: Mapping[str, Any], *, groups: Sequence[UnitGroup], layout: str, loader: str = "AutoModelForCausalLM"
 ) -> str:
     """Say in the exported folder's README how the model was made and how it is loaded."""
-    code = ", trust_remote_code=True" if layout == "per_layer" else ""
+    code = TRUST if needs_code(layout) else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -40,3 +43,10 @@ def model_card(
 
 
 _REMOVED = {"neuron": "MLP neurons", "component": "Rank-1 components of weights"}
+
+
+def in_other_layout(card: str, layout: str) -> str:
+    """Return a card that says how the folder is loaded in another layout."""
+    card = card.replace(TRUST, "")
+    code = TRUST if needs_code(layout) else ""
+    return card.replace('from_pretrained("PATH")', f'from_pretrained("PATH"{code})', 1)

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from scale_prune.export.factors import FACTOR_WORDS
+
 OWN_ROPE_KEYS = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """By model type, what its older configs call what others call so."""
 
@@ -26,7 +28,7 @@ def write_config(folder: Path, config: PretrainedConfig) -> None:
         understood = [type(config).from_dict(copy.deepcopy(words)).to_dict() for words in (content, content | older)]
         if understood[0] == understood[1]:
             content = content | older
-    if "AutoConfig" in content.get("auto_map", {}):  # of a class that is not here, but in the folder
+    if any(word in content for word in FACTOR_WORDS):  # its class is not here, but in the folder
         content = content | {"model_type": f"factorized_{content['model_type']}"}
     if content != written:
         _write(folder / "config.json", content)

@@ -10,6 +10,9 @@ from torch import Tensor
 from scale_prune.core import UnitGroup, saves
 from scale_prune.models.embedding import CLUSTERS
 
+FACTOR_WORDS = ("factorized", "factorized_embedding")
+"""What config.json calls what stays factorized."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -31,10 +34,10 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Return what config.json says of it; empty where everything is multiplied out."""
-        settings: dict[str, Any] = {"factorized": self.ranks} if self.ranks else {}
+        settings: dict[str, Any] = {FACTOR_WORDS[0]: self.ranks} if self.ranks else {}
         if self.cluster_ranks:
             names = [self.table, self.output] if self.output else [self.table]
-            settings["factorized_embedding"] = {"names": names, "sizes": self.sizes, "ranks": self.cluster_ranks}
+            settings[FACTOR_WORDS[1]] = {"names": names, "sizes": self.sizes, "ranks": self.cluster_ranks}
         return settings
 
 
@@ -87,20 +90,21 @@ def stored_factors(
         elif module not in waiting:
             waiting[module] = copied
         else:
-            product = _product(waiting.pop(module), copied)
-            yield f"{module}.weight", product.T.contiguous() if transposed else product
+            whole = product(waiting.pop(module), copied)
+            yield f"{module}.weight", whole.T.contiguous() if transposed else whole
     if table:
-        yield f"{plan.table}.weight", _whole_table(table, len(plan.sizes))
+        yield f"{plan.table}.weight", whole_table(table, len(plan.sizes))
     assert not waiting, f"factors of {sorted(waiting)} are missing"
 
 
-def _whole_table(parts: dict[str, Tensor], num_clusters: int) -> Tensor:
+def whole_table(parts: dict[str, Tensor], num_clusters: int) -> Tensor:
     """Return the (V, D) embedding, its rows in the order of token ids."""
-    rows = [_product(parts[f"clusters.{i}.down"], parts[f"clusters.{i}.up"]) for i in range(num_clusters)]
+    rows = [product(parts[f"clusters.{i}.down"], parts[f"clusters.{i}.up"]) for i in range(num_clusters)]
     return torch.cat(rows)[parts["place"]]
 
 
-def _product(down: Tensor, up: Tensor) -> Tensor:
+def product(down: Tensor, up: Tensor) -> Tensor:
+    """Return the (D_out, D_in) weight of its factors."""
     return (up.float() @ down.float()).to(up.dtype)
 
 

@@ -1,44 +1,67 @@
-"""The three layouts of a pruned model: its config, its modeling file and its tensors in each of them."""
+"""The layouts of a pruned model: its config, its modeling file and its tensors in each of them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from scale_prune.core import Kind, UnitGroup, pad_units
-from scale_prune.export.factors import Plan
+from scale_prune.export.factors import FACTOR_WORDS, Plan
 from scale_prune.models import auto_model, classifies, family_of, model_type_of, stock_class, unit_groups
+from scale_prune.models.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM
 
-LAYOUTS = ("uniform", "pad", "per_layer")
+LAYOUTS = ("uniform", "pad", "per_layer", "nemotron_nas")
+AUTO, GGUF = "auto", "gguf"
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+"""Model types that are a Llama in all but name, and a bias that config.json can tell."""
+OTHER_HEAD = """
+
+class PerLayer{name}(PerLayer, transformers.{name}):
+    _auto_class = "{loader}"
+"""
 PROBE = 61
 """A width that no model has by itself."""
 MODELING_FILE = Path(__file__).parents[1] / "models" / "modeling_per_layer.py"
 FACTORIZED_FILE = MODELING_FILE.with_name("modeling_factorized.py")
+NEMOTRON_FILE = MODELING_FILE.with_name("modeling_nemotron_nas.py")
+OTHER_HEADS: dict[str, Any] = {
+    "AutoModel": MODEL_MAPPING,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
 
 
 def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str:
     """Return the layout to write: the one that was asked for, or the usual one.
 
     Args:
-        layout: "uniform", "pad", "per_layer", or None for the usual one.
+        layout: "uniform", "pad", "per_layer", "nemotron_nas", "gguf", or None or "auto" for the usual one.
         scope: "per_group" where all layers lose alike, else what lets them differ.
         kind: what is removed; factors of components have a place in "per_layer" alone, and are multiplied out in
             "uniform".
 
     Raises:
         ValueError: the layout is unknown; it is uniform although global ranking leaves layers of different widths; or
-            it is pad although no neurons are removed.
+            it is pad or nemotron_nas although no neurons are removed.
     """
-    if layout is None:
+    if layout in (None, AUTO):
         return "per_layer" if kind == "component" or scope != "per_group" else "uniform"
+    if layout == GGUF:
+        return layout
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
-    if (layout, kind) == ("pad", "component"):
+        raise ValueError(f"unknown layout {layout!r}; valid are {', '.join((AUTO, *LAYOUTS, GGUF))}")
+    if layout in ("pad", "nemotron_nas") and kind == "component":
         raise ValueError(
-            "--layout pad is for layers of different widths, but removing components leaves widths as they are, "
+            f"--layout {layout} is for layers of different widths, but removing components leaves widths as they are, "
             "choose --layout per_layer (factors) or uniform (multiplied out)"
         )
     if layout == "uniform" and scope != "per_group" and kind == "neuron":
@@ -49,18 +72,29 @@ def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str
     return layout
 
 
+def needs_code(layout: str) -> bool:
+    """Tell whether a layout comes with a modeling file."""
+    return layout in ("per_layer", "nemotron_nas")
+
+
 def check_layout(layout: str, config: PretrainedConfig) -> None:
     """Make sure, before training, that a model of this kind can be written in a layout.
 
     Args:
-        layout: "uniform", "pad" or "per_layer".
+        layout: "uniform", "pad", "per_layer" or "nemotron_nas".
         config: the model's config.
 
     Raises:
         ValueError: the layout is per_layer and transformers itself has no model class for this config, so
-            that there is no class for the modeling file to build on; or the model belongs to no registered family.
+            that there is no class for the modeling file to build on; the layout is nemotron_nas and the model is no
+            Llama; or the model belongs to no registered family.
     """
     family_of(config)
+    if layout == "nemotron_nas" and (reason := no_llama(config)):
+        raise ValueError(
+            f"layout 'nemotron_nas' is for models that are a Llama, {', '.join(LLAMA_LIKE)}, but {reason}; "
+            f"ask for layout 'pad' or 'uniform', which every engine that knows the dense model loads"
+        )
     if layout == "per_layer" and stock_class(config) is None:
         raise ValueError(
             f"layout 'per_layer' needs a model class of transformers, which has none for {type(config).__name__}; "
@@ -77,8 +111,7 @@ def check_width_key(model: PreTrainedModel) -> None:
     Raises:
         ValueError: MLPs are not built as wide as the family's `width_key` says, as where the width is fixed.
     """
-    family, config = family_of(model.config), copy.deepcopy(model.config)
-    _forget_per_layer(config)
+    family, config = family_of(model.config), without_layout(model.config)
     setattr(config, family.width_key, PROBE)
     try:
         with torch.device("meta"):
@@ -103,23 +136,79 @@ def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup
             f"layout 'uniform' needs layers of one width, but they have {list(widths.values())}; "
             f"ask for layout 'pad' or 'per_layer'"
         )
-    config = copy.deepcopy(config)
-    _forget_per_layer(config)
+    config = without_layout(config)
     setattr(config, family_of(config).width_key, max(widths.values()))
     stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
     if layout == "per_layer":
         _set_per_layer(config, widths)
-    return config
+    return _nemotron(config, [*widths.values()]) if layout == "nemotron_nas" else config
 
 
-def _forget_per_layer(config: PretrainedConfig) -> None:
-    """Undo `_set_per_layer`, for a model that was pruned before and is pruned again."""
+def no_llama(config: PretrainedConfig) -> str:
+    """Return why a model is more than a Llama by another name, "" where it is not."""
+    if model_type_of(config) not in LLAMA_LIKE:
+        return f"this is a {model_type_of(config)}"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < config.max_position_embeddings:
+        return f"its attention reaches back only {window} of {config.max_position_embeddings} tokens"
+    return ""
+
+
+def _nemotron(config: PretrainedConfig, widths: Sequence[int]) -> PretrainedConfig:
+    """Return the config of a Llama in the form of Nemotron-NAS.
+
+    Engines read either the width or, of multiples of 256, a multiple of the hidden size; the latter more of them.
+    """
+    words = config.to_dict()
+    for name in ("model_type", "architectures", "per_layer_config", "sliding_window", "use_sliding_window"):
+        words.pop(name, None)
+    if model_type_of(config) == "qwen2":
+        words["qkv_bias"] = True
+    heads_in_group = config.num_attention_heads // config.num_key_value_heads
+    multiples = all(width % 256 == 0 for width in widths)
+    told = [
+        {"ffn_mult": 1.5 * width / config.hidden_size} if multiples else {"intermediate_size": width}
+        for width in widths
+    ]
+    plain = {"no_op": False, "replace_with_linear": False}
+    blocks = [{"attention": {"n_heads_in_group": heads_in_group} | plain, "ffn": each | plain} for each in told]
+    changed = DeciLMConfig(block_configs=blocks, **words)
+    _set_code(changed, NEMOTRON_FILE, DeciLMForCausalLM.__name__)
+    changed.auto_map["AutoConfig"] = f"{NEMOTRON_FILE.stem}.{DeciLMConfig.__name__}"
+    return changed
+
+
+def without_layout(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a config without what tells a layout, for a model that was pruned before."""
+    if config.model_type == DeciLMConfig.model_type:
+        return stock_config(config.to_dict())
+    config = copy.deepcopy(config)
     config.per_layer_config = None
     vars(config).pop("serialize_explicit_per_layer_config", None)
     if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
         del config.auto_map
+    return config
+
+
+def stock_config(words: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the config of transformers for what config.json says, in whatever layout; no code of the folder runs.
+
+    Raises:
+        ValueError: transformers knows no such model type.
+    """
+    layout_words = ("auto_map", "architectures", "per_layer_config", "serialize_explicit_per_layer_config")
+    plain = {key: value for key, value in words.items() if key not in (*layout_words, *FACTOR_WORDS, "block_configs")}
+    model_type = str(plain.pop("model_type", "")).removeprefix("factorized_")
+    if model_type == DeciLMConfig.model_type:
+        model_type = "qwen2" if plain.pop("qkv_bias", False) else "llama"
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model type {model_type!r} is not known to transformers")
+    if len(words.get("factorized_embedding", {"names": []})["names"]) > 1:
+        plain["tie_word_embeddings"] = True
+    kind: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
+    return kind.from_dict(plain)
 
 
 def _set_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
@@ -128,6 +217,16 @@ def _set_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
     _set_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
+    for loader, name in _other_heads(config):
+        config.auto_map[loader] = f"{MODELING_FILE.stem}.PerLayer{name}"
+
+
+def _other_heads(config: PretrainedConfig) -> list[tuple[str, str]]:
+    """Return other classes that load the same layers: what loads them, and their names in transformers."""
+    own = auto_model(config).__name__
+    kinds = [kind for kind in type(config).__mro__ if kind in MODEL_MAPPING][:1]
+    heads = [(loader, known[kind]) for kind in kinds for loader, known in OTHER_HEADS.items() if kind in known]
+    return [(loader, head.__name__) for loader, head in heads if loader != own]
 
 
 def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
@@ -160,7 +259,9 @@ def _stock_config(config: PretrainedConfig) -> type[PretrainedConfig]:
 def code_of(config: PretrainedConfig) -> Path | None:
     """Return the modeling file that a written config names, if it is one of ours."""
     auto_map = str(getattr(config, "auto_map", None))
-    return next((file for file in (MODELING_FILE, FACTORIZED_FILE) if f"'{file.stem}." in auto_map), None)
+    return next(
+        (file for file in (MODELING_FILE, FACTORIZED_FILE, NEMOTRON_FILE) if f"'{file.stem}." in auto_map), None
+    )
 
 
 def modeling_source(file: Path, config: PretrainedConfig) -> str:
@@ -176,9 +277,12 @@ def modeling_source(file: Path, config: PretrainedConfig) -> str:
         "intermediate_size": family.width_key,
     }
     source = file.read_text(encoding="utf-8")
+    if file == NEMOTRON_FILE:
+        return source
     for ours, theirs in names.items():
         source = source.replace(ours, theirs)
-    return source
+    others = _other_heads(config) if file == MODELING_FILE else []
+    return source + "".join(OTHER_HEAD.format(loader=loader, name=name) for loader, name in others)
 
 
 def in_layout(

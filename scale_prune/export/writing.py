@@ -1,6 +1,7 @@
 """The pruned model as a Hugging Face folder, written tensor by tensor."""
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Export:
         card: the model card, Markdown.
         generation_config: written along as it is, if there is one.
         tied_output: name of the output that a clustered embedding is tied to, "" where there is none.
+        beside: files and folders that come along as they are.
     """
 
     config: PretrainedConfig
@@ -55,6 +57,7 @@ class Export:
     card: str
     generation_config: GenerationConfig | None = None
     tied_output: str = ""
+    beside: Sequence[Path] = ()
 
     def write(
         self,
@@ -133,7 +136,10 @@ class Export:
             self.generation_config.to_json_file(folder / "generation_config.json")
         if self.tokenizer is not None:
             write_tokenizer(folder, self.tokenizer)
-        (folder / "README.md").write_text(self.card, encoding="utf-8")
+        for path in self.beside:
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+        if self.card:
+            (folder / "README.md").write_text(self.card, encoding="utf-8")
 
 
 def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:

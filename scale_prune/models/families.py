@@ -178,8 +178,8 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def model_type_of(config: PretrainedConfig) -> str:
-    """Return the model type of a config, of one that we have left with factors that of the model it was."""
-    return str(config.model_type).removeprefix("factorized_")
+    """Return the model type of a config, of one that a layout has given its own that of the model it was."""
+    return "llama" if config.model_type == "nemotron-nas" else str(config.model_type).removeprefix("factorized_")
 
 
 def classifies(config: PretrainedConfig) -> bool:

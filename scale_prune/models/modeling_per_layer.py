@@ -6,22 +6,22 @@ Written beside a pruned model's weights, for `from_pretrained(folder, trust_remo
 
 from typing import Any
 
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, __version__
+import transformers
 
-if tuple(map(int, __version__.split(".")[:2])) < (5, 14):  # older ones name some weights otherwise
-    raise ImportError(f"this model needs transformers 5.14 or newer, here is {__version__}")
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 14):  # older ones name some weights otherwise
+    raise ImportError(f"this model needs transformers 5.14 or newer, here is {transformers.__version__}")
 
 
-class PerLayerGPTNeoForCausalLM(GPTNeoForCausalLM):
-    _auto_class = "AutoModelForCausalLM"  # makes save_pretrained copy this file along
-
-    def __init__(self, config: GPTNeoConfig) -> None:
+class PerLayer:
+    def __init__(self, config: Any) -> None:
         widths = config.to_dict().get("per_layer_config", {})
         # While per-layer values are set, the config refuses to tell the one width that the constructors read.
         config.per_layer_config = None
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
 
-        layers: Any = self.get_submodule("transformer.h")
+        model: Any = self
+        prefix, _, below = "transformer.h".partition(".")
+        layers = model.get_submodule("transformer.h" if hasattr(model, prefix) else below)
         widest = config.intermediate_size
         for index, layer_config in widths.items():
             config.intermediate_size = layer_config["intermediate_size"]
@@ -29,4 +29,9 @@ class PerLayerGPTNeoForCausalLM(GPTNeoForCausalLM):
 
         config.intermediate_size = widest
         config.per_layer_config = widths
-        self.post_init()
+        model.post_init()
+
+
+# `_auto_class` makes save_pretrained copy this file along.
+class PerLayerGPTNeoForCausalLM(PerLayer, transformers.GPTNeoForCausalLM):
+    _auto_class = "AutoModelForCausalLM"

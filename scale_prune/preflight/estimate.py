@@ -309,7 +309,8 @@ def _update(job: Job) -> int:
 
 def export_size(job: Job, layout: str) -> int:
     """Return the bytes of the exported weights, at most: padding may reach up to the dense widths."""
-    return (job.num_parameters if layout == "pad" else job.num_pruned) * job.width
+    twice = 2 if layout == "gguf" else 1  # a folder and a file
+    return (job.num_parameters if layout == "pad" else job.num_pruned) * job.width * twice
 
 
 def checkpoint_size(job: Job) -> int:

@@ -17,7 +17,7 @@ from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, Traini
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
-from scale_prune.export import check_layout, check_width_key, resolve_layout
+from scale_prune.export import GGUF, check_gguf, check_layout, check_width_key, resolve_layout
 from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
 from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
@@ -175,8 +175,12 @@ def _check_teacher(reading: Reading) -> None:
 
 
 def _check_layout(reading: Reading) -> None:
-    if reading.model_config is not None and reading.needs_groups:
-        check_layout(str(reading.config.output.layout), reading.model_config)
+    if reading.model_config is None or not reading.needs_groups:
+        return
+    layout = str(reading.config.output.layout)
+    check_layout(layout, reading.model_config)
+    if layout == GGUF and reading.tokenizer is not None:
+        check_gguf(reading.model_config, reading.tokenizer)
 
 
 def _check_groups(reading: Reading) -> None:

@@ -1,5 +1,7 @@
 """A run's model as a Hugging Face folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -7,7 +9,7 @@ from transformers import GenerationConfig
 
 from scale_prune.core import UnitGroup
 from scale_prune.data import Inputs
-from scale_prune.export import Export, model_card
+from scale_prune.export import GGUF, Export, convert, model_card, open_folder
 from scale_prune.models import auto_model, tied_output
 from scale_prune.zero3 import Runtime, Zero3Backend
 
@@ -42,14 +44,34 @@ class ModelWriter:
             generation_config=self.generation_config,
             tied_output=tied_output(backend.module),
         )
-        tensors, problem = backend.named_tensors(), ""
+        tensors = backend.named_tensors()
+        with self._told_to_all(folder):
+            try:
+                # It replaces what this run wrote before it was killed, and resumed.
+                export.write(folder, tensors, is_writer=self.runtime.is_main, replace=True)
+            finally:
+                for _ in tensors:  # where it failed, the other ranks gather them to the end
+                    pass
+        return folder
+
+    def write_gguf(self, folder: Path) -> None:
+        """Write a folder once more, as a file beside it. A collective; rank 0 writes.
+
+        Raises:
+            ValueError: rank 0 cannot write it.
+        """
+        file = folder.with_suffix(".gguf")
+        with self._told_to_all(file):
+            if self.runtime.is_main:
+                convert(open_folder(folder), GGUF, file, replace=True)
+
+    @contextmanager
+    def _told_to_all(self, path: Path) -> Iterator[None]:
+        """Raise on all ranks what keeps rank 0 from writing."""
+        problem = ""
         try:
-            # It replaces what this run wrote before it was killed, and resumed.
-            export.write(folder, tensors, is_writer=self.runtime.is_main, replace=True)
+            yield
         except (OSError, SafetensorError) as error:
             problem = str(error)
-            for _ in tensors:  # the other ranks gather them to the end
-                pass
         if problem := self.runtime.gather_texts(problem)[0]:
-            raise ValueError(f"{folder} cannot be written: {problem}")
-        return folder
+            raise ValueError(f"{path} cannot be written: {problem}")

@@ -4,6 +4,7 @@ import gc
 from typing import Any
 
 from scale_prune.checkpoint import Checkpoint
+from scale_prune.export import GGUF
 from scale_prune.run.going_on import go_on_from
 from scale_prune.run.loop import train
 from scale_prune.run.removal import remove
@@ -63,7 +64,12 @@ def _export(run: Run) -> None:
         if run.runtime.is_main:
             dense, pruner = student.dense, student.pruner
             write_kept(run.folder, dense.groups, dense.masks_with(pruner), dense.scores_with(pruner))
-        run.writer.write("pruned", student.backend, student.groups, str(run.config.output.layout))
+        layout = asked = str(run.config.output.layout)
+        if asked == GGUF:
+            layout = student.layout if student.kind == "neuron" else "per_layer"
+        folder = run.writer.write("pruned", student.backend, student.groups, layout)
+        if asked == GGUF:
+            run.writer.write_gguf(folder)
 
 
 def _reload(run: Run) -> int:
@@ -77,8 +83,8 @@ def _reload(run: Run) -> int:
         run.teacher.let_go()
     gc.collect()
     folder = run.folder / "pruned"
-    # The code of a per_layer folder is ours; a base model's own code runs only where the user trusts it.
-    trusted = run.config.output.layout == "per_layer" or run.config.training.trust_remote_code
+    # The code of such a folder is ours; a base model's own code runs only where the user trusts it.
+    trusted = run.config.output.layout not in ("uniform", "pad") or run.config.training.trust_remote_code
     model = load_model(str(folder), run.inputs.ds_config, trust_remote_code=trusted)
     run.student.engine = inference_engine(model, run.inputs.ds_config)
     run.measure("exported")

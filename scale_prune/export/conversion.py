@@ -1,0 +1,125 @@
+"""A written model in another layout, tensor by tensor, without a GPU and without running the folder's code."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from scale_prune.export.card import in_other_layout
+from scale_prune.export.gguf_file import dialect_of, padding, write_gguf
+from scale_prune.export.gguf_tokens import check_tokens
+from scale_prune.export.layouts import AUTO, GGUF, LAYOUTS, check_layout, stock_config
+from scale_prune.export.stored import Stored
+from scale_prune.export.writing import Export
+from scale_prune.models import family_of
+from scale_prune.system import whole_or_absent
+from scale_prune.system.tensor_files import TensorFiles
+
+FORMS = (AUTO, *LAYOUTS, GGUF)
+NOT_BESIDE = (".safetensors", ".py", ".bin", ".gguf")
+WRITTEN_ANEW = ("config.json", "model.safetensors.index.json", "README.md")
+
+
+def open_folder(folder: Path) -> Stored:
+    """Read what a model's folder says of itself; its weights are read later.
+
+    Args:
+        folder: a folder of safetensors files, in any layout, or of a dense model.
+
+    Raises:
+        ValueError: it holds no model, or one of no known family.
+    """
+    try:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{folder} is no model's folder: {problem}") from problem
+    config = stock_config(written)
+    family_of(config)
+    return Stored(folder=folder, config=config, files=TensorFiles(folder), written=written)
+
+
+def check_form(stored: Stored, form: str) -> str:
+    """Return the layout that a model is to be written in, "auto" resolved.
+
+    Raises:
+        ValueError: the layout cannot hold the model.
+    """
+    if form == GGUF:
+        return form
+    factors = "factorized" in stored.written or "factorized_embedding" in stored.written
+    if form == "per_layer" and factors:
+        raise ValueError(f"{stored.folder} is per_layer already, with factors; the other layouts multiply them out")
+    widths = {group.num_units for group in stored.groups}
+    if form == AUTO:
+        return "uniform" if len(widths) == 1 else "per_layer"
+    if form == "uniform" and len(widths) > 1:
+        raise ValueError(
+            f"--to uniform needs layers of one width, but they have {[group.num_units for group in stored.groups]} "
+            f"neurons; choose pad or per_layer, or prune with --scope per_group"
+        )
+    check_layout(form, stored.config)
+    return form
+
+
+def check_gguf(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure, before training, that a model of this kind and its tokenizer can be written as GGUF.
+
+    Raises:
+        ValueError: llama.cpp does not know the kind, or could not read texts as the tokenizer does.
+    """
+    dialect_of(config)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"gguf needs a tokenizer with a tokenizer.json, {type(tokenizer).__name__} has none")
+    check_tokens(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def convert(
+    stored: Stored, form: str, destination: Path, *, dtype: str | None = None, replace: bool = False
+) -> list[str]:
+    """Write a model in another layout.
+
+    At most one tensor and one file of weights are in memory.
+
+    Args:
+        stored: the model.
+        form: one of `FORMS`.
+        destination: of "gguf" the file, else the folder; must not exist, or be an empty folder.
+        dtype: of "gguf" the type of its matrices, a key of `GGUF_TYPES`; None for the folder's.
+        replace: what has the name already goes when the new one is complete.
+
+    Returns:
+        What it has become, in sentences.
+
+    Raises:
+        ValueError: the layout cannot hold the model, or the destination holds something.
+    """
+    layout = check_form(stored, form)
+    if layout == GGUF:
+        if destination.exists() and not replace:
+            raise ValueError(f"{destination} exists already; give the name of a new file")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_absent(destination) as partial:
+            return write_gguf(stored, partial, dtype)
+    card = stored.folder / "README.md"
+    export = Export(
+        config=stored.config,
+        groups=stored.groups,
+        layout=layout,
+        tokenizer=None,
+        card=in_other_layout(card.read_text(encoding="utf-8"), layout) if card.is_file() else "",
+        beside=_beside(stored.folder),
+    )
+    export.write(destination, _tensors(stored), is_writer=True, replace=replace)
+    return [f"layout {layout}", *(padding(stored.groups) if layout == "pad" else [])]
+
+
+def _beside(folder: Path) -> list[Path]:
+    """Return what comes along as it is: the tokenizer's files and templates."""
+    kept = (path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix not in NOT_BESIDE)
+    return [path for path in kept if path.name not in WRITTEN_ANEW and not path.name.startswith(".")]
+
+
+def _tensors(stored: Stored) -> Iterator[tuple[str, Tensor]]:
+    return ((name, stored.tensor(name)) for name in stored.names)

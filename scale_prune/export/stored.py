@@ -1,0 +1,111 @@
+"""A model's folder, read tensor by tensor: what a conversion starts from. No code of the folder runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from scale_prune.core import UnitGroup, resize_group
+from scale_prune.export.factors import product, whole_table
+from scale_prune.models import family_of, stock_class, unit_groups
+from scale_prune.system.tensor_files import TensorFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A folder in any layout, as a model of neurons: factors are multiplied out, padding is left out.
+
+    Attributes:
+        folder: the folder.
+        config: of the class of transformers, without what tells a layout.
+        files: the weights, under their names in the files.
+        written: config.json as it is.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    files: TensorFiles
+    written: Mapping[str, Any]
+
+    @cached_property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The neurons that are there: up to the last one of a layer that is not zero in all its tensors."""
+        with torch.device("meta"):
+            groups = unit_groups(stock_class(self.config)(self.config))
+        return tuple(resize_group(group, self._live(group)) for group in groups)
+
+    @cached_property
+    def names(self) -> dict[str, Sequence[str]]:
+        """Names in the state dict of the model of transformers, and the tensors in the files that each is made of."""
+        to_state = {theirs: ours for ours, theirs in family_of(self.config).checkpoint_names} if self._is_stock else {}
+        found: dict[str, list[str]] = {}
+        for name in self.files.names:
+            found.setdefault(to_state.get(name, self._whole(name)), []).append(name)
+        return dict(found)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor of the state dict, without reading it."""
+        if (member := self._members.get(name)) is not None:
+            return member.shape
+        return self._full_shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the state dict, a copy of its own."""
+        tensor, member = self._full(name), self._members.get(name)
+        return tensor if member is None else tensor.narrow(member.dim, 0, member.shape[member.dim]).clone()
+
+    @cached_property
+    def _members(self) -> dict[str, Any]:
+        return {member.name: member for group in self.groups for member in group.members}
+
+    @property
+    def _is_stock(self) -> bool:
+        return "auto_map" not in self.written
+
+    def _whole(self, name: str) -> str:
+        """Return the name in the state dict of what a tensor of the files is a part of."""
+        module, _, part = name.rpartition(".")
+        owner, _, factor = module.rpartition(".")
+        if owner in self.written.get("factorized", {}) and factor in ("down", "up"):
+            return f"{owner}.{part}"
+        table = self._table
+        return f"{table}.weight" if table and name.startswith(f"{table}.") else name
+
+    @property
+    def _table(self) -> str:
+        """The name of a clustered embedding, "" where there is none."""
+        return str(self.written.get("factorized_embedding", {"names": [""]})["names"][0])
+
+    def _full_shape(self, name: str) -> tuple[int, ...]:
+        parts = self.names[name]
+        if name == f"{self._table}.weight":
+            return sum(self.written["factorized_embedding"]["sizes"]), self.config.get_text_config().hidden_size
+        if len(parts) == 1:
+            return self.files.shape(parts[0])
+        down, up = (self.files.shape(part) for part in sorted(parts))
+        return (down[1], up[0]) if family_of(self.config).transposed else (up[0], down[1])
+
+    def _full(self, name: str) -> Tensor:
+        parts = self.names[name]
+        if name == f"{self._table}.weight":
+            clusters = {part.removeprefix(f"{self._table}."): self.files.read(part) for part in parts}
+            return whole_table(clusters, len(self.written["factorized_embedding"]["sizes"]))
+        if len(parts) == 1:
+            return self.files.read(parts[0])
+        down, up = (self.files.read(part) for part in sorted(parts))
+        whole = product(down, up)
+        return whole.T.contiguous() if family_of(self.config).transposed else whole
+
+    def _live(self, group: UnitGroup) -> int:
+        """Return the number of neurons up to the last that is not zero everywhere; at least 1."""
+        live = torch.zeros(self._full_shape(group.members[0].name)[group.members[0].dim], dtype=torch.bool)
+        for member in reversed(group.members):
+            if live[-1:].any():
+                break
+            live |= self._full(member.name).movedim(member.dim, 0).reshape(len(live), -1).ne(0).any(1)
+        return max(1, int(live.nonzero().max()) + 1) if live.any() else 1

@@ -1,0 +1,184 @@
+"""A written model in another layout computes what it did, and what cannot hold it is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from models import LAYERS, WIDTHS, compacted, export, logits, tiny_model, tiny_tokenizer, tokens
+from test_embedding import ZIPF, clustered
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from scale_prune.commands.convert import main
+from scale_prune.core import svd_factors
+from scale_prune.export import convert, open_folder
+from scale_prune.models import cluster_groups, component_groups, put_factors, tied_output
+
+FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "opt")
+WIDE = {
+    "vocab_size": 150,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "starcoder2")  # of others its reader takes sizes for granted
+
+
+def load(folder: Path, **settings: Any) -> PreTrainedModel:
+    loader = AutoModelForCausalLM
+    return loader.from_pretrained(folder, trust_remote_code=True, **settings).eval()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_layout_becomes_every_other_and_computes_the_same(tmp_path: Path, model_type: str) -> None:
+    model, groups, masked = compacted(model_type, "per_layer")
+    export(tmp_path / "per_layer", model, groups, "per_layer")
+    before, forms = "per_layer", ["pad", "per_layer", "auto"]
+    forms += ["nemotron_nas", "pad", "nemotron_nas", "per_layer"] if model_type in ("llama", "qwen2") else []
+    for step, form in enumerate(forms):
+        stored, after = open_folder(tmp_path / before), f"{step}-{form}"
+        assert tuple(group.num_units for group in stored.groups) == WIDTHS["per_layer"]
+        convert(stored, form, tmp_path / after)
+        torch.testing.assert_close(logits(load(tmp_path / after), tokens()), masked, rtol=0, atol=1e-5)
+        before = after
+
+
+def test_a_plain_folder_stays_plain(tmp_path: Path) -> None:
+    model, groups, masked = compacted("gpt_neox", "uniform")
+    stored = open_folder(export(tmp_path / "pruned", model, groups, "uniform"))
+    assert convert(stored, "auto", tmp_path / "auto") == ["layout uniform"]
+    assert {path.name for path in (tmp_path / "auto").iterdir()} == {path.name for path in stored.folder.iterdir()}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "auto").eval()
+    torch.testing.assert_close(logits(plain, tokens()), masked, rtol=0, atol=1e-5)
+
+
+def factorized(model_type: str) -> PreTrainedModel:
+    """Return a model of which some weights and the tied token table are factors."""
+    model = tiny_model(model_type, tie_word_embeddings=True)
+    for name in ("transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"):
+        weight = model.get_parameter(f"{name}.weight").detach()
+        down, up = svd_factors(weight.T, 3)
+        put_factors(model, name, torch.nn.Parameter(down), torch.nn.Parameter(up))
+    return clustered(model, ZIPF[: model.config.vocab_size])
+
+
+@pytest.mark.parametrize("form", ["uniform", "auto", "pad"])
+def test_factors_are_multiplied_out(tmp_path: Path, form: str) -> None:
+    model = factorized("gpt2")
+    groups = (*component_groups(model), *cluster_groups(model))
+    folder = export(tmp_path / "factors", model, groups, "per_layer", tied_output=tied_output(model))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "factorized_gpt2"
+    convert(open_folder(folder), form, tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    torch.testing.assert_close(logits(plain, tokens()), logits(load(folder), tokens()), rtol=0, atol=1e-4)
+
+
+def test_what_stands_beside_comes_along_and_the_card_says_how_to_load(tmp_path: Path) -> None:
+    model, groups, _ = compacted("llama", "per_layer")
+    card = '# Mine\n\nmodel = AutoModel.from_pretrained("PATH", trust_remote_code=True)\n'
+    folder = export(tmp_path / "pruned", model, groups, "per_layer", tokenizer=tiny_tokenizer(), card=card)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for form in ("pad", "nemotron_nas"):
+        convert(open_folder(folder), form, tmp_path / form)
+        names = {path.name for path in (tmp_path / form).iterdir()}
+        assert names >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        assert {name for name in names if name.endswith(".py")} == (
+            {"modeling_nemotron_nas.py"} if form == "nemotron_nas" else set()
+        )
+        told = (tmp_path / form / "README.md").read_text()
+        assert ("trust_remote_code" in told) == (form == "nemotron_nas")
+
+
+def gguf(tmp_path: Path, model_type: str, layout: str, dtype: str | None = None, **settings: Any) -> tuple[Path, Any]:
+    """Write a model of widths that differ as GGUF; return the file, and the logits of the masked model."""
+    model, groups, masked = compacted(model_type, layout, **WIDE | settings)
+    folder = export(tmp_path / "pruned", model, groups, layout, tokenizer=tiny_tokenizer())
+    convert(open_folder(folder), "gguf", tmp_path / "model.gguf", dtype=dtype)
+    return tmp_path / "model.gguf", masked
+
+
+@pytest.mark.parametrize("model_type", READ_BY_TRANSFORMERS)
+def test_transformers_reads_the_gguf_of_one_width(tmp_path: Path, model_type: str) -> None:
+    file, masked = gguf(tmp_path, model_type, "uniform", num_hidden_layers=LAYERS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name).eval()
+    torch.testing.assert_close(logits(model, tokens()), masked, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_llama_of_many_widths_keeps_them_in_gguf(tmp_path: Path, model_type: str) -> None:
+    reader = GGUFReader(gguf(tmp_path, model_type, "per_layer")[0])
+    field = reader.fields["deci.feed_forward_length"]
+    assert [int(field.parts[place][0]) for place in field.data] == list(WIDTHS["per_layer"])
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    assert [shapes[f"blk.{layer}.ffn_down.weight"] for layer in range(LAYERS)] == [[n, 32] for n in WIDTHS["per_layer"]]
+    assert ("blk.0.attn_q.bias" in shapes) == (model_type == "qwen2")
+
+
+def test_q8_needs_rows_of_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, groups, _ = compacted("llama", "per_layer", **WIDE)
+    folder = export(tmp_path / "pruned", model, groups, "per_layer")
+    main([str(folder), "--to", "gguf", "--dtype", "q8_0", "--output", str(tmp_path / "m.gguf")])
+    told = capsys.readouterr().out
+    assert "2 to 13 neurons a layer; architecture deci, q8_0; 3 matrices are f16" in told
+    assert "without a tokenizer" in told
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form", "settings", "message"),
+    [
+        ("gpt2", "uniform", {}, r"--to uniform needs layers of one width.*\[5, 13, 2\].*choose pad or per_layer"),
+        ("gpt2", "nemotron_nas", {}, r"is for models that are a Llama.*but this is a gpt2; ask for layout 'pad'"),
+        ("mistral", "nemotron_nas", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
+        ("gptj", "gguf", {}, "not written for models of type gptj, only for .*llama.* has none of gptj, gpt_neo"),
+        ("llama", "gguf", {"hidden_act": "gelu"}, "activation function is gelu, not silu; every other layout can"),
+        ("qwen2", "gguf", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, '"yarn"'),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(
+    tmp_path: Path, model_type: str, form: str, settings: dict[str, Any], message: str
+) -> None:
+    model, groups, _ = compacted(model_type, "per_layer", **settings)
+    stored = open_folder(export(tmp_path / "pruned", model, groups, "per_layer"))
+    with pytest.raises(ValueError, match=message):
+        convert(stored, form, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--to", "pad", "--output", "x"], "nowhere is no model's folder"),
+        (["empty", "--to", "pad", "--output", "x"], "has no complete weights in safetensors files"),
+        (["strange", "--to", "pad", "--output", "x"], "model type 'mine' is not known to transformers"),
+        (["pruned", "--to", "pad", "--output", "pruned"], "pruned exists already; results go to a new or an empty"),
+        (["pruned", "--to", "gguf", "--output", "pruned"], "pruned exists already; give the name of a new file"),
+        (["pruned", "--to", "pad", "--dtype", "f16", "--output", "x"], "--dtype f16 is for --to gguf"),
+        (["pruned", "--to", "onyx", "--output", "x"], "argument --to: invalid choice: 'onyx'"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, groups, _ = compacted("llama", "per_layer")
+    export(tmp_path / "pruned", model, groups, "per_layer")
+    for name, model_type in (("empty", "gpt2"), ("strange", "mine")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
