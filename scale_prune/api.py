@@ -184,7 +184,7 @@ def save(
     Args:
         engine: from `compact`.
         folder: a new or empty folder.
-        layout: "per_layer", "pad" or "uniform".
+        layout: "per_layer", "pad", "uniform" or "nemotron_nas".
         tokenizer: written along, if there is one.
 
     Raises:
@@ -200,9 +200,7 @@ def save(
         groups=groups,
         layout=layout,
         tokenizer=tokenizer,
-        card=model_card(
-            {"model": config.name_or_path}, groups=groups, layout=layout, loader=auto_model(config).__name__
-        ),
+        card=model_card(config.name_or_path, groups=groups, layout=layout, loader=auto_model(config).__name__),
         tied_output=tied_output(engine.module),
     )
     export.write(folder, backend.named_tensors(), is_writer=backend.rank == 0)

@@ -29,6 +29,10 @@ def report(exported: float) -> dict[str, Any]:
         "peak_memory_bytes": [2**30, 2**31],
         "settings": {"seed": 0, "dataset": None},
         "versions": {"python": "3"},
+        "date": "2026-11-26T12:00:00+00:00",
+        "host": {"processor": "A CPU", "cores": 2, "memory_bytes": 2**34, "accelerator": None},
+        "commit": "abc1234",
+        "command": "deepspeed launch/prune.py --remaining 0.5",
     }
 
 
@@ -68,6 +72,20 @@ def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
     assert "| 3,000 | 5 |" in text
     assert "measured 49.70% (by gates 46.00%)" in text
     assert "by tenths of the run: 2.00, 1.50." in text
+
+
+def test_the_report_says_what_is_compared_and_where_it_was_made() -> None:
+    text = as_markdown(report(25.0))
+    assert "Dense is a-model as it was loaded, before any fine-tuning" in text
+    assert "10 steps of training on 1,280 tokens" in text
+    assert "beside a dense model after the same steps: `--reference`" in text
+    assert "2026-11-26T12:00:00+00:00, A CPU, 2 cores, 16 GiB. Commit abc1234." in text
+    referred = report(25.0) | {"settings": {"reference": "plain"}}
+    referred["perplexity"] |= {"reference": 12.5}
+    assert "| validation perplexity | 12.500 | 25.000 | 2.000 |" in as_markdown(referred)
+    without = as_markdown(report(25.0) | {"steps": 0})
+    assert "pruning alone, without training, made" in without
+    assert "--reference" not in without
 
 
 def test_tenths_are_means_of_consecutive_parts() -> None:

@@ -5,7 +5,7 @@ from scale_prune.config.ds_config import DEFAULT, load, precision, resolve
 from scale_prune.config.ds_limits import get
 from scale_prune.config.places import cache_folder
 from scale_prune.config.plugins import load_plugins
-from scale_prune.config.recipes import as_settings, check_value, read_recipe, read_yaml, with_keys
+from scale_prune.config.recipes import as_settings, check_value, read_recipe, read_yaml, specs, with_keys
 from scale_prune.config.setting import FOLLOWS, IGNORED, MUST_AGREE
 from scale_prune.config.settings import CLASSIFICATION, EMBEDDING, TASKS, Config, settings_where
 

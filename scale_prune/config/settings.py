@@ -371,6 +371,12 @@ class OutputConfig(Settings):
         otherwise="auto",
         compared=FOLLOWS,
     )
+    reference: str | None = output_setting(
+        "model that the report compares the result with as well, e.g. pruned/ of a run of the same steps with "
+        "--remaining 1: a folder or hub name",
+        otherwise="none",
+        is_path=True,
+    )
     eval_every: int = output_setting(
         "steps between two evaluations while training, 0 evaluates only before and after", 0, Range(0)
     )

@@ -1,48 +1,55 @@
-"""The model card: what an exported folder says of itself."""
+"""The model card: what an exported folder says of itself, without a word of the machine that it was made on."""
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from scale_prune.core import UnitGroup
 from scale_prune.export.layouts import needs_code
 
 TRUST = ", trust_remote_code=True"
+REMOVED = {"neuron": "MLP neurons", "component": "Rank-1 components of weights"}
 
 
 def model_card(
-    settings: Mapping[str, Any], *, groups: Sequence[UnitGroup], layout: str, loader: str = "AutoModelForCausalLM"
+    model: str, *, groups: Sequence[UnitGroup], layout: str, loader: str, report: Mapping[str, Any] | None = None
 ) -> str:
-    """Say in the exported folder's README how the model was made and how it is loaded."""
-    code = TRUST if needs_code(layout) else ""
+    """Say in the exported folder's README what the model is, how it was made and how it is loaded.
+
+    Args:
+        model: the folder or hub name of the model that was pruned.
+        groups: what is left.
+        layout: of the folder.
+        loader: name of the class that loads it.
+        report: contents of report.json, once there are any.
+    """
+    name, removed = public_name(model), REMOVED[groups[0].kind]
+    made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
     lines = [
         "---",
-        "library_name: transformers",
-        "tags: [pruned, structured-pruning, scale_prune]",
+        _front_matter(model, report, loader).to_yaml(),
         "---",
         "",
-        f"# {settings['model']}, structurally pruned",
+        f"# {name}, structurally pruned",
         "",
-        f"{_REMOVED[groups[0].kind]} of {settings['model']} were removed while it was fine-tuned under DeepSpeed "
-        f"ZeRO-3. What is left: {', '.join(str(group.num_units) for group in groups)}.",
+        f"{removed} of {name} were removed {made}. What is left: {_widths([group.num_units for group in groups])}.",
         "",
+        *(_numbers(name, report) if report else []),
         "```python",
         f"from transformers import {loader}, AutoTokenizer",
         "",
-        f'model = {loader}.from_pretrained("PATH"{code})',
+        f'model = {loader}.from_pretrained("PATH"{TRUST if needs_code(layout) else ""})',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         "```",
         "",
-        "## Settings",
-        "",
-        *(f"- {name}: {value}" for name, value in settings.items() if value is not None),
-        "",
+        *(_limits(name, report) if report else []),
         f"Made with scale_prune {version('scale_prune')}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-_REMOVED = {"neuron": "MLP neurons", "component": "Rank-1 components of weights"}
 
 
 def in_other_layout(card: str, layout: str) -> str:
@@ -50,3 +57,82 @@ def in_other_layout(card: str, layout: str) -> str:
     card = card.replace(TRUST, "")
     code = TRUST if needs_code(layout) else ""
     return card.replace('from_pretrained("PATH")', f'from_pretrained("PATH"{code})', 1)
+
+
+def public_name(path: str) -> str:
+    """Return what others may know of a path: a hub name as it is, of a file or folder its own name, of a run's result
+    the run's."""
+    if not (path.startswith((".", os.sep, "~")) or Path(path).exists()):
+        return path
+    whole = Path(path).resolve()
+    return whole.parent.name if whole.name == "pruned" else whole.name
+
+
+def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> ModelCardData:
+    """Return what the Hub reads; base model, license and languages come from the base's own card, if it has one."""
+    here = Path(model).exists()
+    readme = Path(model) / "README.md"
+    base = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
+    settings = report["settings"] if report else {}
+    return ModelCardData(
+        base_model=base.get("base_model") if here else model,
+        license=base.get("license"),
+        language=base.get("language"),
+        datasets=[settings["dataset"]] if settings.get("dataset") and not Path(settings["dataset"]).exists() else None,
+        library_name="transformers",
+        pipeline_tag="text-generation" if "Causal" in loader else "text-classification",
+        tags=["pruned", "structured-pruning", "scale_prune"],
+    )
+
+
+def _widths(widths: Sequence[int]) -> str:
+    if len(set(widths)) == 1:
+        return f"{widths[0]:,} a layer"
+    return f"{min(widths):,} to {max(widths):,}: {', '.join(map(str, widths))}"
+
+
+def _made(report: Mapping[str, Any]) -> str:
+    """Say by which method, and in how many steps."""
+    settings = report["settings"]
+    how = [settings["criterion"]]
+    if settings.get("rounds"):
+        how += [f"{settings['rounds']} rounds" if settings["rounds"] > 1 else "all at once"]
+    how += [f"repair by {settings['repair']}"] if settings.get("repair") not in (None, "none") else []
+    text = f"{report['tokens']:,} tokens of {public_name(str(report['dataset']))}" if report["dataset"] else "its text"
+    when = f"while it was fine-tuned for {report['steps']:,} steps on {text}" if report["steps"] else "without training"
+    return f"({', '.join(how)}) {when}"
+
+
+def _numbers(name: str, report: Mapping[str, Any]) -> list[str]:
+    parameters, perplexity = report["parameters"], report["perplexity"]
+    rows = [
+        f"| | {name} | this model |",
+        "|---|---:|---:|",
+        f"| parameters | {parameters['dense']:,} | {parameters['stored']:,} |",
+    ]
+    if perplexity["exported"] is not None and perplexity["dense"] is not None:
+        rows += [f"| validation perplexity | {perplexity['dense']:.2f} | {perplexity['exported']:.2f} |"]
+    metrics = report.get("metrics", {})
+    for key, value in metrics.get("exported", {}).items():
+        rows += [f"| {key} | {metrics['dense'][key]:.3f} | {value:.3f} |"]
+    beside = f" {name} was measured before any fine-tuning." if report["steps"] else ""
+    text = str(report["validation"])
+    for path in filter(None, map(report["settings"].get, ("train_file", "validation_file", "dataset"))):
+        text = text.replace(path, public_name(path))
+    return [*rows, "", f"Measured on {text}.{beside}", ""]
+
+
+def _limits(name: str, report: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Limits",
+        "",
+        f"Nothing else was measured. What {name} can do beyond that text may have suffered more than the table shows, "
+        "and what it does wrong this model does too.",
+        "",
+        "## How it was made",
+        "",
+        f"    {report['command']}",
+        "",
+        f"{report['date'][:10]}, {report['world_size']} ranks, {', '.join(map(' '.join, report['versions'].items()))}.",
+        "",
+    ]

@@ -154,23 +154,31 @@ def _settle_bos(reading: Reading) -> None:
 
 
 def _check_teacher(reading: Reading) -> None:
-    """Refuse a teacher that predicts other tokens than the model."""
+    if (name := reading.config.distillation.teacher) != SELF:
+        _check_tokens(reading, "teacher", name)
+
+
+def _check_reference(reading: Reading) -> None:
+    _check_tokens(reading, "reference", reading.config.output.reference)
+
+
+def _check_tokens(reading: Reading, flag: str, name: str | None) -> None:
+    """Refuse another model that predicts other tokens than the model."""
     model, trusted = reading.config.training.model, reading.config.training.trust_remote_code
-    name = reading.config.distillation.teacher
-    if name in (None, SELF) or reading.model_config is None or reading.tokenizer is None:
+    if name is None or reading.model_config is None or reading.tokenizer is None:
         return
     size = reading.model_config.vocab_size
-    teachers = _read_config(name, trusted, flag="teacher").get_text_config().vocab_size
-    if teachers != size:
+    others = _read_config(name, trusted, flag=flag).get_text_config().vocab_size
+    if others != size:
         raise ValueError(
-            f"--teacher {name} predicts {teachers} tokens, --model {model} {size}; "
-            "a teacher needs the model's own vocabulary"
+            f"--{flag} {name} predicts {others} tokens, --model {model} {size}; "
+            f"a {flag} needs the model's own vocabulary"
         )
-    tokenizer = _read("tokenizer", name, AutoTokenizer, trusted, flag="teacher")
+    tokenizer = _read("tokenizer", name, AutoTokenizer, trusted, flag=flag)
     if tokenizer.get_vocab() != reading.tokenizer.get_vocab():
         raise ValueError(
-            f"--teacher {name} has other tokens than --model {model}, though as many; "
-            "a teacher needs the model's own vocabulary"
+            f"--{flag} {name} has other tokens than --model {model}, though as many; "
+            f"a {flag} needs the model's own vocabulary"
         )
 
 
@@ -254,6 +262,7 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _read_tokenizer,
     _settle_bos,
     _check_teacher,
+    _check_reference,
     _check_layout,
     _check_groups,
     _read_ds_config,

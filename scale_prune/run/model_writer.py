@@ -1,8 +1,9 @@
 """A run's model as a Hugging Face folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig
@@ -11,6 +12,7 @@ from scale_prune.core import UnitGroup
 from scale_prune.data import Inputs
 from scale_prune.export import GGUF, Export, convert, model_card, open_folder
 from scale_prune.models import auto_model, tied_output
+from scale_prune.system import write_atomically
 from scale_prune.zero3 import Runtime, Zero3Backend
 
 
@@ -40,7 +42,7 @@ class ModelWriter:
             groups=groups,
             layout=layout,
             tokenizer=self.inputs.tokenizer,
-            card=model_card(config.flat(), groups=groups, layout=layout, loader=loader),
+            card=model_card(str(config.training.model), groups=groups, layout=layout, loader=loader),
             generation_config=self.generation_config,
             tied_output=tied_output(backend.module),
         )
@@ -53,6 +55,12 @@ class ModelWriter:
                 for _ in tensors:  # where it failed, the other ranks gather them to the end
                     pass
         return folder
+
+    def write_card(self, folder: Path, groups: tuple[UnitGroup, ...], layout: str, report: Mapping[str, Any]) -> None:
+        """Write a folder's card anew, with the numbers that are known now; on rank 0."""
+        model, loader = str(self.inputs.config.training.model), auto_model(self.inputs.model_config).__name__
+        card = model_card(model, groups=groups, layout=layout, loader=loader, report=report)
+        write_atomically(folder / "README.md", card)
 
     def write_gguf(self, folder: Path) -> None:
         """Write a folder once more, as a file beside it. A collective; rank 0 writes.

@@ -16,6 +16,7 @@ class Progress:
         step_seconds: wall-clock seconds of each step.
         resumed_at: steps after which the run has gone on from a checkpoint.
         seconds: wall-clock seconds by part of the work.
+        history: of each evaluation of the student the step, the stage, the perplexity, and what remained.
         rounds: of each round in which units left for good, what remained and what it cost.
     """
 
@@ -26,6 +27,7 @@ class Progress:
         self.resumed_at: list[int] = []
         self.seconds = Seconds()
         self.rounds: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
     @property
@@ -48,6 +50,7 @@ class Progress:
             "step_seconds": self.step_seconds,
             "resumed_at": self.resumed_at,
             "rounds": self.rounds,
+            "history": self.history,
         }
 
     def restore(self, step: int, state: Mapping[str, Any], *, tokens_per_step: int) -> None:
@@ -64,4 +67,5 @@ class Progress:
         self.resumed_at = [*state["resumed_at"], step]
         self.seconds.update(state["seconds"])
         self.rounds = [*state.get("rounds", [])]
+        self.history = [*state.get("history", [])]
         self._started -= state["total_seconds"]

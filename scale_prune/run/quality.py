@@ -29,13 +29,14 @@ class Quality:
         self.task, self.monitor, self.seconds = task, monitor, seconds
         self.stages: dict[str, Measured] = {}
 
-    def measure(self, engine: Any, step: int, stage: str | None = None) -> None:
+    def measure(self, engine: Any, step: int, stage: str | None = None) -> Measured:
         """Measure an engine's model after a step; it is kept where the stage of the run has a name. A collective."""
         with self.seconds.measure("evaluation"):
             measured = self.task.measure(engine, thorough=stage in THOROUGH)
             if stage is not None:
                 self.stages[stage] = measured
             self._show(measured, step, stage)
+        return measured
 
     def _show(self, measured: Measured, step: int, stage: str | None) -> None:
         perplexity = {} if measured.perplexity is None else {"perplexity": measured.perplexity}

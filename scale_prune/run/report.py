@@ -47,11 +47,14 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the {whole}",
         "",
+        f"Dense is {report['model']} as it was loaded, before any fine-tuning; pruned is what {_effort(report)} made.",
+        "",
         "| | dense | pruned | ratio |",
         "|---|---|---|---|",
         _row("parameters", parameters["dense"], parameters["pruned"]),
         _row("parameters in the file", parameters["dense"], parameters["stored"]),
         *_quality(perplexity, report.get("metrics", {})),
+        *_reference(report),
         f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}{_by_gates(remaining)}. "
         f"Layout {report['layout']}, widths {report['widths']}.",
         "",
@@ -65,6 +68,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['world_size']} ranks, peak memory "
         f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}.",
         "",
+        *_origin(report),
         "| setting | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in report["settings"].items() if value is not None),
@@ -72,6 +76,38 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _effort(report: Mapping[str, Any]) -> str:
+    if not report["steps"]:
+        return "pruning alone, without training,"
+    return f"pruning and {report['steps']:,} steps of training on {report['tokens']:,} tokens"
+
+
+def _reference(report: Mapping[str, Any]) -> list[str]:
+    """Return the result beside that of the reference, or what one would be good for."""
+    quality = [{"validation perplexity": report["perplexity"].get(stage)} for stage in ("reference", "exported")]
+    theirs, ours = (
+        told | report.get("metrics", {}).get(stage, {})
+        for told, stage in zip(quality, ("reference", "exported"), strict=True)
+    )
+    rows = [_row(key, value, ours[key]) for key, value in theirs.items() if value is not None and ours[key] is not None]
+    if rows:
+        head = ["| | reference | pruned | ratio |", "|---|---|---|---|"]
+        return ["", f"Reference is {report['settings']['reference']}.", "", *head, *rows, ""]
+    hint = "What pruning alone has done shows beside a dense model after the same steps: `--reference`."
+    return ["", hint, ""] if report["steps"] else [""]
+
+
+def _origin(report: Mapping[str, Any]) -> list[str]:
+    """Return when, where and by what it was made."""
+    if "host" not in report:  # of an earlier version
+        return []
+    host = report["host"]
+    where = f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB"
+    where += f", {host['accelerator']}" if host["accelerator"] else ""
+    commit = f" Commit {report['commit']}." if report["commit"] else ""
+    return [f"{report['date']}, {where}.{commit}", "", f"    {report['command']}", ""]
 
 
 def _step_seconds(tenths: Sequence[float]) -> list[str]:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from scale_prune.models import cluster_sizes
+from scale_prune.run.origin import origin, with_other
+from scale_prune.run.progress import Progress
 from scale_prune.run.report import tenths
 from scale_prune.run.run import Run
 from scale_prune.system import versions
@@ -37,17 +39,25 @@ def results(run: Run, *, pruned_parameters: int, stored_parameters: int) -> dict
         "task": config.task.task,
         "bos": run.inputs.begins_with_bos,
         **_quality(run),
-        "seconds": {"total": progress.total_seconds, **progress.seconds, **pruner.seconds},
+        **_progress(progress),
+        "seconds": with_other(progress.total_seconds, {**progress.seconds, **pruner.seconds}),
         "embedding": cluster_sizes(pruner.groups, pruner.widths),
-        "rounds": progress.rounds,
-        "step_seconds": tenths(progress.step_seconds),
-        "resumed_at": progress.resumed_at,
         "distillation": _distillation(run),
-        "tokens": progress.tokens,
         "peak_memory_bytes": run.runtime.peak_memory(),
         "settings": settings,
         "ds_config": run.inputs.ds_config,
         "versions": versions(),
+        **origin(config),
+    }
+
+
+def _progress(progress: Progress) -> dict[str, Any]:
+    return {
+        "tokens": progress.tokens,
+        "step_seconds": tenths(progress.step_seconds),
+        "resumed_at": progress.resumed_at,
+        "rounds": progress.rounds,
+        "history": progress.history,
     }
 
 

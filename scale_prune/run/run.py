@@ -64,7 +64,9 @@ class Run:
 
     def measure(self, stage: str | None = None) -> None:
         """Measure the student on the validation data, under its engine as it is. A collective."""
-        self.quality.measure(self.student.engine, self.progress.step, stage)
+        measured = self.quality.measure(self.student.engine, self.progress.step, stage)
+        told = {"step": self.progress.step, "stage": stage, "perplexity": measured.perplexity}
+        self.progress.history.append(told | {"remaining": self.student.pruner.remaining})
 
 
 def set_up(task: Task, runtime: Runtime, checkpoint: Checkpoint | None, stop: StopSignal) -> Run:

@@ -38,10 +38,15 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     if (last_removal if run.config.training.max_steps else 0) < run.last_step:
         train(run, steps, run.last_step)
         run.measure("recovered")
-    pruned_parameters = student.num_parameters
+    pruned_parameters, groups, layout = student.num_parameters, student.groups, _layout(run)
     _export(run)
     stored_parameters = _reload(run)
-    return results(run, pruned_parameters=pruned_parameters, stored_parameters=stored_parameters)
+    if run.config.output.reference is not None:
+        _measure_reference(run, run.config.output.reference)
+    report = results(run, pruned_parameters=pruned_parameters, stored_parameters=stored_parameters)
+    if run.runtime.is_main:
+        run.writer.write_card(run.folder / "pruned", groups, layout, report)
+    return report
 
 
 def _measure_start(run: Run) -> None:
@@ -58,17 +63,21 @@ def _measure_start(run: Run) -> None:
     run.measure("factorized")
 
 
+def _layout(run: Run) -> str:
+    """Return the layout of the folder: what was asked for, beside a GGUF file the plainest that holds the model."""
+    if (asked := str(run.config.output.layout)) != GGUF:
+        return asked
+    return run.student.layout if run.student.kind == "neuron" else "per_layer"
+
+
 def _export(run: Run) -> None:
     student = run.student
     with run.progress.seconds.measure("export"):
         if run.runtime.is_main:
             dense, pruner = student.dense, student.pruner
             write_kept(run.folder, dense.groups, dense.masks_with(pruner), dense.scores_with(pruner))
-        layout = asked = str(run.config.output.layout)
-        if asked == GGUF:
-            layout = student.layout if student.kind == "neuron" else "per_layer"
-        folder = run.writer.write("pruned", student.backend, student.groups, layout)
-        if asked == GGUF:
+        folder = run.writer.write("pruned", student.backend, student.groups, _layout(run))
+        if run.config.output.layout == GGUF:
             run.writer.write_gguf(folder)
 
 
@@ -92,3 +101,12 @@ def _reload(run: Run) -> int:
     if run.runtime.is_main:
         run.quality.write_generations(run.folder)
     return num_parameters(model)
+
+
+def _measure_reference(run: Run, name: str) -> None:
+    """Measure the model that the result is compared with."""
+    release(run.student.engine)
+    trusted = run.config.training.trust_remote_code
+    engine = inference_engine(load_model(name, run.inputs.ds_config, trust_remote_code=trusted), run.inputs.ds_config)
+    run.quality.measure(engine, run.progress.step, "reference")
+    release(engine)

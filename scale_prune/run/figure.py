@@ -1,0 +1,46 @@
+"""A run in one picture: quality over steps beside what remained, and how wide each layer has become."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from scale_prune.system import whole_or_absent
+
+FIGURE = "report.png"
+
+
+def draw(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write the picture of a report into the run's folder."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _over_steps(left, report)
+    _by_layer(right, report)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    with whole_or_absent(folder / FIGURE) as partial:
+        partial.write_bytes(drawn.getvalue())
+
+
+def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
+    points = [each for each in report["history"] if each["perplexity"] is not None]
+    steps = [each["step"] for each in points]
+    axes.plot(steps, [each["perplexity"] for each in points], "o-", color="C0")
+    axes.set(xlabel="step", yscale="log")
+    axes.set_ylabel("validation perplexity", color="C0")
+    beside = axes.twinx()
+    beside.plot(steps, [100 * each["remaining"] for each in points], "s--", color="C1", markersize=4)
+    beside.set_ylabel("remaining, %", color="C1")
+    beside.set_ylim(0, 105)
+
+
+def _by_layer(axes: Any, report: Mapping[str, Any]) -> None:
+    axes.bar(range(len(report["widths"])), report["widths"], color="C0")
+    axes.set(xlabel="layer" if report["unit"] == "neuron" else "weight", ylabel=f"{report['unit']}s that are left")
+    if report["unit"] == "neuron":
+        dense = math.ceil(sum(report["widths"]) / report["remaining"]["measured"] / len(report["widths"]))
+        axes.axhline(dense, color="gray", linestyle=":", label="dense, on average")
+        axes.legend()
