@@ -29,7 +29,7 @@ from models import (
 )
 from outcomes import outcome_of
 
-from scale_prune.commands import analyze, compare, evaluate, prune, sweep
+from scale_prune.commands import analyze, compare, convert, evaluate, prune, sweep
 from scale_prune.config import Config, PruningConfig, parse_some, settings_where
 from scale_prune.core.groups import Member
 from scale_prune.criteria import CRITERIA, ShardView
@@ -44,7 +44,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 STARTERS = ("deepspeed", "torchrun", "python", "bash", "sbatch", "pip")
-COMMANDS = {"evaluate": evaluate, "analyze": analyze, "sweep": sweep, "compare": compare, "prune": prune}
+COMMANDS = {each.__name__.rpartition(".")[2]: each for each in (evaluate, analyze, sweep, compare, prune, convert)}
 
 # What stands for something of the reader's, and what stands in for it here; MODEL, BASE, BERT and files are made.
 STAND_INS = {
@@ -150,6 +150,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "launch/compare.py": check_flags(compare),
     "launch/evaluate.py": check_flags(evaluate),
     "launch/analyze.py": check_flags(analyze),
+    "launch/convert.py": check_flags(convert),
     "launch/own_loop.py": check_two_folders,
     "launch/test.sh": check_words("launch/test.sh", "pyproject.toml"),
     "launch/quickstart.sh": check_words("launch/quickstart.sh"),
@@ -185,7 +186,11 @@ def test_commands_stand_in_blocks_that_say_so() -> None:
 def test_every_flag_that_is_mentioned_exists(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert {outcome_of(command.main, "--help") for command in COMMANDS.values()} == {(0, "")}
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    known |= {*re.findall(r'add_argument\("(--\w+)', (ROOT / "benchmarks/same.py").read_text("utf-8")), "--faults"}
+    known |= {
+        *re.findall(r'add_argument\("(--\w+)', (ROOT / "benchmarks/same.py").read_text("utf-8")),
+        "--faults",
+        "--serving",
+    }
     prose = " ".join(span for span in spans(page) if not span.startswith(STARTERS))
     assert set(re.findall(r"--\w+", prose)) <= known
 
