@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from command import arguments, make_work, outcome, report_of
+from distributed import run_ranks
 from gguf import GGUFReader
+from huggingface_hub import ModelCard
+from memory_backend import steady_model
 from models import LAYERS, WIDTHS, compacted, export, logits, tiny_model, tiny_tokenizer, tokens
 from test_embedding import ZIPF, clustered
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from scale_prune.commands.convert import main
 from scale_prune.core import svd_factors
@@ -17,13 +21,8 @@ from scale_prune.export import convert, open_folder
 from scale_prune.models import cluster_groups, component_groups, put_factors, tied_output
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "opt")
-WIDE = {
-    "vocab_size": 150,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
+HEADS = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+WIDE = {"vocab_size": 150, **HEADS}
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "starcoder2")  # of others its reader takes sizes for granted
 
 
@@ -182,3 +181,36 @@ def test_mistakes_end_in_one_message(
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.distributed
+def test_a_run_leaves_any_layout_and_goes_on_from_it(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    work = make_work(tmp_path / "work")
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    steady_model("llama", vocab_size=len(tokenizer), **HEADS).save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama/README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    settings: dict[str, Any] = {"criterion": "magnitude", "scope": "global", "max_steps": 0, "remaining": 0.6}
+    settings |= {"calibration_tokens": 384, "train_batch_size": 6}
+    runs = [
+        arguments(work, tmp_path / "first", model=tmp_path / "llama", layout="nemotron_nas", **settings),
+        [
+            *arguments(work, tmp_path / "second", model=tmp_path / "first/pruned", layout="gguf", **settings),
+            *("--trust_remote_code", "--reference", str(tmp_path / "llama")),
+        ],
+    ]
+    for flags in runs:
+        codes = run_ranks(outcome, 2, flags)
+        assert [code for code, _ in codes] == [0, 0], codes
+    report = report_of(tmp_path / "second")
+    assert report["perplexity"]["reference"] == pytest.approx(report_of(tmp_path / "first")["perplexity"]["dense"])
+    parts = [seconds for part, seconds in report["seconds"].items() if part != "total"]
+    assert sum(parts) == pytest.approx(report["seconds"]["total"])
+    field = GGUFReader(tmp_path / "second/pruned.gguf").fields["deci.feed_forward_length"]
+    assert [int(field.parts[place][0]) for place in field.data] == report["widths"]
+    assert (tmp_path / "second/report.png").stat().st_size > 1000
+    cards = [ModelCard.load(tmp_path / name / "pruned/README.md") for name in ("first", "second")]
+    assert [card.data.license for card in cards] == ["apache-2.0"] * 2
+    assert not [card for card in cards if str(tmp_path) in card.content]
+    assert "| parameters |" in cards[1].text

@@ -232,7 +232,7 @@ def _other_heads(config: PretrainedConfig) -> list[tuple[str, str]]:
 def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     """Return a copy of the config that tells what stays factorized."""
     check_layout(layout, config)
-    config = copy.deepcopy(config)
+    config = without_layout(config)
     stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]

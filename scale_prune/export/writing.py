@@ -130,7 +130,7 @@ class Export:
         """Write all that stands beside the weights."""
         write_config(folder, config)
         if (code := code_of(config)) is not None:
-            (folder / code.name).write_text(modeling_source(code, self.config), encoding="utf-8")
+            (folder / code.name).write_text(modeling_source(code, config), encoding="utf-8")
         if self.generation_config is not None:
             # Not save_pretrained, which refuses combinations that published models do have.
             self.generation_config.to_json_file(folder / "generation_config.json")

@@ -185,8 +185,15 @@ def _check_tokens(reading: Reading, flag: str, name: str | None) -> None:
 def _check_layout(reading: Reading) -> None:
     if reading.model_config is None or not reading.needs_groups:
         return
-    layout = str(reading.config.output.layout)
+    layout, values = str(reading.config.output.layout), reading.model_config.to_dict()
     check_layout(layout, reading.model_config)
+    components = CRITERIA[reading.config.pruning.criterion].kind == "component"
+    if components and (values.get("per_layer_config") or values.get("block_configs")):
+        model = reading.config.training.model
+        raise ValueError(
+            f"--model {model} has layers of different widths, beside which factors have no place; "
+            f"make them one width: python launch/convert.py {model} --to pad --output FOLDER"
+        )
     if layout == GGUF and reading.tokenizer is not None:
         check_gguf(reading.model_config, reading.tokenizer)
 
