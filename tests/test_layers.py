@@ -27,7 +27,10 @@ ONLY_IN = {
     "torch.utils.tensorboard": {"run"},
     "tqdm": {"run"},
     "lm_eval": {"inspection"},
-    "matplotlib": {"inspection", "study"},
+    "matplotlib": {"inspection", "run", "study"},
+    "gguf": {"export", "inspection"},
+    "llama_cpp": {"inspection"},
+    "huggingface_hub": {"export"},
 }
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -6,14 +6,18 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from distributed import run_ranks
 from models import compacted, export, tiny_tokenizer
+from outcomes import outcome_of
 
+from scale_prune.commands import evaluate
 from scale_prune.export import convert, open_folder
 from scale_prune.export.gguf_file import DIALECTS
 from scale_prune.export.layouts import LLAMA_LIKE
@@ -79,7 +83,8 @@ def ask(engine: str, script: str, folder: Path, asked: dict[str, Any]) -> dict[s
     """Run a script in an engine's environment, and return what it told."""
     (folder / "asked.json").write_text(json.dumps({"new": NEW} | asked))
     (folder / "ask.py").write_text(script)
-    command = [os.environ[f"SERVING_{engine}"], str(folder / "ask.py"), str(folder)]
+    python = os.environ["SERVING_VLLM"] if engine == "VLLM" else sys.executable
+    command = [python, str(folder / "ask.py"), str(folder)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DS_"))}
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -147,3 +152,19 @@ def test_vllm_computes_the_same(tmp_path: Path, model_type: str, form: str) -> N
     chosen = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(asked["ids"][1:])[:, None]).flatten()
     torch.testing.assert_close(torch.tensor(told["chosen"]), chosen, rtol=0, atol=1e-5)
     assert told["greedy"] == greedy
+
+
+def test_evaluate_measures_a_gguf_beside_its_folder(tmp_path: Path) -> None:
+    written(tmp_path, "llama", "per_layer", "gguf")
+    text = tmp_path / "text.txt"
+    text.write_text("the model learns and prunes fast\n" * 20)
+    flags = ["--baseline", tmp_path / "pruned", "--model", tmp_path / "model.gguf", "--trust_remote_code"]
+    flags += ["--validation_file", text, "--block_size", 32, "--output", tmp_path / "result.json"]
+    flags += ["--latency", "--prompt_tokens", 8, "--new_tokens", 4, "--rounds", 2]
+    codes = run_ranks(outcome_of, 1, evaluate.main, *flags)
+    assert [code for code, _ in codes] == [0], codes
+    ours, theirs = json.loads((tmp_path / "result.json").read_text())["models"].values()
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-3)
+    assert theirs["parameters"] == ours["parameters"]
+    assert theirs["flops_per_token"] == ours["flops_per_token"]
+    assert theirs["ms_per_token"] > 0

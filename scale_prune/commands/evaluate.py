@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from scale_prune.config import CLASSIFICATION, load_plugins, parse_some, settings_where, user_errors
+from scale_prune.config import CLASSIFICATION, Config, load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs
-from scale_prune.inspection import add_models, harness, positive, read_models, speeds
+from scale_prune.inspection import GgufModel, add_models, harness, is_gguf, positive, read_models, speeds
 from scale_prune.system import markdown_table, versions, write_atomically
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:
             asked = "--latency" if own.latency else "--lm_eval"
             raise ValueError(f"{asked} needs models that write text, not encoders of --task {CLASSIFICATION}")
+        _check_gguf(own, config)
         if own.latency:
             _check_positions(inputs, own)
         tasks = harness.tasks_of(own, world_size)
@@ -75,6 +76,16 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     harness.add_flags(parser)
     output = "JSON file for the results; default: they are only printed"
     parser.add_argument("--output", type=expanduser, metavar="FILE", help=output)
+
+
+def _check_gguf(own: argparse.Namespace, config: Config) -> None:
+    """Refuse to ask of a GGUF file what llama.cpp is not asked for here."""
+    asked = [f"--task {config.task.task}"] if config.task.task != "lm" else []
+    asked += ["--lm_eval"] if own.lm_eval else []
+    asked += [f"--batch {own.batch}"] if own.latency and own.batch > 1 else []
+    for path in filter(is_gguf, own.model):
+        if asked:
+            raise ValueError(f"--model {path}: of a GGUF file perplexity and --latency are measured, not {asked[0]}")
 
 
 def _check_output(own: argparse.Namespace) -> None:
@@ -104,6 +115,9 @@ def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None
 def _measured(inputs: Inputs, runtime: Runtime) -> dict[str, float | None]:
     training = inputs.config.training
     task = make_task(inputs, runtime, ("validation",))
+    if is_gguf(str(training.model)):
+        gguf = GgufModel(str(training.model), inputs.config.data.block_size)
+        return {"perplexity": task.measure(gguf, thorough=True).perplexity}
     model = load_model(
         str(training.model), inputs.ds_config, trust_remote_code=training.trust_remote_code, config=task.model_config
     )
@@ -118,9 +132,12 @@ def _add_speeds(
 ) -> None:
     """Load every model whole on one device and measure them in turns."""
     gc.collect()
-    models = {}
+    models: dict[str, Any] = {}
     for name, each in inputs.items():
         training = each.config.training
+        if is_gguf(str(training.model)):
+            models[name] = GgufModel(str(training.model), own.prompt_tokens + own.new_tokens)
+            continue
         models[name] = AutoModelForCausalLM.from_pretrained(
             str(training.model), dtype=precision(each.ds_config), trust_remote_code=training.trust_remote_code
         )

@@ -1,7 +1,7 @@
 """What the commands on finished models share: which models, what they are called, and what they need."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os.path import expanduser
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scale_prune.config import Config
 from scale_prune.data import Inputs, Split
+from scale_prune.inspection.gguf_model import check_gguf_model, is_gguf
 from scale_prune.preflight import read_inputs
 
 
@@ -42,16 +43,28 @@ def read_models(
         ValueError: a model is there twice, or an input cannot be used.
     """
     named = names_of(own.model, own.baseline)
-    return {
-        name: read_inputs(
-            replace(config, training=replace(config.training, model=path)),
-            explicit,
-            world_size,
-            splits=(split,),
-            needs_groups=needs_groups,
+    found = {}
+    for name, path in named.items():
+        if not is_gguf(path):
+            own_config = replace(config, training=replace(config.training, model=path))
+            found[name] = read_inputs(own_config, explicit, world_size, splits=(split,), needs_groups=needs_groups)
+    return {name: found[name] if name in found else _as_first(path, found) for name, path in named.items()}
+
+
+def _as_first(path: str, folders: Mapping[str, Inputs]) -> Inputs:
+    """Return the inputs of a GGUF file: the tokens of the first folder, which must be those of its vocabulary.
+
+    Raises:
+        ValueError: it cannot be measured, or there is no folder.
+    """
+    check_gguf_model(path)
+    if not folders:
+        raise ValueError(
+            f"--model {path}: a folder's tokenizer reads the text; give that too, e.g. as --baseline"
         )
-        for name, path in named.items()
-    }
+    inputs = next(iter(folders.values()))
+    training = replace(inputs.config.training, model=path)
+    return replace(inputs, config=replace(inputs.config, training=training))
 
 
 def names_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:

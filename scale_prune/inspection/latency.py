@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from scale_prune.inspection.gguf_model import GgufModel
+
 WARM_UP = 1
 CACHES = ("past_key_values", "cache_params", "state")
 """What models call the memory of the text so far: those with attention, Mamba's relatives, RWKV."""
@@ -79,8 +81,17 @@ def speeds(
     return measured
 
 
-def describe(model: nn.Module) -> Speed:
+def describe(model: nn.Module | GgufModel) -> Speed:
     """Return the sizes of a model."""
+    if isinstance(model, GgufModel):
+        elements = {name: count for name, (count, _) in model.sizes.items()}
+        output = elements.get("output.weight", elements["token_embd.weight"])  # where tied, the table is read as output
+        layers = sum(count for name, count in elements.items() if name.startswith("blk.") and model.is_matrix[name])
+        return Speed(
+            parameters=sum(elements.values()),
+            weight_bytes=sum(size for _, size in model.sizes.values()),
+            flops_per_token=2 * (layers + output),
+        )
     parameters = list(model.parameters())
     matrices = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     return Speed(

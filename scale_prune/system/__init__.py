@@ -12,7 +12,6 @@ from scale_prune.system.folders import (
     whole_or_absent,
     write_atomically,
 )
-from scale_prune.system.origin import commit, host
 from scale_prune.system.packages import versions
 from scale_prune.system.stopwatch import Seconds
 from scale_prune.system.tables import markdown_table
