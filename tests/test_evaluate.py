@@ -1,6 +1,7 @@
 """Models that are measured after their run: the same perplexity, and speeds that add up."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,24 @@ def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: A
     assert exit.value.code == 2
     (error,) = errors_of(capsys.readouterr().err)
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "nowhere.gguf"], "--model nowhere.gguf: there is no such file"),
+        (["--model", "a.gguf"], 'measured in llama.cpp: pip install "scale_prune[llama_cpp]"'),
+        (["--model", "a.gguf", "--latency", "--batch", "2"], "perplexity and --latency are measured, not --batch 2"),
+        (["--model", "a.gguf", "--task", "sql"], "perplexity and --latency are measured, not --task sql"),
+    ],
+)
+def test_a_gguf_is_measured_where_it_can_be(
+    more: list[str], message: str, work: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.chdir(work)
+    Path("a.gguf").touch()
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(["--baseline", "model", "--validation_file", "validation.txt", "--block_size", "16", *more])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

@@ -45,11 +45,11 @@ def main(argv: Sequence[str]) -> None:
             config, explicit, own = parse_some(argv, settings_where("commands", "evaluate"), DESCRIPTION, add_own)
         load_plugins(config.training.plugin)
         _check_output(own)
+        _check_gguf(own, config)
         inputs = read_models(own, config, explicit, world_size, "validation", needs_groups=False)
         if (own.latency or own.lm_eval) and config.task.task == CLASSIFICATION:
             asked = "--latency" if own.latency else "--lm_eval"
             raise ValueError(f"{asked} needs models that write text, not encoders of --task {CLASSIFICATION}")
-        _check_gguf(own, config)
         if own.latency:
             _check_positions(inputs, own)
         tasks = harness.tasks_of(own, world_size)

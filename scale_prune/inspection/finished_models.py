@@ -59,9 +59,7 @@ def _as_first(path: str, folders: Mapping[str, Inputs]) -> Inputs:
     """
     check_gguf_model(path)
     if not folders:
-        raise ValueError(
-            f"--model {path}: a folder's tokenizer reads the text; give that too, e.g. as --baseline"
-        )
+        raise ValueError(f"--model {path}: a folder's tokenizer reads the text; give that too, e.g. as --baseline")
     inputs = next(iter(folders.values()))
     training = replace(inputs.config.training, model=path)
     return replace(inputs, config=replace(inputs.config, training=training))
