@@ -152,7 +152,7 @@ def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: A
         (["--model", "nowhere.gguf"], "--model nowhere.gguf: there is no such file"),
         (["--model", "a.gguf"], 'measured in llama.cpp: pip install "scale_prune[llama_cpp]"'),
         (["--model", "a.gguf", "--latency", "--batch", "2"], "perplexity and --latency are measured, not --batch 2"),
-        (["--model", "a.gguf", "--task", "sql"], "perplexity and --latency are measured, not --task sql"),
+        (["--model", "a.gguf", "--task", "summarization"], "measured, not --task summarization"),
     ],
 )
 def test_a_gguf_is_measured_where_it_can_be(
