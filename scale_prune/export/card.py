@@ -29,6 +29,8 @@ def model_card(
     """
     name, removed = public_name(model), REMOVED[groups[0].kind]
     made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
+    share = f", {report['remaining']['measured']:.1%}" if report else ""
+    left = _widths([group.num_units for group in groups])
     lines = [
         "---",
         _front_matter(model, report, loader).to_yaml(),
@@ -36,7 +38,7 @@ def model_card(
         "",
         f"# {name}, structurally pruned",
         "",
-        f"{removed} of {name} were removed {made}. What is left: {_widths([group.num_units for group in groups])}.",
+        f"{removed} of {name} were removed {made}. What is left{share}: {left}.",
         "",
         *(_numbers(name, report) if report else []),
         "```python",
@@ -116,6 +118,9 @@ def _numbers(name: str, report: Mapping[str, Any]) -> list[str]:
     for key, value in metrics.get("exported", {}).items():
         rows += [f"| {key} | {metrics['dense'][key]:.3f} | {value:.3f} |"]
     beside = f" {name} was measured before any fine-tuning." if report["steps"] else ""
+    if (reference := perplexity.get("reference")) is not None:
+        other = public_name(str(report["settings"]["reference"]))
+        beside += f" For comparison: {other} has a perplexity of {reference:.2f}."
     text = str(report["validation"])
     for path in filter(None, map(report["settings"].get, ("train_file", "validation_file", "dataset"))):
         text = text.replace(path, public_name(path))
