@@ -25,7 +25,8 @@ settings=(--max_steps 150)
 if [ $given = no ]; then
     say "SmolLM2-135M, 93 MB, half a minute the first time"
     if python "$root/launch/smollm2.py" "$model"; then
-        text=$(python -c "from scale_prune.config import cache_folder; from scale_prune.data import build; print(build(cache_folder()))")
+        build="from scale_prune.config import cache_folder; from scale_prune.data import build; print(build(cache_folder()))"
+        text=$(python -c "$build" | tail -n 1) # training a tokenizer prints empty lines before it
         settings=(--model "$model" --train_file "$text/train.jsonl" --validation_file "$text/validation.jsonl"
             --block_size 256 --train_batch_size 4 --precision bf16 --learning_rate 1e-4 --eval_tokens 4096
             --remaining 0.75 --max_steps 0 --calibration_tokens 4096 --recovery_steps 12 --layout gguf)
