@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from scale_prune.system import whole_or_absent
 
 FIGURE = "report.png"
@@ -15,6 +13,8 @@ FIGURE = "report.png"
 
 def draw(folder: Path, report: Mapping[str, Any]) -> None:
     """Write the picture of a report into the run's folder."""
+    from matplotlib.figure import Figure  # takes half a second, for which no start of a rank should wait
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _over_steps(left, report)

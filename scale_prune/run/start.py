@@ -7,6 +7,7 @@ from scale_prune.checkpoint import choose, filled_from
 from scale_prune.config import Config, cache_folder
 from scale_prune.data import Inputs, build
 from scale_prune.preflight import calibration_warning, check_same, read_inputs, unused_settings
+from scale_prune.run.figure import draw
 from scale_prune.run.output import drop_replaced
 from scale_prune.run.report import write_report
 from scale_prune.run.run import set_up
@@ -78,8 +79,6 @@ def prune(
         run.monitor.close()  # so that a message does not stand behind the progress bar
     if runtime.is_main:
         if config.output.tensorboard:
-            from scale_prune.run.figure import draw  # matplotlib takes a second, which no start should wait for
-
             draw(run.folder, report)
         write_report(run.folder, report)
         drop_replaced(config)
