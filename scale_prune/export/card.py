@@ -101,7 +101,11 @@ def _made(report: Mapping[str, Any]) -> str:
         how += [f"{settings['rounds']} rounds" if settings["rounds"] > 1 else "all at once"]
     how += [f"repair by {settings['repair']}"] if settings.get("repair") not in (None, "none") else []
     text = f"{report['tokens']:,} tokens of {public_name(str(report['dataset']))}" if report["dataset"] else "its text"
-    when = f"while it was fine-tuned for {report['steps']:,} steps on {text}" if report["steps"] else "without training"
+    when = f"fine-tuned for {report['steps']:,} steps on {text}"
+    if not report["steps"]:
+        when = "without training"
+    else:
+        when = f"while it was {when}" if settings["max_steps"] else f"without training; then it was {when}"
     return f"({', '.join(how)}) {when}"
 
 

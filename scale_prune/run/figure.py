@@ -30,6 +30,8 @@ def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
     steps = [each["step"] for each in points]
     axes.plot(steps, [each["perplexity"] for each in points], "o-", color="C0")
     axes.set(xlabel="step", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("validation perplexity", color="C0")
     beside = axes.twinx()
     beside.plot(steps, [100 * each["remaining"] for each in points], "s--", color="C1", markersize=4)
