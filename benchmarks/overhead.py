@@ -20,7 +20,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from scale_prune.config.ds_config import load, resolve
 from scale_prune.config.settings import Config
-from scale_prune.models.families import unit_groups
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.pruner import Pruner
 from scale_prune.system import markdown_table, versions
 from scale_prune.zero3 import Runtime, Zero3Backend

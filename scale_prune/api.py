@@ -19,7 +19,7 @@ from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
 from scale_prune.criteria import IN_A_LOOP, check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
-from scale_prune.models import auto_model, tied_output, unit_groups
+from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
 from scale_prune.system import write_atomically
 from scale_prune.system.slices import SliceReader, write_slices
@@ -193,7 +193,7 @@ def save(
     backend = Zero3Backend(engine)
     if engine in _uncompacted and backend.rank == 0:
         warnings.warn("saved without `compact`: the removed units are still there, as zeros", stacklevel=2)
-    groups = components_of(engine.module) or unit_groups(engine.module)
+    groups = components_of(engine.module) or stored_groups(engine.module)
     config = engine.module.config
     export = Export(
         config=config,

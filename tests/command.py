@@ -32,14 +32,14 @@ def text(lines: int, seed: int) -> str:
     return "".join(" ".join(rng.choices(words, k=rng.randint(3, 12))) + ".\n" for _ in range(lines))
 
 
-def make_work(folder: Path) -> Path:
+def make_work(folder: Path, model_type: str = "gpt_neo", **settings: Any) -> Path:
     """Put a tiny model, its tokenizer and a little text into a folder."""
     (folder / "train.txt").write_text(text(200, seed=0))
     (folder / "validation.txt").write_text(text(20, seed=1))
     tokenizer = train_tokenizer([text(200, seed=0)], 300)
     tokenizer.save_pretrained(folder / "model")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    steady_model("gpt_neo", vocab_size=len(tokenizer), **ids).save_pretrained(folder / "model")
+    steady_model(model_type, vocab_size=len(tokenizer), **ids, **settings).save_pretrained(folder / "model")
     return folder
 
 

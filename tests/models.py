@@ -21,7 +21,8 @@ from scale_prune.core.low_rank import svd_factors
 from scale_prune.criteria import CRITERIA
 from scale_prune.export.writing import Export, named_state
 from scale_prune.models.factorized import put_factors
-from scale_prune.models.families import FAMILIES, Family, auto_model, family_of, linear_names, unit_groups
+from scale_prune.models.families import FAMILIES, Family, auto_model, family_of
+from scale_prune.models.layer_units import linear_names, unit_groups
 from scale_prune.pruning.units import removes_components, units_of
 
 VOCABULARY, HIDDEN, WIDTH, LAYERS, POSITIONS = 29, 11, 17, 3, 31
@@ -114,7 +115,8 @@ def mask_units(model: PreTrainedModel, groups: Sequence[UnitGroup], keep: Mappin
         masked = torch.ones(group.num_units, dtype=torch.bool)
         masked[keep[group.name]] = False
         for member in group.members:
-            model.get_parameter(member.name).movedim(member.dim, 0)[masked] = 0.0
+            by_unit = model.get_parameter(member.name).view(member.unit_shape)
+            by_unit.movedim(member.unit_dim, 0)[masked] = 0.0
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from models import LAYERS, VOCABULARY, WIDTH, tiny_model, tokens
 from torch import Tensor, nn
 
 from scale_prune.config.settings import PruningConfig
-from scale_prune.models.families import FAMILIES, unit_groups
+from scale_prune.models.families import FAMILIES
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.activations import ActivationSampler
 from scale_prune.pruning.pruner import Pruner
 

@@ -1,12 +1,16 @@
 """Compaction: smaller tensors that compute the same as masked ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import LAYERS, logits, mask_units, random_keep, tiny_model, tokens
 from torch import nn
 
+from scale_prune.core import Member
 from scale_prune.core.compaction import compact_model, pad_units, resize_group, select_units, set_members
-from scale_prune.models.families import FAMILIES, unit_groups
+from scale_prune.models.families import FAMILIES
+from scale_prune.models.layer_units import unit_groups
 
 WIDTHS = (5, 13, 1)
 
@@ -17,16 +21,28 @@ WIDTHS = (5, 13, 1)
 )
 def test_select_units_keeps_the_indices_along_the_axis(dim: int, kept: list[list[int]]) -> None:
     tensor = torch.arange(20).view(5, 4)
-    assert select_units(tensor, torch.tensor([1, 3]), dim).tolist() == kept
+    member = Member(name="weight", shape=(5, 4), dim=dim, role="in")
+    assert select_units(tensor, torch.tensor([1, 3]), member).tolist() == kept
+
+
+def test_a_unit_may_own_several_indices_of_several_pieces() -> None:
+    member = Member(name="weight", shape=(2, 12), dim=1, role="in", block=2, pieces=2)
+    tensor = torch.arange(24).view(2, 12)
+    kept = select_units(tensor, torch.tensor([0, 2]), member)
+    assert (member.num_units, kept.tolist()[0]) == (3, [0, 1, 4, 5, 6, 7, 10, 11])
+    padded = pad_units(kept, 3, replace(member, shape=(2, 8)))
+    assert padded.tolist()[0] == [0, 1, 4, 5, 0, 0, 6, 7, 10, 11, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 3), (3, 7), (2, 7, 3)])
 def test_padding_is_undone_by_selecting_and_adds_only_zeros(shape: tuple[int, ...]) -> None:
     tensor, dim = torch.randn(shape), shape.index(7)
-    padded = pad_units(tensor, 11, dim)
-    assert padded.shape[dim] == 11
-    assert torch.equal(select_units(padded, torch.arange(7), dim), tensor)
-    assert torch.count_nonzero(select_units(padded, torch.arange(7, 11), dim)) == 0
+    member = Member(name="weight", shape=shape, dim=dim, role="in")
+    padded = pad_units(tensor, 11, member)
+    wider = replace(member, shape=tuple(padded.shape))
+    assert wider.num_units == 11
+    assert torch.equal(select_units(padded, torch.arange(7), wider), tensor)
+    assert torch.count_nonzero(select_units(padded, torch.arange(7, 11), wider)) == 0
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

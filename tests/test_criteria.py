@@ -14,7 +14,7 @@ from scale_prune.core.groups import Member, Role, UnitGroup, UnitLayout
 from scale_prune.core.schedule import Schedule
 from scale_prune.core.shards import shard_bounds
 from scale_prune.criteria import CRITERIA, Criterion, Moment, ShardView, State, with_defaults
-from scale_prune.models.families import unit_groups
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.pruner import Pruner
 
 GROUPS = tuple(

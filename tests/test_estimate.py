@@ -11,7 +11,8 @@ from models import LAYERS, WIDTH, compacted, tiny_config, tiny_model
 
 from scale_prune.config.settings import PruningConfig
 from scale_prune.criteria import CRITERIA, with_defaults
-from scale_prune.models.families import FAMILIES, unit_groups
+from scale_prune.models.families import FAMILIES
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse

@@ -48,7 +48,8 @@ from scale_prune.export.layouts import (
     resolve_layout,
 )
 from scale_prune.export.writing import named_state
-from scale_prune.models.families import FAMILIES, Family, register, unit_groups
+from scale_prune.models.families import FAMILIES, Family, register
+from scale_prune.models.layer_units import unit_groups
 
 NEW_FAMILY = Family(
     model_types=("persimmon",),

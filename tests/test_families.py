@@ -17,11 +17,10 @@ from scale_prune.models.families import (
     Family,
     classifies,
     family_of,
-    linear_names,
     register,
     stock_class,
-    unit_groups,
 )
+from scale_prune.models.layer_units import linear_names, unit_groups
 
 # No key of the config is the width: it is four times, or half of, another one.
 BLOOM = Family(

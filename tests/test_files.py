@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from scale_prune.checkpoint.folder import newest_first, set_newer_aside
 from scale_prune.export.writing import named_state
-from scale_prune.models.families import unit_groups
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 
 

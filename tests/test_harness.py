@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from scale_prune.commands import evaluate
 from scale_prune.core.compaction import compact_model
 from scale_prune.inspection.harness import as_table
-from scale_prune.models.families import unit_groups
+from scale_prune.models.layer_units import unit_groups
 
 pytestmark = pytest.mark.distributed
 

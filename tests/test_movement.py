@@ -15,7 +15,7 @@ from scale_prune.core.schedule import Schedule
 from scale_prune.core.similarity import Similarity
 from scale_prune.criteria import CRITERIA, Criterion, Moment, ShardView, State, with_defaults
 from scale_prune.data.batches import training_batches
-from scale_prune.models.families import unit_groups
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.pruner import Pruner
 
 SCHEDULE = Schedule(total_steps=11, target=0.5, warmup_fraction=0.2, cooldown_fraction=0.3)

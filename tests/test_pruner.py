@@ -14,7 +14,7 @@ from torch import Tensor
 from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import Member, UnitGroup
 from scale_prune.criteria import CRITERIA, Criterion, ShardView, unused
-from scale_prune.models.families import unit_groups
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.pruner import Pruner
 
 STEPS = 11

@@ -31,7 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from scale_prune import attach, compact, save
 from scale_prune.core.compaction import select_units
 from scale_prune.core.groups import UnitGroup
-from scale_prune.models.families import FAMILIES, auto_model, classifies, unit_groups
+from scale_prune.models.families import FAMILIES, auto_model, classifies
+from scale_prune.models.layer_units import unit_groups
 from scale_prune.zero3 import Zero3Backend, num_parameters
 from scale_prune.zero3.runtime import load_model, training_engine
 
@@ -128,9 +129,7 @@ def only_kept(tensors: dict[str, Tensor], groups: tuple[UnitGroup, ...], masks: 
     """Take the removed units out of full tensors."""
     members = {m.name: (m, mask) for group, mask in zip(groups, masks, strict=True) for m in group.members}
     return {
-        name: select_units(full, members[name][1].nonzero().flatten(), members[name][0].dim)
-        if name in members
-        else full
+        name: select_units(full, members[name][1].nonzero().flatten(), members[name][0]) if name in members else full
         for name, full in tensors.items()
     }
 

@@ -206,7 +206,7 @@ def test_the_gradients_of_the_output_are_the_metric_of_its_errors(model_type: st
         gradients[index] = torch.randn(20, len(weight), generator=torch.Generator().manual_seed(index))
         calibration.grams[index] = torch.eye(group.num_units)
         calibration.output_grams[index] = gradients[index].T @ gradients[index]
-    scores = gram_scores(calibration, lambda gram, weight: weight.square().sum(0))
+    scores = gram_scores(calibration, lambda gram, weight, block: weight.square().sum(0))
     for index, group in enumerate(groups):
         weight = output_weight(backend, group)
         damping = gradients[index].square().sum(0).mean() * weight.square().sum(0)

@@ -19,7 +19,8 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--dtype {own.dtype} is for --to gguf; a folder of --to {own.to} keeps its types")
         stored = open_folder(Path(own.model))
         notes = convert(stored, own.to, Path(own.output), dtype=own.dtype)
-        print(f"{own.output}: {'; '.join([_widths([group.num_units for group in stored.groups]), *notes])}")
+        widths = [group.num_units for group in stored.groups if group.kind == "neuron"]
+        print(f"{own.output}: {'; '.join([_widths(widths), *notes])}")
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:

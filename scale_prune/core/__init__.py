@@ -9,6 +9,6 @@ from scale_prune.core.low_rank import full_rank, generator_of, random_factors, s
 from scale_prune.core.redundancy import Products, explained_variance, has_similar, mean_absolute, nearest, sample_units
 from scale_prune.core.repair import UnsolvableError, elimination_scores, gram_root, least_squares, mean_takeover
 from scale_prune.core.schedule import Schedule
-from scale_prune.core.selection import budget, check_finite, layer_fractions, select, standardized
+from scale_prune.core.selection import budget, check_finite, group_fractions, select, standardized
 from scale_prune.core.shards import FlatSlice, ReadSlice, expand_to_shard, shard_bounds, unit_sum
 from scale_prune.core.similarity import ROWS_AT_ONCE, Similarity

@@ -12,37 +12,44 @@ from torch import Tensor, nn
 
 from scale_prune.core.groups import Member, UnitGroup
 
+# What attention modules call numbers that are in proportion to their heads.
+HEAD_COUNTS = (
+    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "kv_heads"),
+    *("kv_dim", "split_size", "all_head_size"),
+)
 # What nn.Linear and the Conv1D of transformers call the size of the side that a member's role counts units on.
 SIZE_ATTRIBUTES = {"in": ("out_features", "nf"), "out": ("in_features", "nx"), "bias": ()}
 
 
-def select_units(tensor: Tensor, keep: Tensor, dim: int) -> Tensor:
+def select_units(tensor: Tensor, keep: Tensor, member: Member) -> Tensor:
     """Return a copy that holds only the kept units; for weights and their optimizer moments alike.
 
     Args:
-        tensor: any tensor of a member's full shape.
+        tensor: any tensor of the member's full shape.
         keep: int64 (K,), ascending indices of the kept units in [0, N).
-        dim: the axis that counts units.
+        member: says which indices are a unit's.
 
     Returns:
-        The tensor with K instead of N along `dim`, on the same device.
+        The tensor with K instead of N units, on the same device.
     """
-    return tensor.index_select(dim, keep.to(tensor.device))
+    kept = tensor.reshape(member.unit_shape).index_select(member.unit_dim, keep.to(tensor.device))
+    return kept.reshape(_resize(member, keep.numel()).shape)
 
 
-def pad_units(tensor: Tensor, width: int, dim: int) -> Tensor:
+def pad_units(tensor: Tensor, num_units: int, member: Member) -> Tensor:
     """Return a copy with zero units behind the existing ones.
 
-    A neuron with zero input weights, bias and output weights adds nothing, whatever the activation function.
+    A unit with zero input weights, bias and output weights adds nothing, whatever the activation function.
 
     Args:
         tensor: a member's full tensor.
-        width: units after padding, at least as many as there are.
-        dim: the axis that counts units.
+        num_units: units after padding, at least as many as there are.
+        member: says which indices are a unit's.
     """
-    missing = list(tensor.shape)
-    missing[dim] = width - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim)
+    missing = list(member.unit_shape)
+    missing[member.unit_dim] = num_units - member.num_units
+    padded = torch.cat([tensor.reshape(member.unit_shape), tensor.new_zeros(missing)], member.unit_dim)
+    return padded.reshape(_resize(member, num_units).shape)
 
 
 def resize_group(group: UnitGroup, num_units: int) -> UnitGroup:
@@ -57,7 +64,7 @@ def resize_group(group: UnitGroup, num_units: int) -> UnitGroup:
 
 def _resize(member: Member, num_units: int) -> Member:
     before, after = member.shape[: member.dim], member.shape[member.dim + 1 :]
-    return replace(member, shape=(*before, num_units, *after))
+    return replace(member, shape=(*before, member.pieces * num_units * member.block, *after))
 
 
 def set_members(
@@ -76,14 +83,20 @@ def set_members(
     Returns:
         The group as it is afterwards.
     """
-    for member in group.members:
+    resized = resize_group(group, num_units)
+    for member in resized.members:
         module_name, _, name = member.name.rpartition(".")
         module = model.get_submodule(module_name)
         setattr(module, name, parameters[member.name])
         for attribute in SIZE_ATTRIBUTES[member.role]:
             if hasattr(module, attribute):
-                setattr(module, attribute, num_units)
-    return resize_group(group, num_units)
+                setattr(module, attribute, member.shape[member.dim])
+    if group.kind == "head":
+        attention = model.get_submodule(group.name)
+        for attribute in HEAD_COUNTS:
+            if isinstance(count := getattr(attention, attribute, None), int):
+                setattr(attention, attribute, count * num_units // group.num_units)
+    return resized
 
 
 def compact_model(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> tuple[UnitGroup, ...]:
@@ -107,5 +120,5 @@ def _compact_group(model: nn.Module, group: UnitGroup, keep: Tensor) -> UnitGrou
     parameters = {}
     for member in group.members:
         old = model.get_parameter(member.name)
-        parameters[member.name] = nn.Parameter(select_units(old.detach(), keep, member.dim), old.requires_grad)
+        parameters[member.name] = nn.Parameter(select_units(old.detach(), keep, member), old.requires_grad)
     return set_members(model, group, parameters, keep.numel())

@@ -3,6 +3,10 @@
 Pure data. A unit lives in several tensors at once: an MLP neuron is a row of the input projection, an element of its
 bias, a column of the output projection; a low-rank component is a row of one factor and a column of the other. A
 `UnitGroup` lists them, so that everything after it can treat the units of any architecture alike.
+
+A unit may own several neighboring indices of an axis: an attention head has those of its size, and where queries share
+keys and values the unit is a head of these with all its queries. Where one axis holds queries, keys and values one
+after another, it counts the units three times.
 """
 
 from collections.abc import Sequence
@@ -10,8 +14,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from torch import Tensor
+
 Role = Literal["in", "bias", "out"]
-Kind = Literal["neuron", "component"]
+Kind = Literal["neuron", "component", "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +27,42 @@ class Member:
     Attributes:
         name: the parameter's name in `model.named_parameters()`.
         shape: the full shape, also where only a shard is held.
-        dim: the axis that counts units; `shape[dim]` is the group's `num_units`.
+        dim: the axis that counts units.
         role: "in" for a weight that makes the units' activations, "bias" for its bias, "out" for the weight that reads
             them.
+        block: neighboring indices of the axis that a unit owns.
+        pieces: how often the axis counts the units through, one after another.
     """
 
     name: str
     shape: tuple[int, ...]
     dim: int
     role: Role
+    block: int = 1
+    pieces: int = 1
+
+    @property
+    def num_units(self) -> int:
+        """Units that the axis counts, N."""
+        return self.shape[self.dim] // (self.pieces * self.block)
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """The shape in which an axis of its own, `unit_dim`, counts units; elements are in the same order."""
+        by_unit = (self.pieces, self.num_units, self.block)
+        return (*self.shape[: self.dim], *by_unit, *self.shape[self.dim + 1 :])
+
+    @property
+    def unit_dim(self) -> int:
+        """The axis of `unit_shape` that counts units."""
+        return self.dim + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitGroup:
     """Units that are stored alike and are ranked together under scope "per_group".
 
-    The neurons of one MLP, or the components of one factorized matrix.
+    The neurons of one MLP, the heads of one attention, or the components of one factorized matrix.
 
     Attributes:
         name: the dotted name of the module that holds them, unique in the model.
@@ -46,7 +72,8 @@ class UnitGroup:
         output: the dotted name of the module whose input is the units' activations h; of components, the module that
             holds both factors.
         kind: what the units are.
-        cost: what one unit counts in the budget: a neuron 1, a component its parameters, D_in + D_out.
+        cost: what one unit counts in the budget: a neuron 1, a component its parameters, D_in + D_out; where heads can
+            leave, a head and a neuron their parameters.
         matrix_cost: what the group counts in the dense model where that is not its units': the D_in * D_out parameters
             of a matrix of components, the neurons that there were before the first round of several.
     """
@@ -64,6 +91,20 @@ class UnitGroup:
     def dense_cost(self) -> int:
         """What the group counts in the dense model."""
         return self.num_units * self.cost if self.matrix_cost is None else self.matrix_cost
+
+    @property
+    def block(self) -> int:
+        """Features of h, what the output reads, that are one unit's."""
+        return next((member.block for member in self.members if member.role == "out"), 1)
+
+    @property
+    def num_features(self) -> int:
+        """Features of h."""
+        return self.num_units * self.block
+
+    def by_feature(self, units: Tensor) -> Tensor:
+        """Give every feature of h its unit's value of an (N,) tensor."""
+        return units.repeat_interleave(self.block) if self.block > 1 else units
 
 
 def remaining_fraction(groups: Sequence[UnitGroup], widths: Sequence[int]) -> float:

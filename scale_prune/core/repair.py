@@ -5,7 +5,9 @@ that leave the least squared error in its output are known in closed form, whoev
 separate. Where the projection has a bias, h has a last column of ones, which always stays: what it takes over is the
 bias's.
 
-Shape legend: N units, F = N features, or N + 1 with the ones, K units that stay, P units that go, D outputs.
+A head is several features: those of all its units leave or stay together.
+
+Shape legend: N features, F = N, or N + 1 with the ones, K of them stay, P go, D outputs; of neurons N is their number.
 
 Source: optimal brain surgeon as in SlimGPT (arXiv 2412.18110) and ZipLM (arXiv 2302.04089); the mean as in FLAP (arXiv
 2312.11983). Deviation: units leave in rounds of equal size, and their scores never fall from one round to the next.
@@ -23,18 +25,18 @@ OUTPUT_DAMPING = 1.0  # of the Gram matrices of gradients, as a fraction of the 
 WIDEST_IN_DOUBLE = 8192  # features; wider matrices are solved in float32, which halves 2 GiB at N = 16,384
 
 
-def gram_root(gram: Tensor, num_units: int, damping: float) -> Tensor:
+def gram_root(gram: Tensor, features: int, damping: float) -> Tensor:
     """Return the lower triangular (N, N) root of a Gram matrix, without its column of ones.
 
     Args:
         gram: (F, F) float32.
-        num_units: N.
+        features: N.
         damping: as of `least_squares`.
 
     Raises:
         UnsolvableError: as `least_squares`.
     """
-    return _cholesky(_damped(gram, num_units, damping)[:num_units, :num_units])
+    return _cholesky(_damped(gram, features, damping)[:features, :features])
 
 
 def in_metric(weight: Tensor, output_gram: Tensor) -> Tensor:
@@ -100,63 +102,80 @@ def mean_takeover(gram: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([means.new_zeros(int(keep.sum()), len(means)), means[None]])
 
 
-def elimination_scores(gram: Tensor, weight: Tensor, *, damping: float, rounds: int) -> Tensor:
+def elimination_scores(gram: Tensor, weight: Tensor, *, damping: float, rounds: int, block: int = 1) -> Tensor:
     """Take all units out, those first whose loss the others can make good, and return when and at what cost they went.
 
     Args:
         gram: (F, F) float32.
         weight: (D, N) what reads the units.
         damping: as of `least_squares`.
-        rounds: how often costs are computed anew, at least 1; with N they are exact.
+        rounds: how often costs are computed anew, at least 1; with as many as there are units they are exact.
+        block: neighboring features that are one unit's.
 
     Returns:
-        (N,) float32: the squared error in the projection's output, summed over tokens, that the unit adds when it goes.
+        (N / block,) float32: the squared error in the projection's output, summed over tokens, that the unit adds when
+        it goes.
 
     Raises:
         UnsolvableError: as `least_squares`.
     """
-    num_units = weight.shape[1]
-    inverse = torch.cholesky_inverse(_cholesky(_damped(gram, num_units, damping)))
-    weight = weight.to(inverse.dtype) * (gram.diagonal()[:num_units] > 0)  # a unit that is never active goes for free
+    features = weight.shape[1]
+    num_units = features // block
+    inverse = torch.cholesky_inverse(_cholesky(_damped(gram, features, damping)))
+    weight = weight.to(inverse.dtype) * (gram.diagonal()[:features] > 0)  # what is never active goes for free
     units = torch.arange(num_units, device=gram.device)
     scores = torch.zeros(num_units, dtype=inverse.dtype, device=gram.device)
     floor = scores.new_zeros(())
     while len(units):
-        costs = weight.square().sum(0) / inverse.diagonal()[: len(units)]
+        costs = _costs(inverse, weight, block)
         going = costs.argsort(stable=True)[: -(-num_units // rounds)]
         scores[units[going]] = costs[going].clamp(min=floor)
         floor = scores[units[going]].amax()
-        inverse, weight, units = _without(inverse, weight, units, going)
+        own = (going[:, None] * block + torch.arange(block, device=gram.device)).flatten()
+        inverse, weight = _without(inverse, weight, own)
+        staying = torch.ones_like(units, dtype=torch.bool)
+        staying[going] = False
+        units = units[staying]
     return scores.float()
 
 
-def _without(inverse: Tensor, weight: Tensor, units: Tensor, going: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inverse (F, F), weight (D, N) and units (N,) of those that stay, once they have taken over the others."""
+def _costs(inverse: Tensor, weight: Tensor, block: int) -> Tensor:
+    """Return what every unit would cost, (N / block,): the trace of W_I (inverse_II)^-1 W_I^T over its features I."""
+    if block == 1:
+        return weight.square().sum(0) / inverse.diagonal()[: weight.shape[1]]
+    own = torch.arange(weight.shape[1], device=weight.device).view(-1, block)
+    by_unit = weight[:, own].permute(1, 2, 0)
+    factors = _cholesky(inverse[own[:, :, None], own[:, None, :]])
+    return torch.linalg.solve_triangular(factors, by_unit, upper=False).square().sum((1, 2))
+
+
+def _without(inverse: Tensor, weight: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inverse (F, F) and weight (D, N) of the features that stay, once they have taken over the others."""
     staying = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     staying[going] = False
     rows = inverse[going]
     takeover = torch.linalg.solve(rows[:, going], rows[:, staying])
-    still = staying[: len(units)]
+    still = staying[: weight.shape[1]]
     weight = weight[:, still] - weight[:, going] @ takeover[:, : int(still.sum())]
-    return inverse[staying][:, staying] - rows[:, staying].T @ takeover, weight, units[still]
+    return inverse[staying][:, staying] - rows[:, staying].T @ takeover, weight
 
 
-def _damped(gram: Tensor, num_units: int, damping: float) -> Tensor:
-    """Return a copy to solve with; units that were never active get a diagonal of their own."""
+def _damped(gram: Tensor, features: int, damping: float) -> Tensor:
+    """Return a copy to solve with; features that were never active get a diagonal of their own."""
     damped = gram.to(torch.float64 if len(gram) <= WIDEST_IN_DOUBLE else torch.float32, copy=True)
-    diagonal = damped.diagonal()[:num_units]
+    diagonal = damped.diagonal()[:features]
     diagonal += damping * diagonal.mean()
     diagonal.masked_fill_(diagonal == 0, 1.0)
     return damped
 
 
 def _cholesky(gram: Tensor) -> Tensor:
-    """Return the lower factor.
+    """Return the lower factor of one matrix or of several.
 
     Raises:
         UnsolvableError: there is none.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or not factor.isfinite().all():
+    if failed.any() or not factor.isfinite().all():
         raise UnsolvableError("the Gram matrix is not finite or not positive definite")
     return factor

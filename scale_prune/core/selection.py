@@ -39,7 +39,7 @@ def select(
     remaining: float,
     scope: str,
     min_kept: int = 1,
-    width_multiple: int = 1,
+    width_multiple: int | Sequence[int] = 1,
     costs: Sequence[int] | None = None,
     dense_costs: Sequence[int] | None = None,
     fractions: Sequence[float] | None = None,
@@ -52,7 +52,7 @@ def select(
         scope: "global" and "standardized" rank all units together, "per_group" each group by itself.
         min_kept: units that every group keeps (or all it has, if fewer) under any scope but "per_group".
         width_multiple: widths are multiples of this, or full, the total as near the budget as these steps allow; the
-            units within a width are still the highest scores.
+            units within a width are still the highest scores. Of each group where they are several.
         costs: what a unit of each group counts; 1 by default.
         dense_costs: what each group counts in the dense model; all its units by default.
         fractions: what remains of each group under scope "per_group"; `remaining` by default.
@@ -67,11 +67,12 @@ def select(
         masks = _select_each(scores, costs, [fraction * dense for fraction, dense in shares])
     else:
         masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
-    if width_multiple == 1:
+    multiples = [width_multiple] * len(sizes) if isinstance(width_multiple, int) else width_multiple
+    if set(multiples) == {1}:
         return masks
     floor, shared = (1, False) if alone else (min_kept, len(set(costs)) == 1)
     chosen = [int(mask.sum()) for mask in masks]
-    widths = round_widths(chosen, sizes, multiple=width_multiple, min_kept=floor, shared_budget=shared)
+    widths = round_widths(chosen, sizes, multiples=multiples, min_kept=floor, shared_budget=shared)
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
 
 
@@ -98,6 +99,10 @@ def _select_global(scores: Sequence[Tensor], costs: Sequence[int], allowed: int,
     order = line.argsort(descending=True, stable=True)
     affordable = each[order].cumsum(0) <= allowed
     affordable[: max(sum(floors), 1)] = True
+    # What is left of the budget is less than the next unit costs, and may do for cheaper ones.
+    cheapest = ~affordable & (each[order] == min(costs))
+    left = max(allowed - int(each[order][affordable].sum()), 0)
+    affordable |= cheapest & (cheapest.cumsum(0) <= left // min(costs))
     mask = torch.zeros_like(affordable)
     mask[order[affordable]] = True
     return list(mask.split(sizes))
@@ -109,14 +114,14 @@ def _lifted(scores: Tensor, floor: int) -> Tensor:
 
 
 def round_widths(
-    widths: Sequence[int], sizes: Sequence[int], *, multiple: int, min_kept: int, shared_budget: bool
+    widths: Sequence[int], sizes: Sequence[int], *, multiples: Sequence[int], min_kept: int, shared_budget: bool
 ) -> list[int]:
     """Round widths to multiples.
 
     Args:
         widths: units chosen in each group, at least 1.
         sizes: units each group has; a full group stays full, whether or not its size is a multiple.
-        multiple: at least 1.
+        multiples: of each group, at least 1.
         min_kept: smallest width allowed before rounding up to a multiple.
         shared_budget: False rounds each group to the nearest multiple; True (scope "global") also brings the sum as
             near to that of `widths` as single steps of a multiple can, which is half a multiple where there is room.
@@ -124,10 +129,10 @@ def round_widths(
     Returns:
         One width a group: a multiple of at least `min_kept`, or the group's full size.
     """
-    smallest = max(-(-min_kept // multiple), 1) * multiple
+    smallest = [max(-(-min_kept // multiple), 1) * multiple for multiple in multiples]
     valid = [
-        [size] if width == size else [*range(smallest, size, multiple), size]
-        for width, size in zip(widths, sizes, strict=True)
+        [size] if width == size else [*range(least, size, multiple), size]
+        for width, size, least, multiple in zip(widths, sizes, smallest, multiples, strict=True)
     ]
     rounded = [
         max(options, key=lambda option, width=width: (-abs(option - width), option))
@@ -166,18 +171,26 @@ def check_finite(scores: Tensor, group_name: str) -> None:
         )
 
 
-def layer_fractions(budget: str, remaining: float, layers: int, redundancy: Sequence[float]) -> list[float] | None:
-    """Return the fraction of each layer that remains under a budget, None where all lose alike.
+def group_fractions(
+    budget: str, remaining: float, layers: Sequence[int], redundancy: Sequence[float]
+) -> list[float] | None:
+    """Return the fraction of each group that remains under a budget, None where all lose alike.
 
     Args:
         budget: "uniform", "log" or "redundancy".
         remaining: fraction of all, in (0, 1].
-        layers: how many there are, at least 1.
-        redundancy: of each layer, for the budget of that name.
+        layers: of each group, the layer that it is in.
+        redundancy: of each group's layer, for the budget of that name.
     """
+    if budget == "uniform":
+        return None
+    numbers = sorted(set(layers))
     if budget == "log":
-        return log_fractions(remaining, layers)
-    return redundancy_fractions(remaining, redundancy) if budget == "redundancy" else None
+        fractions = log_fractions(remaining, len(numbers))
+    else:
+        fractions = redundancy_fractions(remaining, [redundancy[layers.index(number)] for number in numbers])
+    by_layer = dict(zip(numbers, fractions, strict=True))
+    return [by_layer[layer] for layer in layers]
 
 
 def log_fractions(remaining: float, layers: int) -> list[float]:

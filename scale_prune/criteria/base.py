@@ -22,7 +22,7 @@ from scale_prune.core import (
     UnitGroup,
     UnitSpan,
     full_rank,
-    layer_fractions,
+    group_fractions,
     select,
     standardized,
     unit_sum,
@@ -53,7 +53,7 @@ class ShardView:
 
     def unit_sum(self, values: Tensor) -> Tensor:
         """Return this slice's (N,) share of the sum by unit of (S,) `values`."""
-        return unit_sum(values, self.start, self.member.shape, self.member.dim)
+        return unit_sum(values, self.start, self.member.unit_shape, self.member.unit_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ class Criterion:
             "gram": units leave in rounds, and in each `rank_units` ranks a group by its Gram matrix. "output_grad"
             beside it: errors of the output are weighed by what the loss makes of them.
             "gate": there are no shares; units are multiplied by gates, and `update` gets the gradient of these.
-        kind: what is removed: neurons, or components of the weights that the run factorizes before it begins.
+        kind: what is removed: neurons, and heads where the user asks for them, or components of the weights that the
+            run factorizes before it begins.
         roles: the members that have a share.
         defaults: values of the settings that have none of their own, where the user gives none; every criterion has a
             "scope".
@@ -111,7 +112,7 @@ class Criterion:
     kind: ClassVar[Kind] = "neuron"
     roles: ClassVar[frozenset[Role]] = frozenset({"in", "out"})
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
-    settings: ClassVar[frozenset[str]] = frozenset({"min_kept", "width_multiple", "update_every"})
+    settings: ClassVar[frozenset[str]] = frozenset({"targets", "min_kept", "width_multiple", "update_every"})
     settles: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
@@ -172,13 +173,15 @@ class Criterion:
         """
         return state | {"total": total}
 
-    def rank_units(self, gram: Tensor, weight: Tensor) -> Tensor:
+    def rank_units(self, gram: Tensor, weight: Tensor, block: int) -> Tensor:
         """Return (N,) float32 scores of one group, where "gram" is needed; they take the total's place.
 
         Args:
-            gram: (F, F) float32, h^T h of what the output projection reads; F is N, or N + 1 with a last feature of 1.
-            weight: (D, N) float32, what reads it; where "output_grad" is needed, multiplied from the left by a root of
-                the Gram matrix of the output's gradients, so that squared norms are errors of the loss.
+            gram: (F, F) float32, h^T h of what the output projection reads; F is N * block, or one more with a last
+                feature of 1.
+            weight: (D, N * block) float32, what reads it; where "output_grad" is needed, multiplied from the left by a
+                root of the Gram matrix of the output's gradients, so that squared norms are errors of the loss.
+            block: neighboring features that are one unit's: 1, of heads their size.
         """
         raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no rank_units")
 
@@ -191,15 +194,22 @@ class Criterion:
     ) -> list[Tensor]:
         """Choose the units that remain after `step`: one (N,) bool mask for each group's (N,) scores."""
         at_target, remaining = step >= schedule.last_descent_step, schedule.remaining(step)
+        if self.config.scope == "standardized":
+            scores = [standardized(group) for group in scores]
+        elif {group.kind for group in groups} == {"neuron", "head"}:  # a head is worth as many neurons as it costs
+            scores = [each / group.cost for each, group in zip(scores, groups, strict=True)]
+        multiple = self.config.width_multiple if at_target else 1
         return select(
-            [standardized(group) for group in scores] if self.config.scope == "standardized" else scores,
+            scores,
             costs=[group.cost for group in groups],
             dense_costs=[group.dense_cost for group in groups],
             remaining=remaining,
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,
-            width_multiple=self.config.width_multiple if at_target else 1,
-            fractions=layer_fractions(self.config.budget, remaining, len(groups), self.redundancy),
+            width_multiple=[1 if group.kind == "head" else multiple for group in groups],
+            fractions=group_fractions(
+                self.config.budget, remaining, [group.layer for group in groups], self.redundancy
+            ),
         )
 
     def components(self, shape: tuple[int, int]) -> int:

@@ -11,5 +11,5 @@ class NeuronL0(Flop):
     """Keep the neurons whose gates want to stay open under the budget."""
 
     kind = "neuron"
-    settings = Flop.settings - OF_COMPONENTS
+    settings = Flop.settings - OF_COMPONENTS | {"targets"}
     multipliers_travel = 20.0

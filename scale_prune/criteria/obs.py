@@ -18,6 +18,7 @@ class Obs(Criterion):
 
     needs = frozenset({"gram"})
 
-    def rank_units(self, gram: Tensor, weight: Tensor) -> Tensor:
+    def rank_units(self, gram: Tensor, weight: Tensor, block: int) -> Tensor:
         """Return the error that each unit adds when it goes, (N,)."""
-        return elimination_scores(gram, weight, damping=self.config.repair_damping, rounds=ELIMINATION_ROUNDS)
+        damping = self.config.repair_damping
+        return elimination_scores(gram, weight, damping=damping, rounds=ELIMINATION_ROUNDS, block=block)

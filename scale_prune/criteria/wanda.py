@@ -20,7 +20,7 @@ class Wanda(Criterion):
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's part of the units' means of |W2|, (N,)."""
-        weights_of_a_unit = prod(view.member.shape) // view.member.shape[view.member.dim]
+        weights_of_a_unit = prod(view.member.shape) // view.member.num_units
         return view.unit_sum(view.weight.abs()) / weights_of_a_unit
 
     def activity(self, activations: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from scale_prune.core import UnitGroup
 from scale_prune.export.layouts import needs_code
 
 TRUST = ", trust_remote_code=True"
-REMOVED = {"neuron": "MLP neurons", "component": "Rank-1 components of weights"}
+REMOVED = {"neuron": "MLP neurons", "head": "attention heads", "component": "Rank-1 components of weights"}
 
 
 def model_card(
@@ -27,10 +27,11 @@ def model_card(
         loader: name of the class that loads it.
         report: contents of report.json, once there are any.
     """
-    name, removed = public_name(model), REMOVED[groups[0].kind]
+    name, kinds = public_name(model), dict.fromkeys(group.kind for group in groups)
+    removed = " and ".join(REMOVED[kind] for kind in kinds)
     made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
     share = f", {report['remaining']['measured']:.1%}" if report else ""
-    left = _widths([group.num_units for group in groups])
+    left = "; ".join(_widths([group.num_units for group in groups if group.kind == kind]) for kind in kinds)
     lines = [
         "---",
         _front_matter(model, report, loader).to_yaml(),

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTo
 from scale_prune.export.card import in_other_layout
 from scale_prune.export.gguf_file import dialect_of, padding, write_gguf
 from scale_prune.export.gguf_tokens import check_tokens
-from scale_prune.export.layouts import AUTO, GGUF, LAYOUTS, check_layout, stock_config
+from scale_prune.export.layouts import AUTO, GGUF, LAYOUTS, check_layout, plainest, stock_config
 from scale_prune.export.stored import Stored
 from scale_prune.export.writing import Export
 from scale_prune.models import family_of
@@ -47,19 +47,25 @@ def check_form(stored: Stored, form: str) -> str:
         ValueError: the layout cannot hold the model.
     """
     if form == GGUF:
+        if any(group.kind == "head" for group in stored.groups):
+            raise ValueError(
+                f"gguf has no place for layers' own numbers of heads, which {stored.folder} has; convert it --to pad "
+                "first"
+            )
         return form
     factors = "factorized" in stored.written or "factorized_embedding" in stored.written
     if form == "per_layer" and factors:
         raise ValueError(f"{stored.folder} is per_layer already, with factors; the other layouts multiply them out")
-    widths = {group.num_units for group in stored.groups}
+    widths = [group.num_units for group in stored.groups if group.kind == "neuron"]
+    heads = any(group.kind == "head" for group in stored.groups)
     if form == AUTO:
-        return "uniform" if len(widths) == 1 else "per_layer"
-    if form == "uniform" and len(widths) > 1:
+        return plainest(stored.config, stored.groups)
+    if form == "uniform" and len(set(widths)) > 1:
         raise ValueError(
-            f"--to uniform needs layers of one width, but they have {[group.num_units for group in stored.groups]} "
+            f"--to uniform needs layers of one width, but they have {widths} "
             f"neurons; choose pad or per_layer, or prune with --scope per_group"
         )
-    check_layout(form, stored.config)
+    check_layout(form, stored.config, heads=heads)
     return form
 
 

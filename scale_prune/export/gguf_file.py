@@ -146,6 +146,7 @@ def write_gguf(stored: Stored, path: Path, dtype: str | None) -> list[str]:
 
 def padding(groups: Sequence[UnitGroup]) -> list[str]:
     """Say what it costs that all layers are as wide as the widest; nothing where they are."""
+    groups = [group for group in groups if group.kind == "neuron"]
     widest = max(group.num_units for group in groups)
     each = [sum(prod(member.shape) // group.num_units for member in group.members) for group in groups]
     parameters = sum(n * group.num_units for n, group in zip(each, groups, strict=True))

@@ -100,7 +100,7 @@ class _Orders:
     def __init__(self, stored: Stored, dialect: Any, widths: list[int]) -> None:
         self.stored, self.dialect, self.config = stored, dialect, stored.config
         self.members = {
-            member.name: (member.dim, width)
+            member.name: (member, width)
             for group, width in zip(stored.groups, widths, strict=True)
             for member in group.members
         }
@@ -113,16 +113,16 @@ class _Orders:
         """Return the shape in the file."""
         shape = [*self.stored.shape(name)]
         if name in self.members:
-            dim, width = self.members[name]
-            shape[dim] = width
+            member, width = self.members[name]
+            shape[member.dim] = width
         return tuple(shape[::-1] if name in self.transposed else shape)
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor of the file."""
         tensor, dialect = self.stored.tensor(name), self.dialect
         if name in self.members:
-            dim, width = self.members[name]
-            tensor = pad_units(tensor, width, dim)
+            member, width = self.members[name]
+            tensor = pad_units(tensor, width, member)
         if name in self.transposed:
             tensor = tensor.T
         module = name.rpartition(".")[0].rpartition(".")[2]

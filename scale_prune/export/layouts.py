@@ -15,9 +15,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scale_prune.core import Kind, UnitGroup, pad_units
+from scale_prune.core import Kind, UnitGroup, pad_units, resize_group
 from scale_prune.export.factors import FACTOR_WORDS, Plan
-from scale_prune.models import auto_model, classifies, family_of, model_type_of, stock_class, unit_groups
+from scale_prune.models import (
+    auto_model,
+    classifies,
+    family_of,
+    head_size,
+    model_type_of,
+    stock_class,
+    unit_groups,
+)
+from scale_prune.models.families import GPT_NEO
 from scale_prune.models.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM
 
 LAYOUTS = ("uniform", "pad", "per_layer", "nemotron_nas")
@@ -29,6 +38,7 @@ OTHER_HEAD = """
 class PerLayer{name}(PerLayer, transformers.{name}):
     _auto_class = "{loader}"
 """
+PER_LAYER_WORDS = ("serialize_explicit_per_layer_config", "allow_global_per_layer_attribute_access")
 PROBE = 61
 """A width that no model has by itself."""
 MODELING_FILE = Path(__file__).parents[1] / "models" / "modeling_per_layer.py"
@@ -77,23 +87,34 @@ def needs_code(layout: str) -> bool:
     return layout in ("per_layer", "nemotron_nas")
 
 
-def check_layout(layout: str, config: PretrainedConfig) -> None:
+def check_layout(layout: str, config: PretrainedConfig, *, heads: bool = False) -> None:
     """Make sure, before training, that a model of this kind can be written in a layout.
 
     Args:
         layout: "uniform", "pad", "per_layer" or "nemotron_nas".
         config: the model's config.
+        heads: heads have left.
 
     Raises:
         ValueError: the layout is per_layer and transformers itself has no model class for this config, so
             that there is no class for the modeling file to build on; the layout is nemotron_nas and the model is no
-            Llama; or the model belongs to no registered family.
+            Llama, or heads have left; the layout is uniform, and this config cannot tell fewer heads; or the
+            model belongs to no registered family.
     """
     family_of(config)
     if layout == "nemotron_nas" and (reason := no_llama(config)):
         raise ValueError(
             f"layout 'nemotron_nas' is for models that are a Llama, {', '.join(LLAMA_LIKE)}, but {reason}; "
             f"ask for layout 'pad' or 'uniform', which every engine that knows the dense model loads"
+        )
+    if heads and layout == "nemotron_nas":
+        raise ValueError(
+            "layout 'nemotron_nas' has no place for different numbers of heads; ask for layout 'pad' or 'per_layer'"
+        )
+    if heads and layout == "uniform" and not tells_heads(config):
+        raise ValueError(
+            f"layout 'uniform' cannot hold fewer heads of a {config.model_type}, whose config does not tell their "
+            "size; ask for layout 'pad' or 'per_layer'"
         )
     if layout == "per_layer" and stock_class(config) is None:
         raise ValueError(
@@ -127,22 +148,61 @@ def check_width_key(model: PreTrainedModel) -> None:
         )
 
 
+def tells_heads(config: PretrainedConfig) -> bool:
+    """Tell whether a config decides about the number of heads by itself, and not about their size as well."""
+    config, stock = without_layout(config), stock_class(config)
+    try:
+        with torch.device("meta"):
+            dense = unit_groups(stock(config), ("attention",))
+            fewer = tuple(resize_group(group, 1) for group in dense)
+            _set_heads(config, fewer[0])
+            return unit_groups(stock(config), ("attention",)) == fewer
+    except Exception:  # whatever an architecture raises at a number that it cannot have
+        return False
+
+
+def plainest(config: PretrainedConfig, groups: Sequence[UnitGroup]) -> str:
+    """Return "uniform" where it can hold what is left of the layers, else "per_layer"."""
+    alike = all(len({group.num_units for group in groups if group.kind == kind}) < 2 for kind in ("neuron", "head"))
+    heads = any(group.kind == "head" for group in groups)
+    return "uniform" if alike and (not heads or tells_heads(config)) else "per_layer"
+
+
+def _set_heads(config: PretrainedConfig, group: UnitGroup) -> None:
+    """Let a config tell the heads of one group, and their size."""
+    config.head_dim = head_size(config)
+    for name, count in head_words(config, group).items():
+        setattr(config, name, count)
+
+
+def head_words(config: PretrainedConfig, group: UnitGroup) -> dict[str, int]:
+    """Return what a config calls the heads of a layer, and how many there are."""
+    words = {"num_attention_heads": group.num_features // head_size(config)}
+    if getattr(config, "num_key_value_heads", None) is not None:
+        words["num_key_value_heads"] = group.num_units
+    return words
+
+
 def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
     """Return a copy of the config that tells the widths in the way of the layout."""
-    check_layout(layout, config)
-    widths = {group.layer: group.num_units for group in groups}
-    if layout == "uniform" and len(set(widths.values())) > 1:
-        raise ValueError(
-            f"layout 'uniform' needs layers of one width, but they have {list(widths.values())}; "
-            f"ask for layout 'pad' or 'per_layer'"
-        )
+    heads = [group for group in groups if group.kind == "head"]
+    check_layout(layout, config, heads=bool(heads))
+    widths = {group.layer: group.num_units for group in groups if group.kind == "neuron"}
+    for what, counts in (("width", [*widths.values()]), ("number of heads", [group.num_units for group in heads])):
+        if layout == "uniform" and len(set(counts)) > 1:
+            raise ValueError(
+                f"layout 'uniform' needs layers of one {what}, but they have {counts}; "
+                f"ask for layout 'pad' or 'per_layer'"
+            )
     config = without_layout(config)
     setattr(config, family_of(config).width_key, max(widths.values()))
     stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
+    if heads and layout in ("uniform", "pad") and tells_heads(config):
+        _set_heads(config, max(heads, key=lambda group: group.num_units))
     if layout == "per_layer":
-        _set_per_layer(config, widths)
+        _set_per_layer(config, widths, heads)
     return _nemotron(config, [*widths.values()]) if layout == "nemotron_nas" else config
 
 
@@ -186,7 +246,8 @@ def without_layout(config: PretrainedConfig) -> PretrainedConfig:
         return stock_config(config.to_dict())
     config = copy.deepcopy(config)
     config.per_layer_config = None
-    vars(config).pop("serialize_explicit_per_layer_config", None)
+    for word in PER_LAYER_WORDS:
+        vars(config).pop(word, None)
     if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
         del config.auto_map
     return config
@@ -198,7 +259,7 @@ def stock_config(words: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         ValueError: transformers knows no such model type.
     """
-    layout_words = ("auto_map", "architectures", "per_layer_config", "serialize_explicit_per_layer_config")
+    layout_words = ("auto_map", "architectures", "per_layer_config", *PER_LAYER_WORDS)
     plain = {key: value for key, value in words.items() if key not in (*layout_words, *FACTOR_WORDS, "block_configs")}
     model_type = str(plain.pop("model_type", "")).removeprefix("factorized_")
     if model_type == DeciLMConfig.model_type:
@@ -211,9 +272,12 @@ def stock_config(words: Mapping[str, Any]) -> PretrainedConfig:
     return kind.from_dict(plain)
 
 
-def _set_per_layer(config: PretrainedConfig, widths: dict[int, int]) -> None:
+def _set_per_layer(config: PretrainedConfig, widths: dict[int, int], heads: Sequence[UnitGroup]) -> None:
     key = family_of(config).width_key
-    config.per_layer_config = {layer: {key: width} for layer, width in widths.items()}
+    own = {group.layer: head_words(config, group) for group in heads}
+    if heads:  # of the dense model, by which configs check themselves and tell the size of a head
+        config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = {layer: {key: width, **own.get(layer, {})} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
     _set_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
@@ -273,6 +337,7 @@ def modeling_source(file: Path, config: PretrainedConfig) -> str:
         "GPTNeoForCausalLM": stock_class(config).__name__,
         "GPTNeoConfig": _stock_config(config).__name__,
         "factorized_gpt_neo": f"factorized_{model_type_of(config)}",
+        _listed(GPT_NEO.attention): _listed(family.attention),
         "transformer.h": family.layers,
         "intermediate_size": family.width_key,
     }
@@ -285,17 +350,40 @@ def modeling_source(file: Path, config: PretrainedConfig) -> str:
     return source + "".join(OTHER_HEAD.format(loader=loader, name=name) for loader, name in others)
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
 def in_layout(
-    layout: str, tensors: Iterable[tuple[str, Tensor]], groups: Sequence[UnitGroup]
+    layout: str, tensors: Iterable[tuple[str, Tensor]], groups: Sequence[UnitGroup], config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield private CPU copies, padded where the layout asks for it."""
-    members = {member.name: member for group in groups for member in group.members}
-    widest = max(group.num_units for group in groups)
+    """Yield private CPU copies, padded where the layout asks for it.
+
+    Args:
+        layout: "uniform", "pad", "per_layer" or "nemotron_nas".
+        tensors: names and tensors of the compacted model.
+        groups: its groups.
+        config: of the dense model.
+    """
+    members = {member.name: (member, group) for group in groups for member in group.members}
+    padded = _padded_to(groups, config) if layout == "pad" else {}
     for name, tensor in tensors:
         copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        member = members.pop(name, None)
-        if member is not None:
+        member, group = members.pop(name, (None, None))
+        if member is not None and group is not None:
             assert copied.shape == member.shape, f"{name} is {copied.shape}, its group says {member.shape}"
-            copied = pad_units(copied, widest, member.dim) if layout == "pad" else copied
+            copied = pad_units(copied, padded[group.kind], member) if padded else copied
         yield name, copied
     assert not members, f"tensors of {sorted(members)} are missing"
+
+
+def _padded_to(groups: Sequence[UnitGroup], config: PretrainedConfig) -> dict[Kind, int]:
+    """Return how many units all layers have in layout "pad": as the widest, or all heads if the config says so."""
+    widest: dict[Kind, int] = {}
+    for group in groups:
+        widest[group.kind] = max(group.num_units, widest.get(group.kind, 0))
+    if "head" in widest and not tells_heads(config):
+        heads = next(group for group in groups if group.kind == "head")
+        config = without_layout(config)
+        widest["head"] = config.num_attention_heads * head_size(config) // heads.block
+    return widest

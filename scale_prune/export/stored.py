@@ -34,10 +34,16 @@ class Stored:
 
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
-        """The neurons that are there: up to the last one of a layer that is not zero in all its tensors."""
+        """The neurons that are there: up to the last one of a layer that is not zero in all its tensors; and heads, if
+        some have left."""
         with torch.device("meta"):
-            groups = unit_groups(stock_class(self.config)(self.config))
-        return tuple(resize_group(group, self._live(group)) for group in groups)
+            model = stock_class(self.config)(self.config)
+        neurons = tuple(resize_group(group, self._live(group)) for group in unit_groups(model))
+        own = self.written.get("per_layer_config") or {}
+        if not any("num_attention_heads" in words for words in own.values()):
+            return neurons
+        heads = unit_groups(model, ("attention",))
+        return (*neurons, *(resize_group(group, self._stored_heads(group)) for group in heads))
 
     @cached_property
     def names(self) -> dict[str, Sequence[str]]:
@@ -100,6 +106,11 @@ class Stored:
         down, up = (self.files.read(part) for part in sorted(parts))
         whole = product(down, up)
         return whole.T.contiguous() if family_of(self.config).transposed else whole
+
+    def _stored_heads(self, group: UnitGroup) -> int:
+        """Return how many units of a group of heads the files have."""
+        first = group.members[0]
+        return self._full_shape(first.name)[first.dim] * group.num_units // first.shape[first.dim]
 
     def _live(self, group: UnitGroup) -> int:
         """Return the number of neurons up to the last that is not zero everywhere; at least 1."""

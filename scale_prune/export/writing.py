@@ -115,7 +115,7 @@ class Export:
         """Write the weights, and say in the config what only they show: their type, and whether they are tied."""
         family = family_of(self.config)
         if plan is None:
-            stored = in_layout(self.layout, tensors, self.groups)
+            stored = in_layout(self.layout, tensors, self.groups, self.config)
         else:
             stored = stored_factors(tensors, self.groups, plan, transposed=family.transposed)
         # The names of files are for the classes of transformers; code that comes with a model gets no translation.

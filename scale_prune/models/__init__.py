@@ -8,12 +8,10 @@ from scale_prune.models.families import (
     auto_model,
     classifies,
     family_of,
-    linear_inputs,
-    linear_names,
     model_type_of,
     positions_of,
     register_family,
     stock_class,
-    unit_groups,
 )
 from scale_prune.models.gates import Gates
+from scale_prune.models.layer_units import head_size, linear_inputs, linear_names, stored_groups, unit_groups

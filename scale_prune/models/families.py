@@ -1,4 +1,4 @@
-"""Where a model family keeps its MLP neurons: a few lines of data each.
+"""Where a model family keeps its MLP neurons and its heads: a few lines of data each.
 
 To prune another architecture, describe it and register the description:
 
@@ -6,22 +6,16 @@ To prune another architecture, describe it and register the description:
                            inputs=("dense_h_to_4h",), output="dense_4h_to_h", width_key="intermediate_size"))
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
-    PreTrainedModel,
 )
-
-from scale_prune.core import Member, Role, UnitGroup
-from scale_prune.models.factorized import full_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +31,10 @@ class Family:
         width_key: the config's key for the number of neurons of an MLP.
         transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
         checkpoint_names: pairs of a name in the state dict and the one in files, where transformers tells them apart.
-        attention: names of the linear projections of attention within a layer.
+        attention: names of the linear projections of attention within a layer, the output's last.
+        heads: how the rows of the other ones belong to heads: "apart", queries, keys and values have projections of
+            their own; "by_head", one projection has those of each head together; "by_kind", it has first all queries,
+            then all keys, then all values; "" where heads are not known to be removable.
         classifies: True for encoders, which classify texts; False for causal language models.
         spare_positions: rows of the table of positions that are never used, counted from `pad_token_id` on.
     """
@@ -51,6 +48,7 @@ class Family:
     transposed: bool = False
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     attention: tuple[str, ...] = ()
+    heads: Literal["", "apart", "by_head", "by_kind"] = ""
     classifies: bool = False
     spare_positions: bool = False
 
@@ -88,8 +86,15 @@ GPT_NEO = Family(
     output="c_proj",
     width_key="intermediate_size",
     attention=_in("attn.attention", "q_proj k_proj v_proj out_proj"),
+    heads="apart",
 )
-GPT_2 = replace(GPT_NEO, model_types=("gpt_bigcode",), width_key="n_inner", attention=_in("attn", "c_attn c_proj"))
+GPT_BIGCODE = replace(
+    GPT_NEO,
+    model_types=("gpt_bigcode",),
+    width_key="n_inner",
+    attention=_in("attn", "c_attn c_proj"),
+    heads="by_head",
+)
 GPT_J = replace(
     GPT_NEO,
     model_types=("gptj",),
@@ -105,6 +110,7 @@ FALCON = replace(
     output="dense_4h_to_h",
     width_key="ffn_hidden_size",
     attention=_in("self_attention", "query_key_value dense"),
+    heads="by_head",
 )
 GPT_NEOX = replace(
     FALCON,
@@ -126,6 +132,7 @@ LLAMA = Family(
     output="down_proj",
     width_key="intermediate_size",
     attention=_in("self_attn", "q_proj k_proj v_proj o_proj"),
+    heads="apart",
 )
 PHI = replace(
     LLAMA, model_types=("phi",), inputs=("fc1",), output="fc2", attention=_in("self_attn", "q_proj k_proj v_proj dense")
@@ -146,11 +153,13 @@ BERT = Family(
     output="output.dense",
     width_key="intermediate_size",
     attention=_in("attention", "self.query self.key self.value output.dense"),
+    heads="apart",
     classifies=True,
 )
 for family in (
-    *(GPT_NEO, GPT_J, GPT_2, replace(GPT_2, model_types=("gpt2",), transposed=True)),
-    replace(GPT_J, model_types=("codegen",), attention=_in("attn", "qkv_proj out_proj")),
+    *(GPT_NEO, GPT_J, GPT_BIGCODE),
+    replace(GPT_BIGCODE, model_types=("gpt2",), transposed=True, heads="by_kind"),
+    replace(GPT_J, model_types=("codegen",), attention=_in("attn", "qkv_proj out_proj"), heads=""),
     *(FALCON, GPT_NEOX, LLAMA, PHI, OPT, BERT),
     replace(LLAMA, model_types=("arcee", "apertus", "nemotron"), inputs=("up_proj",)),
     replace(LLAMA, model_types=("starcoder2",), inputs=("c_fc",), output="c_proj"),
@@ -208,100 +217,3 @@ def positions_of(config: PretrainedConfig) -> int | None:
     if positions is None or family is None or not family.spare_positions:
         return positions
     return int(positions - (config.pad_token_id + 1))
-
-
-def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """List a model's linear modules of some kinds, layer by layer.
-
-    Args:
-        model: the model.
-        targets: any of "mlp" and "attention".
-
-    Raises:
-        ValueError: the family has none of a kind, or its description does not fit the model.
-    """
-    family = family_of(model.config)
-    within = {
-        "attention": family.attention,
-        "mlp": tuple(".".join(filter(None, (family.mlp, name))) for name in (*family.inputs, family.output)),
-    }
-    for target in targets:
-        if not within[target]:
-            found = ", ".join(name for name, projections in within.items() if projections)
-            raise ValueError(
-                f"--targets {target}: the family of {model.config.model_type} has no {target}, only {found}"
-            )
-    try:
-        num_layers = len(list(model.get_submodule(family.layers).children()))
-        names = [
-            f"{family.layers}.{layer}.{name}"
-            for layer in range(num_layers)
-            for target in targets
-            for name in within[target]
-        ]
-        for name in names:
-            model.get_submodule(name)
-    except AttributeError as missing:
-        raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
-    return names
-
-
-def linear_inputs(model: PreTrainedModel, targets: Sequence[str]) -> list[UnitGroup]:
-    """List what the linear modules of `linear_names` read, one group of D_in features a module, without members."""
-    axis = 0 if family_of(model.config).transposed else 1
-    names = linear_names(model, targets)
-    widths = [full_shape(model.get_submodule(name).weight)[axis] for name in names]
-    return [
-        UnitGroup(name=name, layer=0, num_units=width, members=(), output=name)
-        for name, width in zip(names, widths, strict=True)
-    ]
-
-
-def unit_groups(model: PreTrainedModel) -> tuple[UnitGroup, ...]:
-    """List the MLP neurons of a model, one group for each layer.
-
-    Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
-
-    Args:
-        model: the model, in one piece or partitioned by ZeRO-3; layers may differ in width.
-
-    Returns:
-        The groups, by layer. A projection without bias has no bias member; the output projection's bias belongs to no
-        neuron and is never a member.
-
-    Raises:
-        ValueError: the model's type belongs to no registered family; or the family's description does not fit the
-            model, because a module has another name or the members differ in their number of neurons.
-    """
-    family = family_of(model.config)
-    try:
-        layers = model.get_submodule(family.layers)
-        return tuple(_group(model, family, index) for index in range(len(list(layers.children()))))
-    except AttributeError as missing:
-        raise ValueError(f"{family} does not describe a {type(model).__name__}: {missing}") from missing
-
-
-def _group(model: nn.Module, family: Family, layer: int) -> UnitGroup:
-    name = ".".join(filter(None, (family.layers, str(layer), family.mlp)))
-    members = tuple(_members(model, family, name))
-    widths = {member.name: member.shape[member.dim] for member in members}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"{family} does not describe a {type(model).__name__}: neurons of {name} counted as {widths}")
-    num_units = next(iter(widths.values()))
-    return UnitGroup(name=name, layer=layer, num_units=num_units, members=members, output=f"{name}.{family.output}")
-
-
-def _members(model: nn.Module, family: Family, mlp: str) -> Iterator[Member]:
-    in_dim, out_dim = (1, 0) if family.transposed else (0, 1)
-    for name in (f"{mlp}.{projection}" for projection in family.inputs):
-        yield _member(model, f"{name}.weight", in_dim, "in")
-        if getattr(model.get_submodule(name), "bias", None) is not None:
-            yield _member(model, f"{name}.bias", 0, "bias")
-    yield _member(model, f"{mlp}.{family.output}.weight", out_dim, "out")
-
-
-def _member(model: nn.Module, name: str, dim: int, role: Role) -> Member:
-    parameter = model.get_parameter(name)
-    # ZeRO-3 leaves a partitioned parameter with the shape (0,) and records the full one here.
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    return Member(name=name, shape=shape, dim=dim, role=role)

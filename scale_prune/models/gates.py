@@ -43,8 +43,8 @@ class Gates:
         self.gates = [Gate() for _ in groups]
         self.holders = [module.get_submodule(group.output) for group in groups]
         self.handles = [
-            holder.register_forward_pre_hook(_multiplier(gate))
-            for holder, gate in zip(self.holders, self.gates, strict=True)
+            holder.register_forward_pre_hook(_multiplier(gate, group))
+            for holder, gate, group in zip(self.holders, self.gates, groups, strict=True)
             if not isinstance(holder, GATED)
         ]
         for holder, gate in zip(self.holders, self.gates, strict=True):
@@ -78,9 +78,9 @@ class Gates:
                 holder.gate = None
 
 
-def _multiplier(gate: Gate) -> Any:
+def _multiplier(gate: Gate, group: UnitGroup) -> Any:
     def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         values = gate(module)
-        return None if values is None else (args[0] * values.to(args[0].dtype), *args[1:])
+        return None if values is None else (args[0] * group.by_feature(values).to(args[0].dtype), *args[1:])
 
     return multiply

@@ -221,9 +221,9 @@ def _tokens(job: Job) -> int:
 
 def _sampled(job: Job) -> int:
     """Return the bytes of the activations that a rank samples, of all groups."""
-    return (
-        _tokens(job) * job.layout.num_units * job.width if _needs(job, "activation") or _needs(job, "activity") else 0
-    )
+    if not (_needs(job, "activation") or _needs(job, "activity")):
+        return 0
+    return _tokens(job) * sum(group.num_features for group in job.groups) * job.width
 
 
 def _cosines(job: Job) -> int:
@@ -231,7 +231,8 @@ def _cosines(job: Job) -> int:
     if not _needs(job, "activation"):
         return 0
     widest = max(group.num_units for group in job.groups)
-    gathered = job.world_size * _tokens(job) * widest * (job.width + FP32)
+    features = max(group.num_features for group in job.groups)
+    gathered = job.world_size * _tokens(job) * features * (job.width + FP32)
     return gathered + 3 * FP32 * min(ROWS_AT_ONCE, job.layout.per_rank, widest) * widest
 
 

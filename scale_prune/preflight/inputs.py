@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, TrainingConfig, load, resolve
+from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, PruningConfig, TrainingConfig, load, resolve
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
-from scale_prune.export import GGUF, check_gguf, check_layout, check_width_key, resolve_layout
+from scale_prune.export import AUTO, GGUF, check_gguf, check_layout, check_width_key, resolve_layout, tells_heads
 from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
-from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
+from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, removes_heads, sketch_units
 from scale_prune.zero3 import ds_check
 
 
@@ -60,6 +60,7 @@ class Reading:
         world_size: number of ranks.
         splits: the texts that are needed.
         needs_groups: False where the model is only used, not pruned.
+        chooses_layout: the user leaves the layout open.
         model_config: the model's own configuration.
         tokenizer: the model's tokenizer.
         groups: the model's groups.
@@ -72,6 +73,7 @@ class Reading:
     world_size: int
     splits: Sequence[Split] = SPLITS
     needs_groups: bool = True
+    chooses_layout: bool = False
     model_config: PretrainedConfig | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     groups: tuple[UnitGroup, ...] = ()
@@ -92,6 +94,7 @@ class Reading:
 
 
 def _fill_in(reading: Reading) -> None:
+    reading.chooses_layout = reading.config.output.layout in (None, AUTO)
     reading.config = fill_in(reading.config)
 
 
@@ -185,8 +188,11 @@ def _check_tokens(reading: Reading, flag: str, name: str | None) -> None:
 def _check_layout(reading: Reading) -> None:
     if reading.model_config is None or not reading.needs_groups:
         return
+    heads = removes_heads(reading.config.pruning)
+    if heads and reading.chooses_layout and not tells_heads(reading.model_config):
+        reading.config = replace(reading.config, output=replace(reading.config.output, layout="per_layer"))
     layout, values = str(reading.config.output.layout), reading.model_config.to_dict()
-    check_layout(layout, reading.model_config)
+    check_layout(layout, reading.model_config, heads=heads)
     components = CRITERIA[reading.config.pruning.criterion].kind == "component"
     if components and (values.get("per_layer_config") or values.get("block_configs")):
         model = reading.config.training.model
@@ -194,8 +200,18 @@ def _check_layout(reading: Reading) -> None:
             f"--model {model} has layers of different widths, beside which factors have no place; "
             f"make them one width: python launch/convert.py {model} --to pad --output FOLDER"
         )
+    if layout == GGUF and heads and not (_alike(reading.config.pruning) and tells_heads(reading.model_config)):
+        raise ValueError(
+            "--layout gguf has no place for different numbers of heads; give --layout pad, or --scope per_group and "
+            "--budget uniform, by which all layers of a Llama keep as many"
+        )
     if layout == GGUF and reading.tokenizer is not None:
         check_gguf(reading.model_config, reading.tokenizer)
+
+
+def _alike(pruning: PruningConfig) -> bool:
+    """Tell whether all layers keep as many units."""
+    return pruning.scope == "per_group" and pruning.budget == "uniform"
 
 
 def _check_groups(reading: Reading) -> None:

@@ -24,7 +24,7 @@ def round_memory(job: Job) -> dict[str, int]:
     """
     if not solves(job):
         return {}
-    widths = [group.num_units + 1 for group in job.groups]
+    widths = [group.num_features + 1 for group in job.groups]
     own, widest = -(-len(widths) // job.world_size), max(widths)
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
     return {
@@ -50,7 +50,7 @@ def round_bytes(job: Job) -> dict[str, int]:
     """Return the bytes that a rank receives in a round, by purpose, at the widths of the dense model."""
     if not solves(job):
         return {}
-    widths, weights = [group.num_units + 1 for group in job.groups], _output_weights(job)
+    widths, weights = [group.num_features + 1 for group in job.groups], _output_weights(job)
     passes = job.calibration_steps * job.accumulation
     with_gradients, features = (3, _gradient_features(job)) if _gradient_features(job) else (1, 0)
     chooses = "gram" in CRITERIA[job.pruning.criterion].needs
@@ -73,7 +73,7 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
     """
     if not solves(job):
         return {}
-    widths = [group.num_units + 1 for group in job.groups]
+    widths = [group.num_features + 1 for group in job.groups]
     own, widest = -(-len(widths) // job.world_size), max(widths)
     kept, features = _kept(job, widest), _gradient_features(job)
     return {

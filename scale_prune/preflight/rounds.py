@@ -82,12 +82,12 @@ def check_repair(model: nn.Module, groups: Sequence[UnitGroup], pruning: Pruning
     """
     if pruning.budget == "redundancy":
         layer_of(model, groups[0].output)
-    output = model.get_submodule(groups[0].output)
-    if pruning.repair == "mean" and getattr(output, "bias", None) is None:
-        raise ValueError(
-            f"--repair mean gives the means of removed neurons to the bias of {groups[0].output}, which has none; give "
-            "--repair least_squares, which needs none"
-        )
+    for output in (group.output for group in groups):
+        if pruning.repair == "mean" and getattr(model.get_submodule(output), "bias", None) is None:
+            raise ValueError(
+                f"--repair mean gives the means of what is removed to the bias of {output}, which has none; give "
+                "--repair least_squares, which needs none"
+            )
 
 
 def check_calibration(config: Config, batch_size: int) -> None:
@@ -110,7 +110,7 @@ def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> 
     """Return a line where the damping decides more than the text, empty where it does not."""
     criterion = CRITERIA[pruning.criterion]
     whitens = criterion.kind == "component" and pruning.factors == "whitened"
-    widest = max(group.members[0].shape[1] if whitens else group.num_units for group in groups)
+    widest = max(group.members[0].shape[1] if whitens else group.num_features for group in groups)
     solves = pruning.repair == "least_squares" or "gram" in criterion.needs or whitens
     if pruning.remaining == 1 or not solves or pruning.calibration_tokens >= widest:
         return ""

@@ -46,11 +46,11 @@ def _model(reading: Reading) -> Iterator[str]:
     if not reading.groups:
         return
     assert reading.model_config is not None
-    widths = [group.num_units for group in reading.groups]
     name = reading.config.training.model or "the embedded GPT-Neo, which the run builds and trains first"
     yield f"model: {name} ({reading.model_config.model_type})"
-    unit = reading.groups[0].kind
-    yield f"groups: {len(widths)}, of {_listed(widths)} {unit}s; {sum(widths):,} {unit}s in all"
+    for unit in dict.fromkeys(group.kind for group in reading.groups):
+        widths = [group.num_units for group in reading.groups if group.kind == unit]
+        yield f"groups: {len(widths)}, of {_listed(widths)} {unit}s; {sum(widths):,} {unit}s in all"
 
 
 def _listed(widths: Sequence[int]) -> str:
@@ -91,7 +91,7 @@ def _schedule(reading: Reading) -> Iterator[str]:
             f"{schedule.last_descent_step:,}"
         )
         return
-    counted = "neurons" if reading.groups[0].kind == "neuron" else "parameters"
+    counted = "neurons" if {group.kind for group in reading.groups} == {"neuron"} else "parameters"
     rows = []
     for step in schedule_steps(schedule):
         remaining = schedule.remaining(step)

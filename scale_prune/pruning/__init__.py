@@ -10,7 +10,9 @@ from scale_prune.pruning.units import (
     clusters_of,
     components_of,
     embedding_tied_as_asked,
+    neurons_and_heads,
     removes_components,
+    removes_heads,
     sketch_units,
     units_of,
 )

@@ -6,7 +6,8 @@ Which tokens are sampled follows from the seed, the step and their place in the 
 of ranks nor the accumulation steps change it. Every row of the global batch has its part of the sample, and within a
 row every token that is no padding has the same chance.
 
-Shape letters: B rows of a forward pass, T tokens in a row, N units of a group.
+Shape letters: B rows of a forward pass, T tokens in a row, N units of a group. A head's features are taken as if each
+were of a token of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,8 @@ class ActivationSampler:
     def caught(self) -> Iterator[Tensor]:
         """Yield what this rank has caught so far, one (T, N) float32 tensor a group; T may be 0."""
         for group, rows in zip(self.groups, self._caught, strict=True):
-            empty = torch.empty(0, group.num_units, device=self.backend.device)
-            yield torch.cat(rows).float() if rows else empty
+            empty = torch.empty(0, group.num_features, device=self.backend.device)
+            yield by_unit(torch.cat(rows).float() if rows else empty, group)
 
     def take(self) -> Iterator[Tensor]:
         """Remove the hooks; bring the ranks' tokens together, one (tokens, N) tensor a group. A collective.
@@ -73,8 +74,9 @@ class ActivationSampler:
         most = self.backend.all_gather(counts).view(-1, len(caught)).amax(0).tolist()
         like = next((rows[0] for rows in caught if rows), torch.empty(0, device=self.backend.device))
         for group, parts, length in zip(self.groups, caught, most, strict=True):
-            rows = torch.cat([like.new_empty(0, group.num_units), *parts])
-            yield self.backend.all_gather(pad(rows, (0, 0, 0, length - len(rows)))) if length else rows
+            rows = torch.cat([like.new_empty(0, group.num_features), *parts])
+            gathered = self.backend.all_gather(pad(rows, (0, 0, 0, length - len(rows)))) if length else rows
+            yield by_unit(gathered, group)
 
     def disarm(self) -> None:
         """Remove the hooks, and forget what they caught."""
@@ -116,6 +118,11 @@ class ActivationSampler:
             order = np.random.default_rng((*self._seed, first_row + row)).permutation(places)
             chosen.append(torch.from_numpy(row * length + order[:quota]))
         return torch.cat(chosen)
+
+
+def by_unit(activations: Tensor, group: UnitGroup) -> Tensor:
+    """Return (T * block, N) of the (T, N * block) features of T tokens."""
+    return rearrange(activations, "token (unit feature) -> (token feature) unit", feature=group.block)
 
 
 def real_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

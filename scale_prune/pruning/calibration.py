@@ -4,7 +4,7 @@ Every token of the text counts, padding never, and everything adds up over token
 changes nothing but the rounding.
 
 The Gram matrix of group g lies whole with rank g mod W, which solves for it, so that the layers are solved side by
-side. What moves, with N units in a group and F = N or N + 1 features:
+side. What moves, with N units in a group and F = N or N + 1 features, of heads their size times N:
 
     every forward pass   each group's F * F sums to the rank that keeps them       4 F^2 bytes a group
     every backward pass  likewise, of gradients, D the width of the model          4 D^2 bytes a group
@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 
 from scale_prune.core import UnitGroup, UnsolvableError, gram_root, least_squares, mean_takeover
 from scale_prune.core.repair import in_metric
-from scale_prune.pruning.activations import real_tokens
+from scale_prune.pruning.activations import by_unit, real_tokens
 from scale_prune.pruning.backend import ShardBackend
 
 ROWS_AT_ONCE = 1024  # of a Gram matrix, on their way to the rank that keeps it: 64 MiB at N = 16,384
@@ -33,15 +33,15 @@ class Calibration:
 
     Args:
         backend: the model, and this rank's place among the others.
-        groups: whose activations are watched; of neurons.
+        groups: whose activations are watched; of neurons or heads.
         gram: keep Gram matrices.
-        activity: (T, N) float32 activations of one group to the (N,) or (K, N) numbers that add up over tokens; None
-            for no such numbers.
+        activity: (T, N) float32 activations of one group to the (N,) or (K, N) numbers that add up over tokens; of
+            heads, T are all features of all tokens. None for no such numbers.
         redundancy: compare what goes into the groups' layers with what comes out.
 
     Attributes:
-        grams: (F, F) float32 by number of the group, of those that this rank keeps; F is N + 1 where the projection has
-            a bias, and the last feature is 1.
+        grams: (F, F) float32 by number of the group, of those that this rank keeps; where the projection has a bias,
+            the last feature is 1.
         output_grams: (D, D) float32 of the gradients of what comes out of the projection, likewise.
         activities: what `activity` came to, group by group, on this rank.
     """
@@ -96,7 +96,7 @@ class Calibration:
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             h = rearrange(args[0].detach(), "... unit -> (...) unit")[self._real.to(args[0].device)].float()
             if self._activity is not None:
-                self.activities[index] += self._activity(h)
+                self.activities[index] += self._activity(by_unit(h, self.groups[index]))
             if self._gram:
                 ones = h.new_ones(len(h), 1)
                 features = h if getattr(module, "bias", None) is None else torch.cat([h, ones], 1)
@@ -170,14 +170,14 @@ def layer_of(model: nn.Module, name: str) -> str:
     )
 
 
-def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor], Tensor]) -> dict[int, Tensor]:
+def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor, int], Tensor]) -> dict[int, Tensor]:
     """Return (N,) scores by number of the group, of the groups that this rank keeps. A collective.
 
     The weights that read a group's units are gathered as in a forward pass, those of W groups before they are ranked.
 
     Args:
         calibration: with Gram matrices.
-        rank_units: (F, F) Gram matrix and (D, N) float32 weight to (N,) scores.
+        rank_units: (F, F) Gram matrix, (D, features) float32 weight and features a unit to (N,) scores.
 
     Raises:
         ValueError: a Gram matrix cannot be solved.
@@ -192,7 +192,7 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor],
                 try:
                     if index in calibration.output_grams:
                         weight = in_metric(weight, calibration.output_grams[index])
-                    scores[index] = rank_units(calibration.grams[index], weight)
+                    scores[index] = rank_units(calibration.grams[index], weight, groups[index].block)
                 except UnsolvableError:
                     failed[index] = 1
     _raise_together(backend, groups, failed)
@@ -209,14 +209,15 @@ def takeovers_of(calibration: Calibration, masks: Sequence[Tensor], repair: str,
         damping: of `least_squares`.
 
     Returns:
-        (K, P) or (K + 1, P) by number of the group.
+        (K, P) or (K + 1, P) by number of the group, of K features that stay and P that go.
 
     Raises:
         ValueError: a Gram matrix cannot be solved.
     """
 
     def solve(index: int, gram: Tensor) -> Tensor:
-        return mean_takeover(gram, masks[index]) if repair == "mean" else least_squares(gram, masks[index], damping)
+        keep = calibration.groups[index].by_feature(masks[index])
+        return mean_takeover(gram, keep) if repair == "mean" else least_squares(gram, keep, damping)
 
     return _solved(calibration, solve, [index for index in calibration.grams if not masks[index].all()])
 
@@ -230,7 +231,7 @@ def roots_of(calibration: Calibration, damping: float) -> dict[str, Tensor]:
     groups = calibration.groups
 
     def root(index: int, gram: Tensor) -> Tensor:
-        return gram_root(gram, groups[index].num_units, damping)
+        return gram_root(gram, groups[index].num_features, damping)
 
     return {groups[index].name: each for index, each in _solved(calibration, root, list(calibration.grams)).items()}
 
@@ -255,7 +256,7 @@ def _solved(
 
 
 def _output_weight(backend: ShardBackend, group: UnitGroup, index: int) -> Tensor | None:
-    """Return the (D, N) float32 weight that reads the units, on the rank that keeps the group. A collective."""
+    """Return the (D, features) float32 weight that reads the units, on the rank that keeps the group. A collective."""
     member = next(member for member in group.members if member.role == "out")
     weight = backend.gather(member)
     return weight.movedim(member.dim, -1) if keeper_of(index, backend) == backend.rank else None

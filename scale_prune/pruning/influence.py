@@ -58,9 +58,10 @@ class Influence:
 
     def _take(self, index: int, h: Tensor, gradient: Tensor) -> None:
         products = (h.float() * gradient.float()).view(self._rows, -1, h.shape[-1])
-        backend = self.line.backend
+        backend, group = self.line.backend, self.line.groups[index]
         alone = self._rows * backend.accumulation_steps / backend.loss_scale
-        self._sums[self.line.layout.slice_of(index)] += self._of_sequences(products.sum(1) * alone)
+        by_unit = products.sum(1).view(self._rows, group.num_units, group.block).sum(-1)
+        self._sums[self.line.layout.slice_of(index)] += self._of_sequences(by_unit * alone)
 
 
 class _Watched(torch.autograd.Function):

@@ -67,6 +67,29 @@ def components_of(model: nn.Module) -> tuple[UnitGroup, ...]:
     return (*cluster_groups(model), *component_groups(model))
 
 
+def removes_heads(pruning: PruningConfig) -> bool:
+    """Tell whether a run removes heads."""
+    neurons = CRITERIA[pruning.criterion].kind == "neuron"
+    return neurons and pruning.remaining < 1 and "attention" in pruning.target_names
+
+
+def neurons_and_heads(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
+    """List the neurons and heads of a model that are targets; where nothing is to leave, the neurons.
+
+    Raises:
+        ValueError: a target is neither; or as `unit_groups`.
+    """
+    criterion = CRITERIA.get(pruning.criterion)
+    if criterion is None or criterion.kind == "component":
+        return unit_groups(model)
+    if EMBEDDING in pruning.target_names:
+        raise ValueError(
+            f"--targets {pruning.targets}: --criterion {pruning.criterion} removes neurons (mlp) and heads "
+            "(attention); an embedding is factorized, by --criterion flop or factorize"
+        )
+    return unit_groups(model, pruning.target_names)
+
+
 def units_of(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup, ...]:
     """List the units of a model that has been prepared.
 
@@ -74,7 +97,7 @@ def units_of(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGroup,
         ValueError: the criterion removes components, and the model's weights are not factorized; or as `unit_groups`.
     """
     if not removes_components(pruning):
-        return unit_groups(model)
+        return neurons_and_heads(model, pruning)
     if not (groups := components_of(model)):
         raise ValueError(
             f"criterion {pruning.criterion!r} removes components, but no weight of the model is factorized; call "
@@ -96,7 +119,7 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
             "from"
         )
     if not removes_components(pruning):
-        return unit_groups(model)
+        return neurons_and_heads(model, pruning)
     criterion = CRITERIA[pruning.criterion](pruning, 0)
     for name in linear_names(model, pruning.linear_targets):
         _put_empty_factors(model, name, criterion)

@@ -41,8 +41,8 @@ def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
 
 def _by_layer(axes: Any, report: Mapping[str, Any]) -> None:
     axes.bar(range(len(report["widths"])), report["widths"], color="C0")
-    axes.set(xlabel="layer" if report["unit"] == "neuron" else "weight", ylabel=f"{report['unit']}s that are left")
-    if report["unit"] == "neuron":
+    axes.set(xlabel="weight" if report["unit"] == "component" else "layer", ylabel=f"{report['unit']}s that are left")
+    if report["unit"] == "neuron" and not report["heads"]:
         dense = math.ceil(sum(report["widths"]) / report["remaining"]["measured"] / len(report["widths"]))
         axes.axhline(dense, color="gray", linestyle=":", label="dense, on average")
         axes.legend()

@@ -81,7 +81,7 @@ def _noted(run: Run) -> Iterator[None]:
         round_ |= {"redundancy": redundancy} if redundancy else {}
         round_ |= {"seconds": {part: each for part, each in spent.items() if each and part != "evaluation"}}
         run.progress.rounds.append(round_)
-        what = "neurons" if run.student.kind == "neuron" else "targets' parameters"
+        what = "neurons" if {group.kind for group in run.student.groups} == {"neuron"} else "targets' parameters"
         run.monitor.say(f"step {run.progress.step}: {remaining:.1%} of the {what} remain, for good")
 
 

@@ -43,7 +43,10 @@ def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 def as_markdown(report: Mapping[str, Any]) -> str:
     """Lay a report out for people: results first, then widths, time, settings."""
     perplexity, parameters, remaining = report["perplexity"], report["parameters"], report["remaining"]
-    whole = {"neuron": "neurons", "component": "factorized weights' parameters"}[report["unit"]]
+    heads = report.get("heads", [])  # none in reports of earlier versions
+    whole = {"neuron": "neurons", "component": "factorized weights' parameters", "head": "heads"}[report["unit"]]
+    if heads and report["unit"] == "neuron":
+        whole = "parameters of neurons and heads"
     lines = [
         f"# {report['model']}, {report['criterion']}, {remaining['measured']:.1%} of the {whole}",
         "",
@@ -56,7 +59,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         *_quality(perplexity, report.get("metrics", {})),
         *_reference(report),
         f"Remaining: target {remaining['target']:.2%}, measured {remaining['measured']:.2%}{_by_gates(remaining)}. "
-        f"Layout {report['layout']}, widths {report['widths']}.",
+        f"Layout {report['layout']}, widths {report['widths']}{f', heads {heads}' if heads else ''}.",
         "",
         *_clusters(report["embedding"]),
         *_rounds(report.get("rounds", [])),

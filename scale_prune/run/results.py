@@ -34,7 +34,8 @@ def results(run: Run, *, pruned_parameters: int, stored_parameters: int) -> dict
             "gates": pruner.gating.expected if pruner.gating is not None else None,
         },
         "unit": run.student.kind,
-        "widths": pruner.widths,
+        "widths": _left(run, run.student.kind),
+        "heads": _left(run, "head"),
         "parameters": {"dense": dense_parameters, "pruned": pruned_parameters, "stored": stored_parameters},
         "task": config.task.task,
         "bos": run.inputs.begins_with_bos,
@@ -49,6 +50,12 @@ def results(run: Run, *, pruned_parameters: int, stored_parameters: int) -> dict
         "versions": versions(),
         **origin(config),
     }
+
+
+def _left(run: Run, kind: str) -> list[int]:
+    """Return how many units of a kind each group has left."""
+    pruner = run.student.pruner
+    return [width for group, width in zip(pruner.groups, pruner.widths, strict=True) if group.kind == kind]
 
 
 def _progress(progress: Progress) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     if (last_removal if run.config.training.max_steps else 0) < run.last_step:
         train(run, steps, run.last_step)
         run.measure("recovered")
-    pruned_parameters, groups, layout = student.num_parameters, student.groups, _layout(run)
+    pruned_parameters, groups, layout = student.num_parameters, student.stored, _layout(run)
     _export(run)
     stored_parameters = _reload(run)
     if run.config.output.reference is not None:
@@ -51,7 +51,7 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 def _measure_start(run: Run) -> None:
     """Measure the dense model, and the one that training starts from, if its weights are factorized."""
-    if run.student.kind == "neuron":
+    if run.student.kind != "component":
         run.measure("dense")
         return
     randomness = random_state()
@@ -67,7 +67,7 @@ def _layout(run: Run) -> str:
     """Return the layout of the folder: what was asked for, beside a GGUF file the plainest that holds the model."""
     if (asked := str(run.config.output.layout)) != GGUF:
         return asked
-    return run.student.layout if run.student.kind == "neuron" else "per_layer"
+    return run.student.layout
 
 
 def _export(run: Run) -> None:
@@ -76,7 +76,7 @@ def _export(run: Run) -> None:
         if run.runtime.is_main:
             dense, pruner = student.dense, student.pruner
             write_kept(run.folder, dense.groups, dense.masks_with(pruner), dense.scores_with(pruner))
-        folder = run.writer.write("pruned", student.backend, student.groups, _layout(run))
+        folder = run.writer.write("pruned", student.backend, student.stored, _layout(run))
         if run.config.output.layout == GGUF:
             run.writer.write_gguf(folder)
 

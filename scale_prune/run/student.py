@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, learns_from_gradients
 from scale_prune.data import Inputs
+from scale_prune.export import plainest
+from scale_prune.models import stored_groups
 from scale_prune.pruning import DenseUnits, Pruner, carry_over
 from scale_prune.run.calibrating import whitening_roots
 from scale_prune.system import Seconds
@@ -74,13 +77,18 @@ class Student:
 
     @property
     def kind(self) -> str:
-        """What is removed: "neuron" or "component"."""
+        """What is removed: "neuron", of which there are heads beside, "head" alone, or "component"."""
         return self.groups[0].kind
+
+    @property
+    def stored(self) -> tuple[UnitGroup, ...]:
+        """What a folder has to tell of the layers as they are."""
+        return self.groups if self.kind == "component" else stored_groups(self.engine.module)
 
     @property
     def layout(self) -> str:
         """The layout of a folder that holds the model as it is."""
-        return "uniform" if len({group.num_units for group in self.groups}) == 1 else "per_layer"
+        return "per_layer" if self.kind == "component" else plainest(self._inputs.model_config, self.stored)
 
     @property
     def num_parameters(self) -> int:

@@ -8,8 +8,14 @@ from transformers import PreTrainedModel
 from scale_prune.config import EMBEDDING, PruningConfig
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA
-from scale_prune.models import family_of, linear_names, unit_groups
-from scale_prune.pruning import clusters_of, components_of, embedding_tied_as_asked, removes_components
+from scale_prune.models import family_of, linear_names
+from scale_prune.pruning import (
+    clusters_of,
+    components_of,
+    embedding_tied_as_asked,
+    neurons_and_heads,
+    removes_components,
+)
 from scale_prune.zero3.factorize import factorize, factorize_embedding, factors_of
 
 
@@ -34,7 +40,7 @@ def prepare_units(
         roots: of whitened factors, see `factors_of`; number i of the linear maps' with rank i mod W.
     """
     if not removes_components(pruning):
-        return unit_groups(model)
+        return neurons_and_heads(model, pruning)
     criterion, factors = CRITERIA[pruning.criterion](pruning, seed), factors_of(values, seed, roots or {})
     if names := linear_names(model, pruning.linear_targets):
         transposed = family_of(model.config).transposed

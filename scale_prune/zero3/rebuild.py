@@ -76,12 +76,12 @@ class _Reduction:
 
     def of(self, tensor: Tensor, *, is_weight: bool) -> Tensor:
         """Return the smaller tensor; moments are only cut."""
-        small = select_units(tensor, self.keep, self.member.dim)
+        small = select_units(tensor, self.keep, self.member)
         if self.factors is None or not is_weight:
             return small
         along = [1] * small.dim()
         along[self.member.dim] = -1
-        factors = self.factors.to(small.device)[self.keep.to(small.device)]
+        factors = self.factors.to(small.device)[self.keep.to(small.device)].repeat_interleave(self.member.block)
         return (small.float() * factors.view(along)).to(small.dtype)
 
 

@@ -31,8 +31,9 @@ def repair_weights(
         masks: (N,) bool a group, True = stays.
         takeovers: (K, P) or (K + 1, P) by number of the group, on the rank that keeps the group.
     """
-    for index, (group, mask) in enumerate(zip(groups, masks, strict=True)):
-        if not mask.all():
+    for index, (group, units) in enumerate(zip(groups, masks, strict=True)):
+        if not units.all():
+            mask = group.by_feature(units)
             bias = f"{group.output}.bias"
             has_bias = bias in backend.parameters
             takeover = takeovers.get(index, torch.empty(int(mask.sum()) + has_bias, int((~mask).sum())))

@@ -83,7 +83,8 @@ class Shard:
     def zero_units(self, removed: Tensor, member: Member) -> None:
         """Zero the units that are True in an (N,) bool, in the working slice and in a copy that stays gathered."""
         shard = self.param.ds_tensor.flatten()[: self.count]
-        elements = expand_to_shard(removed.to(shard.device), self.start, self.count, member.shape, member.dim)
+        elements = expand_to_shard(removed.to(shard.device), self.start, self.count, member.unit_shape, member.unit_dim)
         shard.masked_fill_(elements, 0.0)
         if self.stays_gathered:
-            self.param.data.index_fill_(member.dim, removed.nonzero().flatten(), 0.0)
+            by_unit = self.param.data.view(member.unit_shape)
+            by_unit.index_fill_(member.unit_dim, removed.nonzero().flatten(), 0.0)

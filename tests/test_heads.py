@@ -1,0 +1,189 @@
+"""Attention heads as units: a masked head is a removed one, for every family; scores, repair and budgets by blocks."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import arguments, make_work, outcome, report_of
+from distributed import run_ranks
+from models import EXTRAS, export, logits, mask_units, random_keep, tiny_model, tokens
+from safetensors.torch import save_file
+from test_export import LOADER, run_alone
+from test_resume import assert_same_run
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scale_prune.core import elimination_scores, least_squares, select
+from scale_prune.core.compaction import compact_model
+from scale_prune.core.groups import UnitGroup
+from scale_prune.core.repair import taken_over
+from scale_prune.models.families import FAMILIES
+from scale_prune.models.layer_units import stored_groups, unit_groups
+
+HEADS = ("mlp", "attention")
+NOT_REMOVABLE = {"codegen", "olmo2", "olmo3", "cohere", "stablelm"}
+"""Of these with more than one head, or with what the test makes them."""
+
+
+REMOVABLE = sorted(set(FAMILIES) - NOT_REMOVABLE)
+TELL = ("llama", "qwen3", "gemma2", "phi")
+"""Some whose configs tell the number of heads without their size."""
+EXPORTS = [(each, layout) for each in REMOVABLE for layout in ("pad", "per_layer")]
+EXPORTS += [(each, "uniform") for each in TELL]
+
+
+UNTRAINED = {
+    "criterion": "kfac",
+    "targets": "mlp,attention",
+    "max_steps": 0,
+    "remaining": 0.6,
+    "calibration_tokens": 384,
+    "train_batch_size": 6,
+}
+
+
+def several_heads(model_type: str) -> dict[str, Any]:
+    """Return settings of a tiny model with 6 heads of 4, or 3 of keys and values with 2 of queries each."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}
+    if FAMILIES[model_type].layers != "model.layers":
+        sizes = {"hidden_size": 24, "num_attention_heads": 6}
+    own: dict[str, dict[str, Any]] = {
+        "falcon": {"num_kv_heads": 3},
+        "gpt_bigcode": {"multi_query": False},
+        "cohere": {"use_qk_norm": True},
+        "stablelm": {"qk_layernorm": True},
+        "opt": {"word_embed_proj_dim": 24},
+    }
+    return sizes | own.get(model_type, {})
+
+
+def without_heads(model_type: str, layout: str) -> tuple[PreTrainedModel, tuple[UnitGroup, ...], Tensor]:
+    """Return a model that has lost neurons and heads, its groups, and the logits of its masked form."""
+    model = tiny_model(model_type, **several_heads(model_type))
+    groups = unit_groups(model, HEADS)
+    kept = [2 if layout == "uniform" else 1 + group.layer for group in groups]
+    keep = random_keep(groups, kept)
+    mask_units(model, groups, keep)
+    masked = logits(model, tokens())
+    return model, compact_model(model, groups, keep), masked
+
+
+@pytest.mark.parametrize("model_type", REMOVABLE)
+def test_a_masked_head_is_a_removed_head(model_type: str) -> None:
+    model, groups, masked = without_heads(model_type, "per_layer")
+    assert torch.allclose(logits(model, tokens()), masked, atol=1e-4)
+    assert groups == unit_groups(model, HEADS)
+    assert [group.members for group in stored_groups(model)] == [group.members for group in groups]
+    assert [group.num_units for group in groups if group.kind == "head"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("model_type", sorted(NOT_REMOVABLE))
+def test_heads_that_cannot_leave_are_refused(model_type: str) -> None:
+    settings = several_heads(model_type) if model_type != "codegen" else EXTRAS["codegen"]
+    with pytest.raises(ValueError, match=r"--targets attention: .* no head of a .* can leave; give --targets mlp"):
+        unit_groups(tiny_model(model_type, **settings), HEADS)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict]:
+    """Export models with fewer heads in every layout and load all of them in one fresh process."""
+    root = tmp_path_factory.mktemp("heads")
+    (root / "expected").mkdir()
+    for model_type, layout in EXPORTS:
+        model, groups, masked = without_heads(model_type, layout)
+        export(root / "folders" / f"{model_type}-{layout}", model, groups, layout)
+        save_file({"ids": tokens(), "logits": masked}, root / "expected" / f"{model_type}-{layout}")
+    run_alone(LOADER, root)
+    return json.loads((root / "results.json").read_text())
+
+
+@pytest.mark.parametrize(("model_type", "layout"), EXPORTS)
+def test_an_exported_model_loads_with_its_heads(loaded: Mapping[str, dict], model_type: str, layout: str) -> None:
+    result = loaded[f"{model_type}-{layout}"]
+    assert result["difference"] < 1e-4
+    assert result["generated"] == tokens().shape[1] + 3 * (not FAMILIES[model_type].classifies)
+    assert layout != "per_layer" or loaded[f"{model_type}-{layout}-again"] == result
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_the_cost_of_a_unit_is_what_the_best_repair_leaves(block: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(200, 12, generator=generator).double(), torch.randn(5, 12, generator=generator).double()
+    scores = elimination_scores(h.T @ h, weight, damping=0.0, rounds=12, block=block)
+    first = int(scores.argmin())
+    keep = torch.ones(12 // block, dtype=torch.bool)
+    keep[first] = False
+    features = keep.repeat_interleave(block)
+    repaired = taken_over(weight, least_squares(h.T @ h, features, 0.0).double(), features, 1)
+    repaired[:, ~features] = 0
+    error = (h @ (repaired - weight).T).square().sum()
+    assert float(scores[first]) == pytest.approx(float(error), rel=1e-5)
+
+
+def test_a_budget_of_heads_and_neurons_is_exact() -> None:
+    costs, sizes = [40, 40, 7, 7], [3, 3, 17, 17]
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        scores = [torch.randn(size, generator=generator) for size in sizes]
+        masks = select(scores, remaining=0.55, scope="global", costs=costs)
+        spent = sum(cost * int(mask.sum()) for cost, mask in zip(costs, masks, strict=True))
+        allowed = 0.55 * sum(cost * size for cost, size in zip(costs, sizes, strict=True))
+        assert allowed - 7 < spent <= allowed
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"), "llama", **several_heads("llama"))
+
+
+def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str, Any]:
+    codes = run_ranks(outcome, world_size, arguments(work, work / name, **settings))
+    assert [code for code, _ in codes] == [0] * world_size, codes
+    return report_of(work / name)
+
+
+@pytest.mark.distributed
+def test_any_number_of_ranks_and_passes_prunes_heads_alike(work: Path) -> None:
+    reports = []
+    for world_size, passes in ((1, 1), (2, 3), (3, 2)):
+        settings = UNTRAINED | {"gradient_accumulation_steps": passes}
+        reports.append(pruned(work, f"{world_size}-{passes}", world_size, **settings))
+    first = reports[0]
+    assert sum(first["heads"]) < 9
+    assert first["remaining"]["measured"] == pytest.approx(0.6, abs=1e-2)
+    for report in reports[1:]:
+        assert (report["heads"], report["widths"]) == (first["heads"], first["widths"])
+        assert report["perplexity"]["exported"] == pytest.approx(first["perplexity"]["exported"], rel=1e-4)
+    for report in reports:
+        assert report["perplexity"]["compacted"] == pytest.approx(report["perplexity"]["exported"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_heads_leave_in_rounds_that_go_on_bit_for_bit(work: Path) -> None:
+    settings = UNTRAINED | {"criterion": "fisher", "max_steps": 6, "rounds": 2, "save_every": 3, "scope": "global"}
+    whole = pruned(work, "whole", 2, **settings)
+    again = pruned(work, "again", 2, **settings, resume=work / "whole" / "checkpoints" / "step-00000003")
+    assert_same_run(work / "again", work / "whole")
+    assert whole["heads"] == again["heads"] != [3, 3, 3]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"criterion": "gum", "similarity_every": 2, "remaining": 0.5},
+        {"criterion": "neuron_l0", "remaining": 0.5},
+        {"criterion": "obs", "targets": "attention", "rounds": 1, "layout": "pad"},
+        {"criterion": "wanda", "rounds": 1, "budget": "log", "width_multiple": 4},
+        {"criterion": "sensitivity", "scope": "standardized", "precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_heads_with_everything(settings: dict[str, Any], work: Path) -> None:
+    usual = {"targets": "mlp,attention", "calibration_tokens": 384, "remaining": 0.6, "max_steps": 6}
+    report = pruned(work, str(abs(hash(str(settings)))), 2, **usual | settings)
+    assert report["perplexity"]["masked"] == pytest.approx(report["perplexity"]["compacted"], rel=1e-2)
+    assert sum(report["heads"]) < 9
