@@ -83,12 +83,14 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     config = with_defaults(config, IN_A_LOOP)
     check_uniqueness(config)
     rounds = config.rounds
-    if rounds != 0 or config.repair not in (None, "none") or config.budget == "redundancy":
+    if rounds != 0 or config.repair not in (None, "none") or config.budget in ("redundancy", "measured"):
         raise ValueError(
             f"criterion {config.criterion}, rounds {rounds}, repair {config.repair}, budget "
             f"{config.budget}: rounds, repairs and redundancy belong to launch/prune.py, which has text to calibrate "
             "on; in a loop of your own give none of them, and a criterion that needs no Gram matrix"
         )
+    if words := [name for name in ("table", "max_parameters", "max_flops") if getattr(config, name) is not None]:
+        raise ValueError(f"{', '.join(words)}: only launch/prune.py knows them; give remaining")
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)
     check_maskable(engine.module, groups)

@@ -51,6 +51,8 @@ OUT_OF_RANGE = [
     ("initial_drop_rate", 1.0, "in (0, 1)"),
     ("gate_l1", -0.1, "at least 0"),
     ("max_steps", -1, "at least 0"),
+    ("max_parameters", 0, "at least 1"),
+    ("max_flops", 0, "at least 1"),
     ("recovery_steps", -1, "at least 0"),
     ("train_batch_size", 0, "in [1, 1000000]"),
     ("micro_batch_size", 0, "in [1, 1000000]"),

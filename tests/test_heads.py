@@ -10,16 +10,17 @@ import torch
 from command import arguments, make_work, outcome, report_of
 from distributed import run_ranks
 from models import EXTRAS, export, logits, mask_units, random_keep, tiny_model, tokens
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_export import LOADER, run_alone
 from test_resume import assert_same_run
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scale_prune.core import elimination_scores, least_squares, select
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.repair import taken_over
+from scale_prune.export import convert, open_folder
 from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import stored_groups, unit_groups
 
@@ -108,6 +109,21 @@ def test_an_exported_model_loads_with_its_heads(loaded: Mapping[str, dict], mode
     assert layout != "per_layer" or loaded[f"{model_type}-{layout}-again"] == result
 
 
+@pytest.mark.parametrize("model_type", ["gptj", "llama"])
+def test_a_folder_with_fewer_heads_is_converted(model_type: str, tmp_path: Path) -> None:
+    model, groups, masked = without_heads(model_type, "per_layer")
+    stored = open_folder(export(tmp_path / "own", model, groups, "per_layer"))
+    convert(stored, "pad", tmp_path / "pad")
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "pad")
+    assert torch.allclose(logits(padded, tokens()), masked, atol=1e-4)
+    convert(stored, "auto", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+    for form, reason in (("uniform", "one"), ("nemotron_nas", "Llama|heads"), ("gguf", "--to pad first")):
+        with pytest.raises(ValueError, match=reason):
+            convert(stored, form, tmp_path / form)
+
+
 @pytest.mark.parametrize("block", [1, 3])
 def test_the_cost_of_a_unit_is_what_the_best_repair_leaves(block: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -132,6 +148,19 @@ def test_a_budget_of_heads_and_neurons_is_exact() -> None:
         spent = sum(cost * int(mask.sum()) for cost, mask in zip(costs, masks, strict=True))
         allowed = 0.55 * sum(cost * size for cost, size in zip(costs, sizes, strict=True))
         assert allowed - 7 < spent <= allowed
+
+
+def test_neurons_make_up_for_the_heads_of_their_layer() -> None:
+    costs, sizes, layers = [7, 7, 40, 40], [17, 17, 3, 3], [0, 1, 0, 1]
+    for remaining in (0.9, 0.75, 0.6, 0.5):
+        masks = select(
+            [torch.rand(size) for size in sizes], remaining=remaining, scope="per_group", costs=costs, layers=layers
+        )
+        kept = [int(mask.sum()) for mask in masks]
+        assert kept[2:] == [round(3 * remaining)] * 2
+        for layer in (0, 1):
+            spent = 7 * kept[layer] + 40 * kept[2 + layer]
+            assert remaining * (7 * 17 + 40 * 3) - 7 < spent <= remaining * (7 * 17 + 40 * 3)
 
 
 @pytest.fixture(scope="module")

@@ -143,13 +143,33 @@ class PruningConfig(Settings):
         otherwise="the criterion's own (see docs/choosing.md)",
     )
     budget: str = setting(
-        "under scope per_group, let every layer lose alike (uniform), later layers more (log), or those more that, by "
-        "the calibration text, change least of what goes in (redundancy)",
+        "under scope per_group, let every layer lose alike (uniform), later layers more (log), those more that, by "
+        "the calibration text, change least of what goes in (redundancy), or each what costs the predictions least "
+        "(measured: of every layer alone, at 8 widths)",
         "uniform",
-        choices=("uniform", "log", "redundancy"),
+        choices=("uniform", "log", "redundancy", "measured"),
+    )
+    table: str | None = setting(
+        "table.json of an earlier run with --budget measured, of the same model, whose measurements decide this one's",
+        otherwise="measure",
+        is_path=True,
+        compared=IGNORED,
+    )
+    max_parameters: int | None = setting(
+        "parameters that are left at the end at most, in the place of remaining",
+        within=Range(1),
+        otherwise="what remaining leaves",
+        compared=IGNORED,
+    )
+    max_flops: int | None = setting(
+        "operations a token of the matrices that are left, two for each of their elements, in the place of remaining",
+        within=Range(1),
+        otherwise="what remaining leaves",
+        compared=IGNORED,
     )
     remaining: float = setting(
-        "fraction of the neurons that is kept at the end, 1 is plain fine-tuning",
+        "fraction of the neurons that is kept at the end, of the targets' parameters where not only neurons leave; 1 "
+        "is plain fine-tuning",
         0.5,
         Range(0, 1, "(]"),
         compared=IGNORED,
@@ -200,10 +220,12 @@ class PruningConfig(Settings):
     similarity_every: int = setting("steps between two samples of activations", 10, Range(1))
     similarity_tokens: int = setting("tokens in one sample, over all ranks", 1024, Range(2, 1_000_000, "[]"))
     similarity_weight: float = setting("weight of the newest sample in the similarity", 0.999, Range(0, 1, "(]"))
-    min_kept: int = setting("neurons that every layer keeps under any scope but per_group", 1, Range(1))
-    width_multiple: int = setting("final widths are rounded to multiples of this many neurons", 1, Range(1))
+    min_kept: int = setting("neurons, and heads, that every layer keeps under any scope but per_group", 1, Range(1))
+    width_multiple: int = setting("final widths of MLPs are rounded to multiples of this many neurons", 1, Range(1))
     targets: str = setting(
-        "weights that are factorized where components are removed: any of mlp, attention, embedding, with commas", "mlp"
+        "what is removed: neurons (mlp), heads (attention); by a criterion of components, ranks of the weights of mlp, "
+        "attention, embedding; several with commas",
+        "mlp",
     )
     factors: str = setting(
         "where factors come from: the pretrained weights (svd), these and the calibration text (whitened), or chance "

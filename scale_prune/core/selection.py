@@ -43,6 +43,7 @@ def select(
     costs: Sequence[int] | None = None,
     dense_costs: Sequence[int] | None = None,
     fractions: Sequence[float] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Choose the units that remain.
 
@@ -56,6 +57,8 @@ def select(
         costs: what a unit of each group counts; 1 by default.
         dense_costs: what each group counts in the dense model; all its units by default.
         fractions: what remains of each group under scope "per_group"; `remaining` by default.
+        layers: of each group, the layer that it is in; under scope "per_group" the cheapest units of a layer make up
+            for what the number of others is rounded by. By default every group is by itself.
 
     Returns: one (N,) bool mask a group.
     """
@@ -64,7 +67,8 @@ def select(
     dense_costs = dense_costs or [cost * size for cost, size in zip(costs, sizes, strict=True)]
     if alone := scope == "per_group":
         shares = zip(fractions or [remaining] * len(sizes), dense_costs, strict=True)
-        masks = _select_each(scores, costs, [fraction * dense for fraction, dense in shares])
+        allowed = [fraction * dense for fraction, dense in shares]
+        masks = _select_each(scores, costs, allowed, layers or range(len(sizes)))
     else:
         masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
     multiples = [width_multiple] * len(sizes) if isinstance(width_multiple, int) else width_multiple
@@ -82,12 +86,21 @@ def standardized(scores: Tensor) -> Tensor:
     return ((scores.double() - scores.double().mean()) / spread.clamp(min=torch.finfo(torch.float64).tiny)).float()
 
 
-def _select_each(scores: Sequence[Tensor], costs: Sequence[int], allowed: Sequence[float]) -> list[Tensor]:
+def _select_each(
+    scores: Sequence[Tensor], costs: Sequence[int], allowed: Sequence[float], layers: Sequence[int]
+) -> list[Tensor]:
     """Rank each group by itself; keep the first of it that cost no more than is allowed, but one at least."""
-    return [
-        top_mask(group, budget(most / (cost * len(group)), len(group)))
-        for group, cost, most in zip(scores, costs, allowed, strict=True)
-    ]
+    left = dict.fromkeys(layers, 0.0)
+    for layer, most in zip(layers, allowed, strict=True):
+        left[layer] += most
+    masks: dict[int, Tensor] = {}
+    for index in sorted(range(len(scores)), key=lambda index: -costs[index]):
+        size, cost, layer = len(scores[index]), costs[index], layers[index]
+        is_last = layers.count(layer) == 1 + sum(layers[other] == layer for other in masks)
+        most = left[layer] / (cost * size) if is_last else round(allowed[index] / cost) / size
+        masks[index] = top_mask(scores[index], budget(most, size))
+        left[layer] -= cost * int(masks[index].sum())
+    return [masks[index] for index in range(len(scores))]
 
 
 def _select_global(scores: Sequence[Tensor], costs: Sequence[int], allowed: int, min_kept: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from scale_prune.config import PruningConfig
 from scale_prune.core import (
     Kind,
+    LevelTable,
     Member,
     Role,
     Schedule,
@@ -102,6 +103,7 @@ class Criterion:
         settles: what is removed once the target is reached stays the same.
         redundancy: of each group's layer in the dense model, the mean cosine between what goes in and what comes out;
             empty where no budget asks for it.
+        table: what every group's levels lose, where the budget is measured.
 
     Args:
         config: settings of pruning, without None where `defaults` has a value.
@@ -119,6 +121,7 @@ class Criterion:
         self.config = config
         self.seed = seed
         self.redundancy: Sequence[float] = ()
+        self.table: LevelTable | None = None
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
@@ -199,6 +202,12 @@ class Criterion:
         elif {group.kind for group in groups} == {"neuron", "head"}:  # a head is worth as many neurons as it costs
             scores = [each / group.cost for each, group in zip(scores, groups, strict=True)]
         multiple = self.config.width_multiple if at_target else 1
+        layers = [group.layer for group in groups]
+        if self.table is None:
+            fractions = group_fractions(self.config.budget, remaining, layers, self.redundancy)
+        else:
+            widths = self.table.widths(remaining, [group.num_units for group in groups])
+            fractions = [width * group.cost / group.dense_cost for width, group in zip(widths, groups, strict=True)]
         return select(
             scores,
             costs=[group.cost for group in groups],
@@ -207,9 +216,8 @@ class Criterion:
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,
             width_multiple=[1 if group.kind == "head" else multiple for group in groups],
-            fractions=group_fractions(
-                self.config.budget, remaining, [group.layer for group in groups], self.redundancy
-            ),
+            fractions=fractions,
+            layers=layers if self.kind == "neuron" and self.table is None else None,
         )
 
     def components(self, shape: tuple[int, int]) -> int:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core import Kind, Role, Schedule
+from scale_prune.core import Role, Schedule
 from scale_prune.criteria.base import Criterion, GatedCriterion, Need
 
 NO_CRITERIA = ("base", "registry")
@@ -45,7 +45,7 @@ def _problem_of(criterion: type[Criterion]) -> str | None:
     settings = [spec.name for spec in fields(PruningConfig)]
     words: dict[str, tuple[Collection[str], Sequence[str]]] = {
         "needs": (criterion.needs, get_args(Need)),
-        "kind": ([criterion.kind], get_args(Kind)),
+        "kind": ([criterion.kind], ("neuron", "component")),
         "roles": (criterion.roles, get_args(Role)),
         "settings": (criterion.settings, settings),
         "defaults": (criterion.defaults, settings),

@@ -19,6 +19,7 @@ from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
 from scale_prune.export import AUTO, GGUF, check_gguf, check_layout, check_width_key, resolve_layout, tells_heads
 from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
+from scale_prune.preflight.budgets import afforded, read_table, sizes_of
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
 from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, removes_heads, sketch_units
 from scale_prune.zero3 import ds_check
@@ -225,7 +226,12 @@ def _check_groups(reading: Reading) -> None:
             'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
         )
     if reading.needs_groups:
+        sizes = sizes_of(model)
         reading.groups = sketch_units(model, reading.config.pruning)
+        pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
+        reading.config = replace(reading.config, pruning=pruning)
+        if pruning.table is not None and pruning.budget == "measured":
+            read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:
             raise ValueError(
                 f"--model {reading.config.training.model} has 0 neurons in {empty[0].name}; give another one"

@@ -60,10 +60,13 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
         raise ValueError(
             f"{asked} belongs to neurons, {name} removes components; leave it out, or give --criterion obs"
         )
-    if pruning.budget == "redundancy" and not pruning.rounds:
+    if pruning.budget in ("redundancy", "measured") and not pruning.rounds:
         raise ValueError(
-            "--budget redundancy is measured where neurons leave at once, not under masks; give --rounds 1 or more"
+            f"--budget {pruning.budget} is measured where neurons leave at once, not under masks; give --rounds 1 or "
+            "more"
         )
+    if pruning.table is not None and pruning.budget != "measured":
+        raise ValueError(f"--table {pruning.table} is for --budget measured, not {pruning.budget}")
     if "gram" in criterion.needs and not pruning.rounds:
         raise ValueError(f"{name} ranks neurons that leave at once, not under masks; give --rounds 1 or more")
     steps = schedule_of(pruning, max_steps).descent_steps

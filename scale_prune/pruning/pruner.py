@@ -131,23 +131,37 @@ class Pruner:
                 self.gating.draw(self.scoring.state, self.step)
 
     @torch.no_grad()
-    def choose(self, step: int, calibration: Calibration | None) -> None:
-        """Choose the units that leave after `step`, by what calibration text says where the criterion asks for it.
+    def take_calibration(self, calibration: Calibration) -> None:
+        """Take in what calibration text says, as far as the criterion asks for it. A collective.
 
-        The masks are not on the working copy after this. A collective.
+        Raises:
+            ValueError: a Gram matrix cannot be solved.
+        """
+        with self.seconds.measure("scoring"):
+            self.scoring.state = self.observations.take_calibration(self.scoring.state, calibration)
+            if "gram" in self.scoring.criterion.needs:
+                self.scoring.take_ranks(gram_scores(calibration, self.scoring.criterion.rank_units))
+
+    @torch.no_grad()
+    def rate(self) -> list[Tensor]:
+        """Bring the scores up to date, and return them, (N,) a group. A collective.
+
+        Raises:
+            ValueError: scores cannot be ranked.
+        """
+        return self.scoring.rate()
+
+    @torch.no_grad()
+    def choose(self, step: int) -> None:
+        """Choose the units that leave after `step`; the masks are not on the working copy after this. A collective.
 
         Args:
             step: one of the schedule's removal steps.
-            calibration: what it says; None where the criterion asks for nothing.
 
         Raises:
-            ValueError: scores cannot be ranked, or a Gram matrix cannot be solved.
+            ValueError: scores cannot be ranked.
         """
         with self.seconds.measure("scoring"):
-            if calibration is not None:
-                self.scoring.state = self.observations.take_calibration(self.scoring.state, calibration)
-                if "gram" in self.scoring.criterion.needs:
-                    self.scoring.take_ranks(gram_scores(calibration, self.scoring.criterion.rank_units))
             self.masking.update(self.scoring.choose(step))
 
     def put_masks_on(self) -> None:

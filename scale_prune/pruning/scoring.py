@@ -73,9 +73,15 @@ class Scoring:
         )
 
     def choose(self, step: int) -> list[Tensor]:
-        """Return which units remain after `step`, one (N,) bool a group; all ranks rank the same scores.
+        """Return which units remain after `step`, one (N,) bool a group; all ranks rank the same scores. A collective.
 
-        A collective, 4 M bytes, 8 M where scores are made of weights.
+        Raises:
+            ValueError: as `rate`.
+        """
+        return self.criterion.select(self.rate(), self.line.groups, self.schedule, step)
+
+    def rate(self) -> list[Tensor]:
+        """Bring the scores up to date, and return them. A collective, 4 M bytes, 8 M where they are made of weights.
 
         Raises:
             ValueError: scores are not finite; the message names the group.
@@ -85,7 +91,7 @@ class Scoring:
         self.scores = self.line.by_group(self.line.gather(self.criterion.score(self.state)))
         for group, scores in zip(self.line.groups, self.scores, strict=True):
             check_finite(scores, group.name)
-        return self.criterion.select(self.scores, self.line.groups, self.schedule, step)
+        return self.scores
 
     def take_ranks(self, ranked: Mapping[int, Tensor]) -> None:
         """Take in the (N,) scores of groups, by number, that this rank has ranked. A collective, 4 M bytes."""

@@ -1,15 +1,19 @@
 """A round: units leave for good, and those that stay take over what they did."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scale_prune.core import remaining_fraction
+from scale_prune.core import LevelTable, remaining_fraction
 from scale_prune.criteria import learns_from_gradients
+from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.run.budgeting import TABLE, measure_levels
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
+from scale_prune.system import write_atomically
 from scale_prune.zero3 import repair_weights, write_working_copy
 
 
@@ -45,18 +49,25 @@ def _choose_and_repair(run: Run, step: int) -> None:
     needs = criterion.needs
     if chooses and not run.config.training.max_steps and learns_from_gradients(criterion):
         _observe_gradients(run)
-    calibration = None
-    if run.progress.rounds:  # what was measured of the dense model holds in all of them
-        criterion.redundancy = run.progress.rounds[0].get("redundancy", ())
+    first = run.progress.rounds[0] if run.progress.rounds else {}  # what it has measured holds in all rounds
+    criterion.redundancy = first.get("redundancy", ())
+    criterion.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
     compares = pruning.budget == "redundancy" and not criterion.redundancy
+    calibration = None
     if repairs or (chooses and needs & {"gram", "activity"}) or compares:
         if not chooses:
             write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
         calibration = _calibrate(run, gram=repairs or "gram" in needs, redundancy=compares)
+        if chooses:
+            pruner.take_calibration(calibration)
     if compares and calibration is not None:
         criterion.redundancy = calibration.redundancy()
+    if chooses and pruning.budget == "measured" and criterion.table is None:
+        criterion.table = measure_levels(run, calibration, pruner.rate())
+        if run.runtime.is_main:
+            write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
     if chooses:
-        pruner.choose(step, calibration)
+        pruner.choose(step)
     if repairs and calibration is not None:
         with run.progress.seconds.measure("repair"):
             takeovers = takeovers_of(calibration, pruner.masks, str(pruning.repair), pruning.repair_damping)
@@ -72,17 +83,22 @@ def _noted(run: Run) -> Iterator[None]:
 
     before, criterion = seconds(), run.student.pruner.scoring.criterion
     yield
-    redundancy = list(criterion.redundancy)
+    measured = {"redundancy": list(criterion.redundancy), "table": criterion.table.told() if criterion.table else None}
     if run.config.pruning.rounds and run.student.pruner.pruning:
         spent = {part: now - before.get(part, 0.0) for part, now in seconds().items()}
         widths = [group.num_units for group in run.student.groups]
         remaining = remaining_fraction(run.student.groups, widths)
         round_: dict[str, Any] = {"step": run.progress.step, "remaining": remaining, "widths": widths}
-        round_ |= {"redundancy": redundancy} if redundancy else {}
+        round_ |= {name: each for name, each in measured.items() if each}
         round_ |= {"seconds": {part: each for part, each in spent.items() if each and part != "evaluation"}}
         run.progress.rounds.append(round_)
         what = "neurons" if {group.kind for group in run.student.groups} == {"neuron"} else "targets' parameters"
         run.monitor.say(f"step {run.progress.step}: {remaining:.1%} of the {what} remain, for good")
+
+
+def _given_table(run: Run) -> LevelTable | None:
+    """Return the table that the user has given, if any."""
+    return read_table(path, run.student.groups) if (path := run.config.pruning.table) is not None else None
 
 
 def _calibrate(run: Run, *, gram: bool, redundancy: bool) -> Calibration:

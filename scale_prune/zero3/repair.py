@@ -1,6 +1,7 @@
 """The repair of sharded weights: each rank takes its slice of what the survivors' weights become."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,21 +32,75 @@ def repair_weights(
         masks: (N,) bool a group, True = stays.
         takeovers: (K, P) or (K + 1, P) by number of the group, on the rank that keeps the group.
     """
-    for index, (group, units) in enumerate(zip(groups, masks, strict=True)):
-        if not units.all():
-            mask = group.by_feature(units)
-            bias = f"{group.output}.bias"
-            has_bias = bias in backend.parameters
-            takeover = takeovers.get(index, torch.empty(int(mask.sum()) + has_bias, int((~mask).sum())))
-            takeover = takeover.to(backend.device).contiguous()  # a solver leaves columns behind one another
-            dist.broadcast(takeover, keeper_of(index, backend))
-            member = next(member for member in group.members if member.role == "out")
-            weight = _whole(backend, member.name)
-            if has_bias:
-                _set(backend, bias, _whole(backend, bias) + bias_taken_over(weight, takeover, mask, member.dim))
-            _set(backend, member.name, taken_over(weight, takeover, mask, member.dim))
+    for name, whole in _repaired(backend, groups, masks, takeovers, _whole):
+        _set(backend, name, whole)
     if backend.trains:
         write_working_copy(backend)
+
+
+@contextmanager
+def tried(
+    backend: Zero3Backend,
+    groups: Sequence[UnitGroup],
+    masks: Sequence[Tensor],
+    takeovers: Mapping[int, Tensor] | None,
+) -> Iterator[None]:
+    """Let the body's forward passes go without some units; afterwards everything is as before. A collective.
+
+    Args:
+        backend: the engine.
+        groups: the groups of its model.
+        masks: (N,) bool a group, True = stays.
+        takeovers: as of `repair_weights`; None where nothing is repaired.
+    """
+    changed = [(group, mask) for group, mask in zip(groups, masks, strict=True) if not mask.all()]
+    names = [name for group, _ in changed for name in (*(member.name for member in group.members), _bias(group))]
+    before = {name: Shard(backend.parameters[name]).working().clone() for name in names if name in backend.parameters}
+    try:
+        if takeovers is not None:
+            for name, whole in _repaired(backend, groups, masks, takeovers, _working):
+                shard = Shard(backend.parameters[name])
+                shard.write_working(whole.flatten()[shard.start : shard.start + shard.count])
+        for group, mask in changed:
+            backend.mask_working_copy(group, mask)
+        yield
+    finally:
+        for name, values in before.items():
+            Shard(backend.parameters[name]).write_working(values)
+
+
+def _repaired(
+    backend: Zero3Backend,
+    groups: Sequence[UnitGroup],
+    masks: Sequence[Tensor],
+    takeovers: Mapping[int, Tensor],
+    whole: Callable[[Zero3Backend, str], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what becomes of the weights, and biases, that read the groups which lose units. A collective."""
+    for index, (group, units) in enumerate(zip(groups, masks, strict=True)):
+        if units.all():
+            continue
+        mask, bias = group.by_feature(units), _bias(group)
+        has_bias = bias in backend.parameters
+        takeover = takeovers.get(index, torch.empty(int(mask.sum()) + has_bias, int((~mask).sum())))
+        takeover = takeover.to(backend.device).contiguous()  # a solver leaves columns behind one another
+        dist.broadcast(takeover, keeper_of(index, backend))
+        member = next(member for member in group.members if member.role == "out")
+        weight = whole(backend, member.name)
+        if has_bias:
+            yield bias, whole(backend, bias) + bias_taken_over(weight, takeover, mask, member.dim)
+        yield member.name, taken_over(weight, takeover, mask, member.dim)
+
+
+def _bias(group: UnitGroup) -> str:
+    return f"{group.output}.bias"
+
+
+def _working(backend: Zero3Backend, name: str) -> Tensor:
+    """Return the working copy of a parameter, in float32. A collective."""
+    param: Any = backend.parameters[name]
+    with GatheredParameters([param]):
+        return param.detach().float().clone()
 
 
 def _whole(backend: Zero3Backend, name: str) -> Tensor:
@@ -54,8 +109,7 @@ def _whole(backend: Zero3Backend, name: str) -> Tensor:
     if backend.trains:
         full: Tensor = safe_get_full_fp32_param(param)
         return full
-    with GatheredParameters([param]):
-        return param.detach().float().clone()
+    return _working(backend, name)
 
 
 def _set(backend: Zero3Backend, name: str, whole: Tensor) -> None:

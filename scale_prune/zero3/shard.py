@@ -74,11 +74,15 @@ class Shard:
             return self.param.data.flatten()[self.start : self.start + self.count]
         return self.param.ds_tensor.flatten()[: self.count]
 
-    def refresh(self) -> None:
-        """Write the working copy anew from the master, as a step does."""
+    def write_working(self, values: Tensor) -> None:
+        """Write (S,) values that the forward pass is to use; the master stays as it is."""
         if self.stays_gathered:
             self.param.partition()  # the next forward pass gathers it again, from the new slices
-        self.param.ds_tensor.flatten()[: self.count].copy_(self.read(MASTER))
+        self.param.ds_tensor.flatten()[: self.count].copy_(values)
+
+    def refresh(self) -> None:
+        """Write the working copy anew from the master, as a step does."""
+        self.write_working(self.read(MASTER))
 
     def zero_units(self, removed: Tensor, member: Member) -> None:
         """Zero the units that are True in an (N,) bool, in the working slice and in a copy that stays gathered."""

@@ -1,0 +1,145 @@
+"""How much is lost where one group alone keeps fewer units, and the levels of all groups that lose least together.
+
+Losses of groups are taken to add up. What is chosen is then a knapsack with one choice a group, solved exactly.
+
+Source: Puzzle (arXiv 2411.19146), which scores blocks one by one and chooses by a mixed-integer program.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from scale_prune.core.groups import UnitGroup
+
+LEVELS = 8  # of a group; of heads as many as there are, if they are fewer
+
+
+def levels_of(num_units: int) -> list[int]:
+    """Return the numbers of units that are tried, ascending; the last is all of them."""
+    return sorted({-(-num_units * level // LEVELS) for level in range(1, LEVELS + 1)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelTable:
+    """What the levels of every group lose.
+
+    Attributes:
+        names: of the groups.
+        costs: what a unit of each group counts in the budget.
+        kept: units at each level of each group, ascending; the last is all of them.
+        losses: what the model loses with this group alone at this level, and all others whole.
+    """
+
+    names: tuple[str, ...]
+    costs: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[UnitGroup], losses: Sequence[Sequence[float]]) -> Self:
+        """Return the table of groups, of which each has the losses of its `levels_of`."""
+        return cls(
+            names=tuple(group.name for group in groups),
+            costs=tuple(group.cost for group in groups),
+            kept=tuple(tuple(levels_of(group.num_units)) for group in groups),
+            losses=tuple(tuple(each) for each in losses),
+        )
+
+    def told(self) -> dict[str, Any]:
+        """Return the table for a file, by the groups' names."""
+        rows = zip(self.names, self.costs, self.kept, self.losses, strict=True)
+        return {name: {"cost": cost, "kept": [*kept], "loss": [*loss]} for name, cost, kept, loss in rows}
+
+    @classmethod
+    def from_told(cls, told: Mapping[str, Any]) -> Self:
+        """Return the table that `told` has told.
+
+        Raises:
+            ValueError: it is no such table.
+        """
+        try:
+            costs, kept, losses = (tuple(each[key] for each in told.values()) for key in ("cost", "kept", "loss"))
+            table = cls(names=tuple(told), costs=costs, kept=tuple(map(tuple, kept)), losses=tuple(map(tuple, losses)))
+        except (AttributeError, KeyError, TypeError) as problem:
+            raise ValueError(f"it is no table of levels: {problem!r}") from problem
+        if any(len(own) != len(each) or not own for own, each in zip(table.kept, table.losses, strict=True)):
+            raise ValueError("it is no table of levels: a group has not as many losses as levels")
+        return table
+
+    @property
+    def dense_cost(self) -> int:
+        """What all groups count when they are whole."""
+        return sum(cost * kept[-1] for cost, kept in zip(self.costs, self.kept, strict=True))
+
+    def widths(self, remaining: float, present: Sequence[int] | None = None) -> list[int]:
+        """Return the units of each group that lose least within a budget.
+
+        Args:
+            remaining: fraction of the dense cost that is kept at most, in (0, 1].
+            present: units that each group has, where some have left already.
+        """
+        tops = [kept[-1] for kept in self.kept] if present is None else present
+        curves = [_up_to(top, own, lost) for top, own, lost in zip(tops, self.kept, self.losses, strict=True)]
+        kept, losses = [own for own, _ in curves], [lost for _, lost in curves]
+        costs = [[cost * level for level in levels] for cost, levels in zip(self.costs, kept, strict=True)]
+        allowed = int(remaining * self.dense_cost + 1e-6)
+        widths: list[int] = []
+        gains: list[float] = []
+        nexts: list[int] = []
+        for own, lost, cost, place in zip(kept, losses, self.costs, best_levels(costs, losses, allowed), strict=True):
+            above = min(place + 1, len(own) - 1)
+            widths.append(own[place])
+            nexts.append(own[above])
+            gains.append((lost[place] - lost[above]) / max(cost * (own[above] - own[place]), 1))
+        left = max(allowed - sum(cost * width for cost, width in zip(self.costs, widths, strict=True)), 0)
+        for index in sorted(range(len(widths)), key=lambda index: -gains[index]):  # parts of a level
+            more = min(left // self.costs[index], nexts[index] - widths[index])
+            widths[index] += more
+            left -= more * self.costs[index]
+        return widths
+
+
+def _up_to(top: int, kept: Sequence[int], losses: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Return the levels up to a number of units, which is the last; its loss lies between those of its neighbors."""
+    below = [level for level in kept if level < top]
+    if not below:
+        return [top], [losses[0]]
+    first = len(below) - 1
+    part = (top - kept[first]) / (kept[first + 1] - kept[first])
+    return [*below, top], [*losses[: len(below)], losses[first] + part * (losses[first + 1] - losses[first])]
+
+
+def best_levels(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], allowed: int) -> list[int]:
+    """Return a level for each group, so that costs are allowed and the sum of losses is least.
+
+    Where not even the cheapest levels are allowed, these are returned. What is worse than something cheaper is dropped
+    on the way, so that there are about as many states as different sums of costs.
+
+    Args:
+        costs: of each group's levels, ascending.
+        losses: of each group's levels.
+        allowed: the largest sum of costs.
+    """
+    spare = allowed - sum(min(each) for each in costs)  # so that every group can have its cheapest level
+    spent, lost = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    trail: list[tuple[Tensor, int]] = []
+    for cost, loss in zip(costs, losses, strict=True):
+        more = torch.tensor(cost) - min(cost)
+        all_spent, all_lost = (spent[:, None] + more).flatten(), lost[:, None] + torch.tensor(loss, dtype=torch.float64)
+        all_lost = all_lost.flatten()
+        order = all_lost.argsort(stable=True)
+        order = order[all_spent[order].argsort(stable=True)]
+        least = all_lost[order].cummin(0).values
+        better = torch.ones_like(least, dtype=torch.bool)
+        better[1:] = least[1:] < least[:-1]
+        order = order[better & ((all_spent[order] <= spare) | (all_spent[order] == 0))]
+        spent, lost = all_spent[order], all_lost[order]
+        trail.append((order, len(cost)))
+    place, chosen = len(spent) - 1, []
+    for order, count in reversed(trail):
+        place, level = divmod(int(order[place]), count)
+        chosen.append(level)
+    return chosen[::-1]

@@ -1,0 +1,185 @@
+"""Budgets that are measured: the knapsack against brute force, a run's table, and other words for `--remaining`."""
+
+import json
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from command import arguments, errors_of, make_work, outcome, outcomes, report_of
+from distributed import run_ranks
+from engines import ds_config, saved_model
+from models import VOCABULARY
+from safetensors.torch import load_file
+from test_resume import assert_same_run
+
+from scale_prune.core.level_table import LevelTable, best_levels, levels_of
+from scale_prune.models import unit_groups
+from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, training_engine, tried
+
+MEASURED = {
+    "criterion": "obs",
+    "budget": "measured",
+    "targets": "mlp,attention",
+    "max_steps": 0,
+    "remaining": 0.6,
+    "calibration_tokens": 384,
+    "train_batch_size": 6,
+}
+
+
+def total(levels: tuple[int, ...] | list[int], values: list[list[Any]]) -> Any:
+    return sum(own[level] for own, level in zip(values, levels, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_knapsack_is_as_good_as_trying_everything(seed: int) -> None:
+    random = Random(seed)
+    costs = [sorted(random.sample(range(1, 40), random.randint(1, 4))) for _ in range(random.randint(1, 5))]
+    losses = [[random.random() for _ in own] for own in costs]
+    allowed = random.randint(1, 120)
+    chosen = best_levels(costs, losses, allowed)
+    possible = [levels for levels in product(*(range(len(own)) for own in costs)) if total(levels, costs) <= allowed]
+    if possible:
+        assert total(chosen, costs) <= allowed
+        assert total(chosen, losses) == pytest.approx(min(total(levels, losses) for levels in possible))
+    else:
+        assert chosen == [0] * len(costs)
+
+
+def a_table(seed: int = 0) -> LevelTable:
+    random = Random(seed)
+    kept = [levels_of(17), levels_of(3), levels_of(64)]
+    losses = [[*sorted((random.random() for _ in own[:-1]), reverse=True), 0.0] for own in kept]
+    return LevelTable(
+        names=("a", "b", "c"), costs=(5, 40, 5), kept=tuple(map(tuple, kept)), losses=tuple(map(tuple, losses))
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_budget_is_spent_and_units_that_have_left_stay_away(seed: int) -> None:
+    table, present = a_table(seed), [17, 3, 64]
+    assert table.widths(1.0) == present
+    for remaining in (0.9, 0.7, 0.5, 0.3):
+        widths = table.widths(remaining, present)
+        spent = sum(cost * width for cost, width in zip(table.costs, widths, strict=True))
+        assert remaining * table.dense_cost - 40 < spent <= remaining * table.dense_cost
+        assert all(1 <= now <= before for now, before in zip(widths, present, strict=True))
+        present = widths
+
+
+def test_levels_are_eighths_and_of_few_units_all() -> None:
+    assert levels_of(16) == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert levels_of(3) == [1, 2, 3]
+
+
+def test_a_table_is_read_back_as_it_was() -> None:
+    assert LevelTable.from_told(json.loads(json.dumps(a_table().told()))) == a_table()
+    broken: list[Any] = [[], {"a": {}}, {"a": {"cost": 1, "kept": [1], "loss": []}}]
+    for told in broken:
+        with pytest.raises(ValueError, match="no table of levels"):
+            LevelTable.from_told(told)
+
+
+def trial(folder: str, trains: bool, persistence: int) -> dict[str, Any]:
+    """Try a model without every second unit of its first groups; return logits before, meanwhile and after."""
+    config = ds_config(persistence=persistence)
+    model = load_model(folder, config)
+    engine = training_engine(model, config) if trains else inference_engine(model, config)
+    engine.eval()
+    backend, groups = Zero3Backend(engine), unit_groups(model)
+    rows = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+    masks = [torch.arange(group.num_units) % (2 if group.layer == 0 else 99) > 0 for group in groups]
+    masks[-1][:] = True
+    kept, gone = int(masks[0].sum()), int((~masks[0]).sum())
+    takeover = torch.full((kept + 1, gone), 0.5)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return engine(input_ids=rows, use_cache=False).logits.float().clone()
+
+    before = logits()
+    with tried(backend, groups, masks, None):
+        without = logits()
+    with tried(backend, groups, masks, {0: takeover} if backend.rank == 0 else {}):
+        repaired = logits()
+    return {"before": before, "without": without, "repaired": repaired, "after": logits()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("trains", "persistence"), [(True, 0), (True, 10**6), (False, 0)])
+def test_what_is_tried_leaves_no_trace(tmp_path: Path, trains: bool, persistence: int) -> None:
+    for each in run_ranks(trial, 2, str(saved_model(tmp_path, "gpt_neo")), trains, persistence):
+        assert torch.equal(each["before"], each["after"])
+        assert not torch.allclose(each["before"], each["without"])
+        assert not torch.allclose(each["repaired"], each["without"])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    heads = {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}
+    return make_work(tmp_path_factory.mktemp("work"), "llama", **heads)
+
+
+def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str, Any]:
+    codes = run_ranks(outcome, world_size, arguments(work, work / name, **settings))
+    assert [code for code, _ in codes] == [0] * world_size, codes
+    return report_of(work / name)
+
+
+@pytest.mark.distributed
+def test_a_measured_table_is_alike_on_any_number_of_ranks_and_serves_other_sizes(work: Path) -> None:
+    one, three = pruned(work, "one", 1, **MEASURED), pruned(work, "three", 3, **MEASURED)
+    tables = [json.loads((work / name / "table.json").read_text()) for name in ("one", "three")]
+    for name, own in tables[0].items():
+        assert own["loss"] == pytest.approx(tables[1][name]["loss"], rel=1e-2, abs=1e-6)
+        assert own["loss"][0] > 0
+    assert (one["widths"], one["heads"]) == (three["widths"], three["heads"])
+    assert one["remaining"]["measured"] == pytest.approx(0.6, abs=1e-2)
+    again = pruned(work, "again", 2, **MEASURED, table=work / "one" / "table.json")
+    assert (one["widths"], one["heads"]) == (again["widths"], again["heads"])
+    assert "budget" not in again["seconds"]
+    limit = 1 + one["parameters"]["pruned"]
+    words = {name: value for name, value in MEASURED.items() if name != "remaining"}
+    fewer = pruned(work, "fewer", 2, **words, table=work / "one" / "table.json", max_parameters=limit)
+    assert limit - 200 < fewer["parameters"]["pruned"] <= limit
+    smaller, dense = load_file(work / "fewer" / "pruned" / "model.safetensors"), one["parameters"]["dense"]
+    assert sum(tensor.numel() for tensor in smaller.values()) <= limit < dense
+
+
+@pytest.mark.distributed
+def test_a_table_decides_all_rounds(work: Path) -> None:
+    settings = MEASURED | {"max_steps": 6, "rounds": 2, "save_every": 3, "criterion": "magnitude", "repair": "none"}
+    whole = pruned(work, "whole", 2, **settings)
+    assert whole["rounds"][0]["table"] == whole["rounds"][1]["table"]
+    assert whole["remaining"]["measured"] == pytest.approx(0.6, abs=2e-2)
+    pruned(work, "resumed", 2, **settings, resume=work / "whole" / "checkpoints" / "step-00000003")
+    assert_same_run(work / "resumed", work / "whole")
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"table": "no.json"}, "--table no.json cannot be read"),
+    ({"scope": "global"}, "--budget measured says what each layer loses"),
+    ({"budget": "log", "table": "no.json"}, "--table no.json is for --budget measured, not log"),
+    ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
+    ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
+    ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),
+    ({"targets": "mlp,embedding"}, "an embedding is factorized, by --criterion flop or factorize"),
+    ({"layout": "gguf"}, "--layout gguf has no place for different numbers of heads"),
+    ({"layout": "nemotron_nas"}, "'nemotron_nas' has no place for different numbers of heads"),
+    ({"layout": "uniform", "targets": "attention"}, "--layout uniform cannot hold the widths"),
+]
+
+
+@pytest.mark.distributed
+def test_budgets_that_cannot_be_kept_are_refused(work: Path) -> None:
+    words = {name: value for name, value in MEASURED.items() if name != "remaining"}
+    cases = [arguments(work, work / "refused", **words | settings) for settings, _ in REFUSED]
+    cases += [[*case, "--dry_run"] for case in cases]
+    (found,) = run_ranks(outcomes, 1, cases)
+    for (code, stderr), (_, expected) in zip(found, [*REFUSED, *REFUSED], strict=True):
+        assert code == 2, expected
+        assert expected in stderr
+        assert len(errors_of(stderr)) == 1
