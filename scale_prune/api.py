@@ -83,7 +83,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     config = with_defaults(config, IN_A_LOOP)
     check_uniqueness(config)
     rounds = config.rounds
-    if rounds != 0 or config.repair not in (None, "none") or config.budget in ("redundancy", "measured"):
+    if rounds != 0 or config.repair not in (None, "none") or config.budget in ("redundancy", "measured", "search"):
         raise ValueError(
             f"criterion {config.criterion}, rounds {rounds}, repair {config.repair}, budget "
             f"{config.budget}: rounds, repairs and redundancy belong to launch/prune.py, which has text to calibrate "

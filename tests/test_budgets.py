@@ -15,7 +15,7 @@ from models import VOCABULARY
 from safetensors.torch import load_file
 from test_resume import assert_same_run
 
-from scale_prune.core.level_table import LevelTable, best_levels, levels_of
+from scale_prune.core.level_table import LevelTable, best_levels, levels_of, on_the_way, switched
 from scale_prune.models import unit_groups
 from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, training_engine, tried
 
@@ -150,19 +150,34 @@ def test_a_measured_table_is_alike_on_any_number_of_ranks_and_serves_other_sizes
 
 
 @pytest.mark.distributed
-def test_a_table_decides_all_rounds(work: Path) -> None:
+@pytest.mark.parametrize("budget", ["measured", "search"])
+def test_what_was_measured_decides_all_rounds(budget: str, work: Path) -> None:
     settings = MEASURED | {"max_steps": 6, "rounds": 2, "save_every": 3, "criterion": "magnitude", "repair": "none"}
-    whole = pruned(work, "whole", 2, **settings)
+    settings |= {"budget": budget}
+    whole = pruned(work, budget, 2, **settings)
     assert whole["rounds"][0]["table"] == whole["rounds"][1]["table"]
     assert whole["remaining"]["measured"] == pytest.approx(0.6, abs=2e-2)
-    pruned(work, "resumed", 2, **settings, resume=work / "whole" / "checkpoints" / "step-00000003")
-    assert_same_run(work / "resumed", work / "whole")
+    if budget == "search":
+        assert whole["rounds"][0]["searched"] == [*whole["widths"], *whole["heads"]]
+    pruned(work, f"{budget} resumed", 2, **settings, resume=work / budget / "checkpoints" / "step-00000003")
+    assert_same_run(work / f"{budget} resumed", work / budget)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_give_units_to_others_of_their_kind(seed: int) -> None:
+    table, widths = a_table(), [9, 2, 31]
+    new = switched(widths, table, Random(seed))
+    assert 5 * (new[0] + new[2]) == 5 * (widths[0] + widths[2])
+    assert new[1] == widths[1]
+    assert all(1 <= now <= kept[-1] for now, kept in zip(new, table.kept, strict=True))
+    assert on_the_way(widths, [17, 3, 64], 0.5, 1.0) == [1.0, 1.0, 1.0]
+    assert on_the_way(widths, [17, 3, 64], 0.5, 0.5) == pytest.approx([9 / 17, 2 / 3, 31 / 64])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"table": "no.json"}, "--table no.json cannot be read"),
     ({"scope": "global"}, "--budget measured says what each layer loses"),
-    ({"budget": "log", "table": "no.json"}, "--table no.json is for --budget measured, not log"),
+    ({"budget": "log", "table": "no.json"}, "--table no.json is for --budget measured or search, not log"),
     ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
     ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),

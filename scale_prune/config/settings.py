@@ -144,13 +144,13 @@ class PruningConfig(Settings):
     )
     budget: str = setting(
         "under scope per_group, let every layer lose alike (uniform), later layers more (log), those more that, by "
-        "the calibration text, change least of what goes in (redundancy), or each what costs the predictions least "
-        "(measured: of every layer alone, at 8 widths)",
+        "the calibration text, change least of what goes in (redundancy), each what costs the predictions least "
+        "(measured: of every layer alone, at 8 widths), or what a search from there on finds with all layers (search)",
         "uniform",
-        choices=("uniform", "log", "redundancy", "measured"),
+        choices=("uniform", "log", "redundancy", "measured", "search"),
     )
     table: str | None = setting(
-        "table.json of an earlier run with --budget measured, of the same model, whose measurements decide this one's",
+        "table.json of an earlier run with --budget measured or search, of the same model, whose measurements are used",
         otherwise="measure",
         is_path=True,
         compared=IGNORED,

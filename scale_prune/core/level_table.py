@@ -7,6 +7,7 @@ Source: Puzzle (arXiv 2411.19146), which scores blocks one by one and chooses by
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Self
 
 import torch
@@ -100,6 +101,41 @@ class LevelTable:
             widths[index] += more
             left -= more * self.costs[index]
         return widths
+
+
+def switched(widths: Sequence[int], table: LevelTable, random: Random) -> list[int]:
+    """Return widths of the same cost in which a few groups have given units to others of their kind.
+
+    Args:
+        widths: units of each group.
+        table: of the groups; kinds are told apart by what a unit costs.
+        random: decides which give, and which take.
+
+    Source: the level switches of DarwinLM (arXiv 2502.07780), one to three, fewer more often.
+    """
+    new, most = [*widths], [kept[-1] for kept in table.kept]
+    for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
+        giver = random.randrange(len(new))
+        step, cost = max(1, most[giver] // LEVELS), table.costs[giver]
+        alike = [index for index, other in enumerate(table.costs) if index != giver and other == cost]
+        takers = [index for index in alike if new[index] + step <= most[index]]
+        if takers and new[giver] > step:
+            new[giver] -= step
+            new[random.choice(takers)] += step
+    return new
+
+
+def on_the_way(widths: Sequence[int], dense: Sequence[int], target: float, remaining: float) -> list[float]:
+    """Return the fraction of each group that remains on the straight way from the dense model to the target's widths.
+
+    Args:
+        widths: units of each group at the target.
+        dense: units of each group in the dense model.
+        target: fraction that remains in all at the target, below 1.
+        remaining: fraction that remains in all now, at least the target.
+    """
+    part = (1 - remaining) / (1 - target)
+    return [1 - part * (1 - width / whole) for width, whole in zip(widths, dense, strict=True)]
 
 
 def _up_to(top: int, kept: Sequence[int], losses: Sequence[float]) -> tuple[list[int], list[float]]:

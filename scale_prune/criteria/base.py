@@ -24,6 +24,7 @@ from scale_prune.core import (
     UnitSpan,
     full_rank,
     group_fractions,
+    on_the_way,
     select,
     standardized,
     unit_sum,
@@ -104,6 +105,7 @@ class Criterion:
         redundancy: of each group's layer in the dense model, the mean cosine between what goes in and what comes out;
             empty where no budget asks for it.
         table: what every group's levels lose, where the budget is measured.
+        widths: of each group at the target, where they were searched for.
 
     Args:
         config: settings of pruning, without None where `defaults` has a value.
@@ -122,6 +124,7 @@ class Criterion:
         self.seed = seed
         self.redundancy: Sequence[float] = ()
         self.table: LevelTable | None = None
+        self.widths: Sequence[int] = ()
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
@@ -203,11 +206,7 @@ class Criterion:
             scores = [each / group.cost for each, group in zip(scores, groups, strict=True)]
         multiple = self.config.width_multiple if at_target else 1
         layers = [group.layer for group in groups]
-        if self.table is None:
-            fractions = group_fractions(self.config.budget, remaining, layers, self.redundancy)
-        else:
-            widths = self.table.widths(remaining, [group.num_units for group in groups])
-            fractions = [width * group.cost / group.dense_cost for width, group in zip(widths, groups, strict=True)]
+        fractions = self._fractions(groups, remaining, layers)
         return select(
             scores,
             costs=[group.cost for group in groups],
@@ -219,6 +218,16 @@ class Criterion:
             fractions=fractions,
             layers=layers if self.kind == "neuron" and self.table is None else None,
         )
+
+    def _fractions(self, groups: Sequence[UnitGroup], remaining: float, layers: Sequence[int]) -> list[float] | None:
+        """Return what remains of each group under a budget, None where all lose alike."""
+        if self.table is None:
+            return group_fractions(self.config.budget, remaining, layers, self.redundancy)
+        if self.widths:
+            dense = [kept[-1] for kept in self.table.kept]
+            return on_the_way(self.widths, dense, self.config.remaining, remaining)
+        widths = self.table.widths(remaining, [group.num_units for group in groups])
+        return [width * group.cost / group.dense_cost for width, group in zip(widths, groups, strict=True)]
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""

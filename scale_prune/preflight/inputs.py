@@ -230,7 +230,7 @@ def _check_groups(reading: Reading) -> None:
         reading.groups = sketch_units(model, reading.config.pruning)
         pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
         reading.config = replace(reading.config, pruning=pruning)
-        if pruning.table is not None and pruning.budget == "measured":
+        if pruning.table is not None and pruning.budget in ("measured", "search"):
             read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:
             raise ValueError(

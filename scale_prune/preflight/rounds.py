@@ -60,13 +60,13 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
         raise ValueError(
             f"{asked} belongs to neurons, {name} removes components; leave it out, or give --criterion obs"
         )
-    if pruning.budget in ("redundancy", "measured") and not pruning.rounds:
+    if pruning.budget in ("redundancy", "measured", "search") and not pruning.rounds:
         raise ValueError(
             f"--budget {pruning.budget} is measured where neurons leave at once, not under masks; give --rounds 1 or "
             "more"
         )
-    if pruning.table is not None and pruning.budget != "measured":
-        raise ValueError(f"--table {pruning.table} is for --budget measured, not {pruning.budget}")
+    if pruning.table is not None and pruning.budget not in ("measured", "search"):
+        raise ValueError(f"--table {pruning.table} is for --budget measured or search, not {pruning.budget}")
     if "gram" in criterion.needs and not pruning.rounds:
         raise ValueError(f"{name} ranks neurons that leave at once, not under masks; give --rounds 1 or more")
     steps = schedule_of(pruning, max_steps).descent_steps

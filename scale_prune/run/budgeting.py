@@ -1,81 +1,115 @@
-"""What the layers deserve, measured: how far the model's predictions move when one group alone loses units."""
+"""What the layers deserve, measured: how far the model's predictions move when units stay away."""
 
 from collections.abc import Sequence
 from itertools import islice
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scale_prune.core import LevelTable, levels_of, top_mask
+from scale_prune.core import LevelTable, levels_of, switched, top_mask
 from scale_prune.pruning import Calibration, takeovers_of
 from scale_prune.run.calibrating import calibration_text
 from scale_prune.run.run import Run
 from scale_prune.zero3 import tried
 
 TABLE = "table.json"
-MEASURED_TOKENS = 4096  # at least, if the calibration text has as many: every level of every group reads them
+MEASURED_TOKENS = 4096  # at least, if the calibration text has as many: every trial reads them
+GENERATIONS, OFFSPRING = 20, 4
+REMEMBERED = 2**30  # bytes of a rank
 
 
-class Comparison:
-    """A part of the calibration text, and what the dense model predicts there. Making one is a collective.
+class Trials:
+    """Trials without some units, on a part of the calibration text. Making them is a collective.
 
-    A rank keeps the logits of its part on the host: 2 bytes a token and word of the vocabulary.
-
-    Args:
-        run: the run, before anything has left.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.engine = run, run.student.engine
-        accumulation = self.engine.gradient_accumulation_steps()
-        in_a_step = int(run.inputs.ds_config["train_batch_size"]) * run.config.data.block_size
-        passes = accumulation * -(-MEASURED_TOKENS // in_a_step)
-        self.batches = list(islice(calibration_text(self.engine, run.inputs, run.task), passes))
-        self.dense = [self._logits(batch).to("cpu", torch.bfloat16) for batch in self.batches]
-
-    def loss(self) -> float:
-        """Return the mean divergence of the model as it is from the dense one, over all ranks. A collective."""
-        task, total = self.run.task, 0.0
-        for batch, dense in zip(self.batches, self.dense, strict=True):
-            logits, labels = self._logits(batch), batch.inputs["labels"].to(self.engine.device)
-            divergence = task.divergence(logits, dense.to(logits), labels, 1.0)
-            total += float(divergence * batch.weight) / len(self.batches)
-        runtime = self.run.runtime
-        return float(runtime.add_over_ranks(torch.tensor(total, dtype=torch.float64))) / runtime.world_size
-
-    @torch.no_grad()
-    def _logits(self, batch: Any) -> Tensor:
-        logits: Tensor = self.engine(**{**batch.to(self.engine.device), **self.run.task.options, "labels": None}).logits
-        return logits
-
-
-def measure_levels(run: Run, calibration: Calibration | None, scores: Sequence[Tensor]) -> LevelTable:
-    """Measure every level of every group, each repaired as the run repairs. A collective.
-
-    What moves in one forward pass: the parameters, and what the repair of one weight moves.
+    A rank keeps the dense model's logits of its part on the host, 2 bytes a token and word of the vocabulary, and what
+    it has solved for, up to REMEMBERED bytes.
 
     Args:
         run: the run, before anything has left.
         calibration: with Gram matrices, where the run repairs.
         scores: (N,) a group; the highest stay.
     """
-    student, pruning = run.student, run.config.pruning
-    with run.progress.seconds.measure("budget"):
-        student.engine.eval()
-        comparison, losses = Comparison(run), []
-        whole = [torch.ones_like(group, dtype=torch.bool) for group in scores]
-        for index, group in enumerate(student.groups):
-            own = []
-            for kept in levels_of(group.num_units)[:-1]:
-                masks = [*whole[:index], top_mask(scores[index], kept), *whole[index + 1 :]]
-                takeovers = None
-                if calibration is not None and pruning.repair != "none":
-                    takeovers = takeovers_of(calibration, masks, str(pruning.repair), pruning.repair_damping)
-                with tried(student.backend, student.groups, masks, takeovers):
-                    own.append(comparison.loss())
-            losses.append([*own, 0.0])
-            run.monitor.say(f"{group.name}: {', '.join(f'{loss:.4f}' for loss in own)}")
-        student.engine.empty_partition_cache()
-        student.engine.train()
-    return LevelTable.of(student.groups, losses)
+
+    def __init__(self, run: Run, calibration: Calibration | None, scores: Sequence[Tensor]) -> None:
+        self.run, self.engine, self.scores = run, run.student.engine, scores
+        self.calibration = calibration if run.config.pruning.repair != "none" else None
+        accumulation = self.engine.gradient_accumulation_steps()
+        in_a_step = int(run.inputs.ds_config["train_batch_size"]) * run.config.data.block_size
+        passes = accumulation * -(-MEASURED_TOKENS // in_a_step)
+        self.batches = list(islice(calibration_text(self.engine, run.inputs, run.task), passes))
+        self.dense = [self._logits(batch).to("cpu", torch.bfloat16) for batch in self.batches]
+        self._solved: dict[tuple[int, int], Tensor | None] = {}
+
+    def loss(self, widths: Sequence[int]) -> float:
+        """Return how far predictions are from the dense model's, a mean over tokens, where groups keep so many units.
+
+        A collective: the forward passes of the text, and what the repair of the groups that lose units moves.
+        """
+        student = self.run.student
+        masks = [top_mask(scores, width) for scores, width in zip(self.scores, widths, strict=True)]
+        with tried(student.backend, student.groups, masks, self._takeovers(masks)):
+            return self._divergence()
+
+    def _takeovers(self, masks: Sequence[Tensor]) -> dict[int, Tensor] | None:
+        """Solve for groups that lose units, as far as that was not done before; None where nothing is repaired."""
+        if self.calibration is None:
+            return None
+        pruning, groups = self.run.config.pruning, self.run.student.groups
+        wanted = {index: (index, int(mask.sum())) for index, mask in enumerate(masks) if not mask.all()}
+        sizes = [kept * groups[index].block ** 2 * (groups[index].num_units - kept) for index, kept in self._solved]
+        if 4 * sum(sizes) > REMEMBERED * self.run.runtime.world_size:
+            self._solved.clear()
+        new = [index for index, key in wanted.items() if key not in self._solved]
+        asked = [mask if index in new else torch.ones_like(mask) for index, mask in enumerate(masks)]
+        solved = takeovers_of(self.calibration, asked, str(pruning.repair), pruning.repair_damping)
+        self._solved |= {wanted[index]: solved.get(index) for index in new}
+        found = {index: self._solved[key] for index, key in wanted.items()}
+        return {index: takeover for index, takeover in found.items() if takeover is not None}
+
+    def _divergence(self) -> float:
+        task, total = self.run.task, 0.0
+        for batch, dense in zip(self.batches, self.dense, strict=True):
+            logits, labels = self._logits(batch), batch.inputs["labels"].to(self.engine.device)
+            total += float(task.divergence(logits, dense.to(logits), labels, 1.0) * batch.weight) / len(self.batches)
+        runtime = self.run.runtime
+        return float(runtime.add_over_ranks(torch.tensor(total, dtype=torch.float64))) / runtime.world_size
+
+    @torch.no_grad()
+    def _logits(self, batch: Any) -> Tensor:
+        inputs = {**batch.to(self.engine.device), **self.run.task.options, "labels": None}
+        logits: Tensor = self.engine(**inputs).logits
+        return logits
+
+
+def measure_levels(run: Run, trials: Trials) -> LevelTable:
+    """Measure every level of every group by itself, all others whole. A collective."""
+    groups, losses = run.student.groups, []
+    whole = [group.num_units for group in groups]
+    for index, group in enumerate(groups):
+        levels = levels_of(group.num_units)[:-1]
+        own = [trials.loss([*whole[:index], kept, *whole[index + 1 :]]) for kept in levels]
+        losses.append([*own, 0.0])
+        run.monitor.say(f"{group.name}: {', '.join(f'{loss:.4f}' for loss in own)}")
+    return LevelTable.of(groups, losses)
+
+
+def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
+    """Improve on the table's widths at the run's target by trying all groups together. A collective.
+
+    In each generation OFFSPRING variants of the best widths so far are tried; the best of them and it goes on.
+
+    Source: the (1 + lambda) evolution of EvoPress (arXiv 2410.14649) and DarwinLM (arXiv 2502.07780), which begin with
+    layers that are alike and train the candidates.
+    """
+    random = Random(run.config.training.seed)
+    widths = table.widths(run.config.pruning.remaining)
+    least = trials.loss(widths)
+    run.monitor.say(f"search: divergence {least:.4f} by the table")
+    for generation in range(GENERATIONS):
+        for candidate in [switched(widths, table, random) for _ in range(OFFSPRING)]:
+            if candidate != widths and (loss := trials.loss(candidate)) < least:
+                widths, least = candidate, loss
+                run.monitor.say(f"search: divergence {least:.4f} in generation {generation + 1} of {GENERATIONS}")
+    return widths

@@ -9,7 +9,7 @@ from scale_prune.core import LevelTable, remaining_fraction
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, takeovers_of
-from scale_prune.run.budgeting import TABLE, measure_levels
+from scale_prune.run.budgeting import TABLE, Trials, measure_levels, search_widths
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
@@ -62,10 +62,9 @@ def _choose_and_repair(run: Run, step: int) -> None:
             pruner.take_calibration(calibration)
     if compares and calibration is not None:
         criterion.redundancy = calibration.redundancy()
-    if chooses and pruning.budget == "measured" and criterion.table is None:
-        criterion.table = measure_levels(run, calibration, pruner.rate())
-        if run.runtime.is_main:
-            write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
+    criterion.widths = first.get("searched", ())
+    if chooses and not run.progress.rounds and pruning.budget in ("measured", "search"):
+        _measure(run, calibration)
     if chooses:
         pruner.choose(step)
     if repairs and calibration is not None:
@@ -83,7 +82,8 @@ def _noted(run: Run) -> Iterator[None]:
 
     before, criterion = seconds(), run.student.pruner.scoring.criterion
     yield
-    measured = {"redundancy": list(criterion.redundancy), "table": criterion.table.told() if criterion.table else None}
+    table = criterion.table.told() if criterion.table is not None else None
+    measured = {"redundancy": list(criterion.redundancy), "table": table, "searched": list(criterion.widths)}
     if run.config.pruning.rounds and run.student.pruner.pruning:
         spent = {part: now - before.get(part, 0.0) for part, now in seconds().items()}
         widths = [group.num_units for group in run.student.groups]
@@ -94,6 +94,25 @@ def _noted(run: Run) -> Iterator[None]:
         run.progress.rounds.append(round_)
         what = "neurons" if {group.kind for group in run.student.groups} == {"neuron"} else "targets' parameters"
         run.monitor.say(f"step {run.progress.step}: {remaining:.1%} of the {what} remain, for good")
+
+
+def _measure(run: Run, calibration: Calibration | None) -> None:
+    """Measure what the budget asks for, before anything has left. A collective."""
+    student, budget = run.student, run.config.pruning.budget
+    criterion = student.pruner.scoring.criterion
+    if criterion.table is not None and budget == "measured":
+        return
+    with run.progress.seconds.measure("budget"):
+        student.engine.eval()
+        trials = Trials(run, calibration, student.pruner.rate())
+        if criterion.table is None:
+            criterion.table = measure_levels(run, trials)
+            if run.runtime.is_main:
+                write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
+        if budget == "search":
+            criterion.widths = search_widths(run, trials, criterion.table)
+        student.engine.empty_partition_cache()
+        student.engine.train()
 
 
 def _given_table(run: Run) -> LevelTable | None:
