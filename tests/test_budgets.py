@@ -166,7 +166,7 @@ def test_what_was_measured_decides_all_rounds(budget: str, work: Path) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_groups_give_units_to_others_of_their_kind(seed: int) -> None:
     table, widths = a_table(), [9, 2, 31]
-    new = switched(widths, table, Random(seed))
+    new = switched(widths, table, torch.Generator().manual_seed(seed))
     assert 5 * (new[0] + new[2]) == 5 * (widths[0] + widths[2])
     assert new[1] == widths[1]
     assert all(1 <= now <= kept[-1] for now, kept in zip(new, table.kept, strict=True))

@@ -7,7 +7,6 @@ Source: Puzzle (arXiv 2411.19146), which scores blocks one by one and chooses by
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any, Self
 
 import torch
@@ -103,25 +102,25 @@ class LevelTable:
         return widths
 
 
-def switched(widths: Sequence[int], table: LevelTable, random: Random) -> list[int]:
+def switched(widths: Sequence[int], table: LevelTable, generator: torch.Generator) -> list[int]:
     """Return widths of the same cost in which a few groups have given units to others of their kind.
 
     Args:
         widths: units of each group.
         table: of the groups; kinds are told apart by what a unit costs.
-        random: decides which give, and which take.
+        generator: decides which give, and which take.
 
     Source: the level switches of DarwinLM (arXiv 2502.07780), one to three, fewer more often.
     """
     new, most = [*widths], [kept[-1] for kept in table.kept]
-    for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-        giver = random.randrange(len(new))
+    for _ in range(int(torch.randint(1, 4, (2,), generator=generator).min())):
+        giver = int(torch.randint(len(new), (), generator=generator))
         step, cost = max(1, most[giver] // LEVELS), table.costs[giver]
         alike = [index for index, other in enumerate(table.costs) if index != giver and other == cost]
         takers = [index for index in alike if new[index] + step <= most[index]]
         if takers and new[giver] > step:
             new[giver] -= step
-            new[random.choice(takers)] += step
+            new[takers[int(torch.randint(len(takers), (), generator=generator))]] += step
     return new
 
 

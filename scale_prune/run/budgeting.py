@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import islice
-from random import Random
 from typing import Any
 
 import torch
@@ -103,12 +102,12 @@ def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
     Source: the (1 + lambda) evolution of EvoPress (arXiv 2410.14649) and DarwinLM (arXiv 2502.07780), which begin with
     layers that are alike and train the candidates.
     """
-    random = Random(run.config.training.seed)
+    generator = torch.Generator().manual_seed(run.config.training.seed)
     widths = table.widths(run.config.pruning.remaining)
     least = trials.loss(widths)
     run.monitor.say(f"search: divergence {least:.4f} by the table")
     for generation in range(GENERATIONS):
-        for candidate in [switched(widths, table, random) for _ in range(OFFSPRING)]:
+        for candidate in [switched(widths, table, generator) for _ in range(OFFSPRING)]:
             if candidate != widths and (loss := trials.loss(candidate)) < least:
                 widths, least = candidate, loss
                 run.monitor.say(f"search: divergence {least:.4f} in generation {generation + 1} of {GENERATIONS}")
