@@ -16,10 +16,12 @@ from test_resume import assert_same_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from scale_prune.config import PruningConfig
 from scale_prune.core import elimination_scores, least_squares, select
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.repair import taken_over
+from scale_prune.criteria.slimllm import Slimllm
 from scale_prune.export import convert, open_folder
 from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import stored_groups, unit_groups
@@ -216,3 +218,43 @@ def test_heads_with_everything(settings: dict[str, Any], work: Path) -> None:
     report = pruned(work, str(abs(hash(str(settings)))), 2, **usual | settings)
     assert report["perplexity"]["masked"] == pytest.approx(report["perplexity"]["compacted"], rel=1e-2)
     assert sum(report["heads"]) < 9
+
+
+def tokens_and_output(features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(300, features, generator=generator).double() + 0.3, torch.randn(5, features, generator=generator)
+
+
+def gram_with_ones(h: torch.Tensor) -> torch.Tensor:
+    with_ones = torch.cat([h, h.new_ones(len(h), 1)], 1)
+    return with_ones.T @ with_ones
+
+
+def test_slimllm_takes_out_the_head_without_which_outputs_correlate_best() -> None:
+    h, weight = tokens_and_output(12)
+    scores = Slimllm(PruningConfig(criterion="slimllm"), 0).rank_units(gram_with_ones(h), weight, 3)
+    output = h @ weight.double().T
+    kept = [0, 1, 2, 3]
+    for head in scores.argsort().tolist()[:3]:
+        errors = {}
+        for each in kept:
+            own = [feature for other in kept if other != each for feature in range(3 * other, 3 * other + 3)]
+            part = h[:, own] @ weight.double()[:, own].T
+            pairs = [torch.stack([part[:, d], output[:, d]]) for d in range(5)]
+            errors[each] = 1 - float(torch.stack([torch.corrcoef(pair)[0, 1].abs() for pair in pairs]).mean())
+        assert head == min(errors, key=lambda each: errors[each])
+        assert float(scores[head]) >= errors[head] - 1e-6
+        kept.remove(head)
+    assert scores.argmax() == kept[0]
+
+
+def test_slimllm_weighs_neurons_by_the_principal_directions_of_the_output() -> None:
+    h, weight = tokens_and_output(12)
+    scores = Slimllm(PruningConfig(criterion="slimllm"), 0).rank_units(gram_with_ones(h), weight, 1)
+    output = h @ weight.double().T
+    values, directions = torch.linalg.eigh(torch.cov(output.T) * (len(h) - 1))
+    expected = [
+        ((directions.T @ weight.double()[:, unit]) * (values / values.mean()).sigmoid()).norm() * h[:, unit].norm()
+        for unit in range(12)
+    ]
+    torch.testing.assert_close(scores, torch.stack(expected).float())
