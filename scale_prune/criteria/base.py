@@ -71,6 +71,8 @@ class Moment:
         cost: (U,) what the unit counts, as a fraction of the dense model.
         noise: (U,) the noise of the gates of the step that was just made, uniform in (0, 1).
         expected: the remaining fraction that the gates of that step amounted to on average.
+        kinds: (U,) int64, 1 for heads, 0 for everything else; where there are gates.
+        summary: what the criterion has made of the parameters of all gates of that step.
     """
 
     step: int
@@ -81,6 +83,8 @@ class Moment:
     cost: Tensor
     noise: Tensor
     expected: float
+    kinds: Tensor | None = None
+    summary: Tensor | None = None
 
 
 class Criterion:
@@ -102,6 +106,7 @@ class Criterion:
             "scope".
         settings: the settings that change its result, beside the scope, the schedule and what remains.
         settles: what is removed once the target is reached stays the same.
+        freezes: weights stay as they are until what is to leave has left.
         redundancy: of each group's layer in the dense model, the mean cosine between what goes in and what comes out;
             empty where no budget asks for it.
         table: what every group's levels lose, where the budget is measured.
@@ -118,6 +123,7 @@ class Criterion:
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
     settings: ClassVar[frozenset[str]] = frozenset({"targets", "min_kept", "width_multiple", "update_every"})
     settles: ClassVar[bool] = False
+    freezes: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
@@ -278,3 +284,15 @@ class GatedCriterion(Criterion, ABC):
     def expected_remaining(self, parameter: Tensor, cost: Tensor) -> float:
         """Return the mean of the remaining fraction, for (M,) parameters and costs of all units."""
         return float(cost.sum(dtype=torch.float64))
+
+    def summary(self, parameter: Tensor, cost: Tensor, kinds: Tensor, schedule: Schedule, step: int) -> Tensor:
+        """Return what `update` is to know of all gates, for (M,) parameters, costs and kinds of all units.
+
+        Args:
+            parameter: what the gates are made of.
+            cost: what units count.
+            kinds: int64, 1 for heads, 0 for everything else.
+            schedule: the run's.
+            step: the step that these gates are for.
+        """
+        return cost.new_zeros(0)

@@ -4,7 +4,8 @@ They belong to pruning, not to the model: plain tensors, no parameters, known wh
 backward passes leave in their gradient is its share of every unit's number, M numbers a step, like any other share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +25,12 @@ class Gate:
     def __init__(self) -> None:
         self.training: Tensor | None = None
         self.evaluation: Tensor | None = None
+        self.open = False
 
     def __call__(self, module: nn.Module) -> Tensor | None:
-        """Return the (N,) gates for a module in its present mode."""
+        """Return the (N,) gates for a module in its present mode, None while all are open."""
+        if self.open:
+            return None
         return self.training if module.training else self.evaluation
 
 
@@ -67,6 +71,17 @@ class Gates:
             return None
         values: list[Any] = [gate.training for gate in self.gates]
         return torch.cat([torch.zeros_like(value) if value.grad is None else value.grad for value in values])
+
+    @contextmanager
+    def all_open(self) -> Iterator[None]:
+        """Let the model compute in the body as if it had no gates."""
+        for gate in self.gates:
+            gate.open = True
+        try:
+            yield
+        finally:
+            for gate in self.gates:
+                gate.open = False
 
     def remove(self) -> None:
         """Leave the model without gates."""

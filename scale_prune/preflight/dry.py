@@ -67,6 +67,7 @@ def _job(reading: Reading) -> Job:
     assert reading.model_config is not None
     training, ds_config = reading.config.training, reading.ds_config
     pruning = with_defaults(reading.config.pruning)
+    criterion = CRITERIA[pruning.criterion]
     shown = rehearse(
         reading.model_config,
         dtype=DTYPES[precision(ds_config)],
@@ -85,7 +86,7 @@ def _job(reading: Reading) -> Job:
         ds_config=ds_config,
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
-        trains=training.max_steps > 0 or learns_from_gradients(CRITERIA[pruning.criterion]),
+        trains=(training.max_steps > 0 and not criterion.freezes) or learns_from_gradients(criterion),
         calibration_steps=calibration_steps(reading.config, int(ds_config["train_batch_size"])),
         has_teacher=reading.config.distillation.teacher is not None,
     )

@@ -78,7 +78,10 @@ def _phases(job: Job) -> dict[str, list[Part]]:
     """Return what each phase adds to what an engine and its pruner hold all the time."""
     device = job.place()
     if not job.trains:
-        return {"forward": [Part("gathered parameters", device, _gathered(job))]}
+        activations = job.activations if CRITERIA[job.pruning.criterion].freezes else 0
+        return {
+            "forward": [Part("gathered parameters", device, _gathered(job)), Part("activations", device, activations)]
+        }
     passing = [Part("gathered parameters", device, _gathered(job)), Part("activations", device, job.activations)]
     return {
         "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
@@ -293,7 +296,10 @@ def communication(job: Job) -> dict[str, int]:
         "pruning, at an update of the masks": _update(job),
         "pruning, at a sample of activations": _sampled(job) * job.world_size,
     }
-    if not job.trains:
+    if CRITERIA[job.pruning.criterion].freezes:  # the dense model's pass, the gated one's, and back
+        received["ZeRO-3, parameters"] = job.accumulation * (3 * job.num_parameters * job.width)
+        received["ZeRO-3, gradients"] = 0
+    elif not job.trains:
         return {}
     return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
 

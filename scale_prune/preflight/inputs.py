@@ -13,7 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, PruningConfig, TrainingConfig, load, resolve
+from scale_prune.config import (
+    CLASSIFICATION,
+    TASKS,
+    Config,
+    DataConfig,
+    PruningConfig,
+    TrainingConfig,
+    get,
+    load,
+    resolve,
+)
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
@@ -247,7 +257,15 @@ def _read_ds_config(reading: Reading) -> None:
     # Where the model cannot be read, any width serves to find what else is wrong.
     found = reading.model_config
     hidden_size = 1 if found is None else getattr(found.get_text_config(), "hidden_size", None)
-    reading.ds_config = resolve(raw, reading.config, reading.explicit, reading.world_size, hidden_size)
+    config = reading.config
+    if CRITERIA[config.pruning.criterion].freezes:  # the rates are of the steps in which weights learn
+        config = replace(config, training=replace(config.training, max_steps=0))
+    reading.ds_config = resolve(raw, config, reading.explicit, reading.world_size, hidden_size)
+    if config is not reading.config and (get(reading.ds_config, "fp16.enabled")):
+        raise ValueError(
+            f"--criterion {config.pruning.criterion} learns gates from gradients that nothing scales, which fp16 may "
+            "not hold; give --precision bf16 or fp32"
+        )
     ds_check.check(reading.ds_config)
 
 

@@ -25,6 +25,8 @@ def settle_rounds(config: Config) -> Config:
     criterion = CRITERIA[pruning.criterion]
     if not max_steps:
         pruning = replace(pruning, rounds=pruning.rounds or 1, warmup_fraction=0.0, cooldown_fraction=0.0)
+    elif criterion.freezes:  # dense steps would teach nobody anything
+        pruning = replace(pruning, warmup_fraction=0.0, cooldown_fraction=0.0)
     elif pruning.rounds is None:
         pruning = replace(pruning, rounds=min(USUAL_ROUNDS, schedule_of(pruning, max_steps).descent_steps))
     reads_back = learns_from_gradients(criterion) or "output_grad" in criterion.needs

@@ -26,6 +26,8 @@ class Gating:
         noise: (M,) of the coming step, uniform in (0, 1); 0 where there are no gates.
         expected: the remaining fraction that the coming step's gates amount to on average.
         parameter: (M,) what the gates are made of, on all ranks.
+        kinds: (M,) int64, 1 for heads.
+        summary: what the criterion makes of all parameters of the coming step.
     """
 
     def __init__(self, line: UnitLine, criterion: GatedCriterion, schedule: Schedule, seed: int) -> None:
@@ -34,6 +36,8 @@ class Gating:
         self.noise = torch.zeros_like(line.costs)
         self.parameter = torch.zeros_like(line.costs)
         self.expected = schedule.initial
+        self.kinds = line.per_unit(lambda group: float(group.kind == "head")).long()
+        self.summary = torch.zeros(0)
 
     def draw(self, state: State, step: int) -> None:
         """Put on the gates of the step after `step`, by the criterion's state of the owned units. A collective."""
@@ -41,6 +45,7 @@ class Gating:
         if step < self.schedule.warmup_steps:
             return
         self.expected = self.criterion.expected_remaining(parameter, self.line.costs)
+        self.summary = self.criterion.summary(parameter, self.line.costs, self.kinds, self.schedule, step + 1)
         if step >= self.schedule.last_descent_step:
             final = self.criterion.final_gates(parameter)
             self.gates.put_on(final, final)

@@ -115,11 +115,9 @@ class Pruner:
         if self.schedule.updates(self.step):
             with self.seconds.measure("scoring"):
                 self.masking.update(self.scoring.choose(self.step))
+        if not self.scoring.criterion.freezes:  # there are no masters, and what leaves may have to be seen once more
             with self.seconds.measure("masking"):
-                self.put_masks_on()
-        else:
-            with self.seconds.measure("masking"):
-                self.masking.apply()
+                self.put_masks_on() if self.schedule.updates(self.step) else self.masking.apply()
         self.prepare_step()
 
     @torch.no_grad()

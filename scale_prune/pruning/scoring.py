@@ -61,6 +61,9 @@ class Scoring:
 
     def moment(self, step: int, live: Tensor, similarity: Tensor) -> Moment:
         """Return what an update is told beside the totals; for the arguments see `update`."""
+        of_gates: dict[str, Tensor] = {}
+        if self.gating is not None:
+            of_gates = {"kinds": self.line.owned(self.gating.kinds), "summary": self.gating.summary}
         return Moment(
             step=step,
             schedule=self.schedule,
@@ -70,6 +73,7 @@ class Scoring:
             cost=self.line.owned(self.line.costs),
             noise=self.line.owned(self.gating.noise if self.gating is not None else self.line.costs),
             expected=self.gating.expected if self.gating is not None else self.schedule.initial,
+            **of_gates,
         )
 
     def choose(self, step: int) -> list[Tensor]:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from scale_prune.criteria import KL_WEIGHT
 from scale_prune.run.run import Run
 from scale_prune.tasks import MicroBatch
 from scale_prune.zero3 import gradients_finite
@@ -13,6 +14,8 @@ from scale_prune.zero3 import gradients_finite
 def loss_of(run: Run, micro_batch: MicroBatch) -> Tensor:
     """Return the loss of a micro batch, times its weight; with a teacher also that of its logits. A collective."""
     inputs = micro_batch.to(run.runtime.device)
+    if run.student.is_frozen:
+        return _gated_loss(run, inputs) * micro_batch.weight
     teacher_logits = _teacher_logits(run, inputs)
     with run.progress.seconds.measure("forward_backward"):
         output = run.student.engine(**inputs, **run.task.options)
@@ -22,6 +25,20 @@ def loss_of(run: Run, micro_batch: MicroBatch) -> Tensor:
             divergence = run.task.divergence(output.logits, teacher_logits, inputs["labels"], temperature)
             loss = (1 - alpha) * loss + alpha * divergence
         return loss * micro_batch.weight
+
+
+def _gated_loss(run: Run, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the loss that gates learn from: of the labels, and of the distance to the model without gates."""
+    engine, gating = run.student.engine, run.student.pruner.gating
+    assert gating is not None
+    with run.progress.seconds.measure("teacher"), torch.no_grad(), gating.gates.all_open():
+        engine.eval()
+        dense = engine(**{**inputs, **run.task.options, "labels": None}).logits
+        engine.train()
+    with run.progress.seconds.measure("forward_backward"):
+        output = engine(**inputs, **run.task.options)
+        loss: Tensor = output.loss + KL_WEIGHT * run.task.divergence(output.logits, dense, inputs["labels"], 1.0)
+        return loss
 
 
 def _teacher_logits(run: Run, inputs: dict[str, Tensor]) -> Tensor | None:
@@ -40,7 +57,7 @@ def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:
     Raises:
         ValueError: the loss or a gradient is not finite; the model as it was before is written.
     """
-    gradients_broken = not gradients_finite(run.student.engine.module)
+    gradients_broken = not (run.student.is_frozen or gradients_finite(run.student.engine.module))
     own = torch.tensor([own_loss, float(gradients_broken), float(run.stop.received)], dtype=torch.float64)
     total_loss, num_broken, num_stopping = run.runtime.add_over_ranks(own).tolist()
     loss = total_loss / run.runtime.world_size

@@ -18,6 +18,7 @@ from scale_prune.run.calibrating import whitening_roots
 from scale_prune.system import Seconds
 from scale_prune.tasks import Task
 from scale_prune.zero3 import (
+    FrozenEngine,
     Zero3Backend,
     check_maskable,
     compact_engine,
@@ -81,6 +82,11 @@ class Student:
         return self.groups[0].kind
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether only gates learn, and the weights do not."""
+        return isinstance(self.engine, FrozenEngine)
+
+    @property
     def stored(self) -> tuple[UnitGroup, ...]:
         """What a folder has to tell of the layers as they are."""
         return self.groups if self.kind == "component" else stored_groups(self.engine.module)
@@ -111,7 +117,7 @@ class Student:
             return
         with seconds.measure("compaction"):
             gates, masks = self.pruner.take_gates_off(), self.pruner.masking.by_name
-            trained = self._inputs.config.training.max_steps > 0
+            trained = self._inputs.config.training.max_steps > 0 and not self.is_frozen
             self.engine, self.groups = compact_engine(
                 self.backend, self.groups, masks, self._maker(finished=finished), gates, anew=finished and not trained
             )
@@ -135,11 +141,22 @@ class Student:
     def _maker(self, *, finished: bool) -> Callable[[nn.Module], Any]:
         """Return what builds the engine that goes on: one that trains, or that only reads where nothing is trained."""
         training, criterion = self._inputs.config.training, CRITERIA[self._inputs.config.pruning.criterion]
+        if criterion.freezes and self._inputs.config.pruning.remaining < 1:
+            return partial(self._frozen, finished=finished)
         if training.max_steps or (finished and training.recovery_steps):
             make = training_engine
         else:
             make = resting_engine if learns_from_gradients(criterion) and not finished else inference_engine
         return partial(make, ds_config=self._inputs.ds_config)
+
+    def _frozen(self, module: nn.Module, *, finished: bool) -> Any:
+        """Return the engine of a criterion that leaves weights as they are until its units have left."""
+        ds_config = self._inputs.ds_config
+        if not finished:
+            return FrozenEngine(module, ds_config)
+        module.requires_grad_(True)
+        trains = self._inputs.config.training.recovery_steps
+        return training_engine(module, ds_config) if trains else inference_engine(module, ds_config)
 
 
 def load_dense(inputs: Inputs, task: Task) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from scale_prune.zero3.backend import Zero3Backend, check_maskable, gradients_finite, num_parameters
 from scale_prune.zero3.engine_state import write_working_copy
+from scale_prune.zero3.frozen import FrozenEngine
 from scale_prune.zero3.prepare import prepare_units
 from scale_prune.zero3.randomness import random_state, set_random_state
 from scale_prune.zero3.ranks import joined, launched_as

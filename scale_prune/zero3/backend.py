@@ -73,7 +73,7 @@ class Zero3Backend(Collectives):
     @property
     def loss_scale(self) -> float:
         """What the loss of this step was multiplied by, in fp16; else 1."""
-        return float(self.engine.optimizer.loss_scale)
+        return float(self.engine.optimizer.loss_scale) if self.trains else 1.0
 
     def at_boundary(self) -> bool:
         """Tell whether the coming step will be an optimizer step."""

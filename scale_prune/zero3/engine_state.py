@@ -17,6 +17,7 @@ from scale_prune.zero3.shard import MASTER, Shard
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # What changes while an engine trains; everything else about them is a setting, which the new engine has itself.
 OPTIONS = ("lr", "betas")
+_NOTHING: dict[str, Any] = {"scheduler": {}, "loss_scaler": {}}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -26,6 +27,8 @@ def facts_of(backend: Zero3Backend) -> dict[str, Any]:
     Raises:
         ValueError: the learning rate scheduler keeps something that JSON cannot hold.
     """
+    if not backend.trains:
+        return {"counters": dict.fromkeys(COUNTERS, 0), "moments": [], "scalars": {}, "options": [], **_NOTHING}
     engine, optimizer = backend.engine, backend.engine.optimizer.optimizer
     state: dict[str, Any] = next(iter(optimizer.state.values()), {})
     moments = [key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0]
@@ -62,6 +65,8 @@ def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str
         facts: of `facts_of`, perhaps out of a file that anybody has written; names that it should not have are ignored.
         read: (kind, name, start, count) -> the (count,) values.
     """
+    if not backend.trains:  # what it knows is the pruner's
+        return
     engine = backend.engine
     _make_state(backend, facts)
     for name in trained(backend):
