@@ -81,6 +81,7 @@ def test_an_update_descends_on_the_whole_objective() -> None:
         objective = objective + l1 * missing + l2 * missing**2 + l3 * (kept * (1 - kept) * share).sum()
     objective.backward()
     after = criterion.update(state, total, moment)
+    assert variable.grad is not None
     torch.testing.assert_close(after["mean"], 0.1 * variable.grad)
     missing = 0.5 - summary[1, 0]
     assert (after["head_l1"] > 0.3) == bool(missing > 0)

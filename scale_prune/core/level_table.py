@@ -14,12 +14,19 @@ from torch import Tensor
 
 from scale_prune.core.groups import UnitGroup
 
+TRIAL_TOKENS = 4096  # at least, if the calibration text has as many: what every trial reads
+GENERATIONS, OFFSPRING = 20, 4  # of a search
 LEVELS = 8  # of a group; of heads as many as there are, if they are fewer
 
 
 def levels_of(num_units: int) -> list[int]:
     """Return the numbers of units that are tried, ascending; the last is all of them."""
     return sorted({-(-num_units * level // LEVELS) for level in range(1, LEVELS + 1)})
+
+
+def num_trials(sizes: Sequence[int], *, search: bool) -> int:
+    """Return how many trials it takes to measure groups of so many units, and to search from there on."""
+    return sum(len(levels_of(size)) - 1 for size in sizes) + search * (1 + GENERATIONS * OFFSPRING)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Shape letters: N units of a group, F features, N or N + 1, K units that stay, P 
 
 from math import prod
 
+from scale_prune.core import TRIAL_TOKENS, num_trials
 from scale_prune.core.repair import WIDEST_IN_DOUBLE
 from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.job import FP32, Job
@@ -46,8 +47,27 @@ def whitening_memory(job: Job) -> dict[str, int]:
     return {"Gram matrices": own * FP32 * widest**2, "roots": own * exact * widest**2}
 
 
-def round_bytes(job: Job) -> dict[str, int]:
-    """Return the bytes that a rank receives in a round, by purpose, at the widths of the dense model."""
+def trials(job: Job) -> int:
+    """Return how many trials the first round makes to find a budget."""
+    if job.pruning.budget not in ("measured", "search") or job.pruning.table is not None:
+        return 0
+    return num_trials([group.num_units for group in job.groups], search=job.pruning.budget == "search")
+
+
+def trial_passes(job: Job, tokens: int) -> int:
+    """Return the forward passes of a rank in a trial, of a calibration text of so many tokens."""
+    blocks = job.calibration_steps * int(job.ds_config["train_batch_size"])
+    rows = -(-TRIAL_TOKENS * blocks // tokens)
+    return -(-min(rows, blocks) // (int(job.ds_config["train_batch_size"]) // job.accumulation))
+
+
+def round_bytes(job: Job, tokens: int) -> dict[str, int]:
+    """Return the bytes that a rank receives in a round, by purpose, at the widths of the dense model.
+
+    Args:
+        job: the run.
+        tokens: of the calibration text, over all ranks.
+    """
     if not solves(job):
         return {}
     widths, weights = [group.num_features + 1 for group in job.groups], _output_weights(job)
@@ -57,6 +77,7 @@ def round_bytes(job: Job) -> dict[str, int]:
     received = {
         "calibration, parameters": passes * job.num_parameters * job.width * with_gradients,
         "calibration, Gram matrices": passes * FP32 * sum(width**2 + features for width in widths),
+        "budget, parameters": trials(job) * trial_passes(job, tokens) * job.num_parameters * job.width,
         "choice, weights": sum(weights) * job.width if chooses else 0,
         "repair, what is taken over": FP32 * sum(_kept(job, width) * (width - _kept(job, width)) for width in widths),
         "repair, weights": FP32 * sum(weights),
@@ -76,9 +97,11 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
     widths = [group.num_features + 1 for group in job.groups]
     own, widest = -(-len(widths) // job.world_size), max(widths)
     kept, features = _kept(job, widest), _gradient_features(job)
+    in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
     return {
         "calibration, passes": (6 if features else 2) * job.num_parameters * tokens / job.world_size,
         "calibration, Gram matrices": 2 * tokens * sum(width**2 + features for width in widths) / job.world_size,
+        "budget, passes": trials(job) * trial_passes(job, tokens) * 2 * job.num_parameters * in_trial,
         "choice": own * 4 * widest**3 if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
         "repair": own * (kept**3 / 3 + 2 * kept**2 * (widest - kept)),
     }

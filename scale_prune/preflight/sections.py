@@ -159,8 +159,8 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     yield f"rounds: {job.rounds}, repair {job.pruning.repair}; each reads {tokens:,} tokens of the training text"
     if line := calibration_warning(job.pruning, job.groups):
         yield line
-    if round_bytes(job):
-        received = [[name, _size(size)] for name, size in round_bytes(job).items() if size]
+    if received_bytes := round_bytes(job, tokens):
+        received = [[name, _size(size)] for name, size in received_bytes.items() if size]
         counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
         yield ""
         yield from markdown_table(["bytes that a rank receives in a round", ""], received)

@@ -1,21 +1,17 @@
 """What the layers deserve, measured: how far the model's predictions move when units stay away."""
 
-from collections.abc import Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from scale_prune.core import LevelTable, levels_of, switched, top_mask
+from scale_prune.core import GENERATIONS, OFFSPRING, TRIAL_TOKENS, LevelTable, levels_of, switched, top_mask
 from scale_prune.pruning import Calibration, takeovers_of
 from scale_prune.run.calibrating import calibration_text
 from scale_prune.run.run import Run
 from scale_prune.zero3 import tried
 
 TABLE = "table.json"
-MEASURED_TOKENS = 4096  # at least, if the calibration text has as many: every trial reads them
-GENERATIONS, OFFSPRING = 20, 4
 REMEMBERED = 2**30  # bytes of a rank
 
 
@@ -34,11 +30,8 @@ class Trials:
     def __init__(self, run: Run, calibration: Calibration | None, scores: Sequence[Tensor]) -> None:
         self.run, self.engine, self.scores = run, run.student.engine, scores
         self.calibration = calibration if run.config.pruning.repair != "none" else None
-        accumulation = self.engine.gradient_accumulation_steps()
-        in_a_step = int(run.inputs.ds_config["train_batch_size"]) * run.config.data.block_size
-        passes = accumulation * -(-MEASURED_TOKENS // in_a_step)
-        self.batches = list(islice(calibration_text(self.engine, run.inputs, run.task), passes))
-        self.dense = [self._logits(batch).to("cpu", torch.bfloat16) for batch in self.batches]
+        self.batches = self._rows()
+        self.dense = [self._logits(inputs).to("cpu", torch.bfloat16) for inputs, _ in self.batches]
         self._solved: dict[tuple[int, int], Tensor | None] = {}
 
     def loss(self, widths: Sequence[int]) -> float:
@@ -67,18 +60,36 @@ class Trials:
         found = {index: self._solved[key] for index, key in wanted.items()}
         return {index: takeover for index, takeover in found.items() if takeover is not None}
 
+    def _rows(self) -> list[tuple[dict[str, Tensor], int]]:
+        """Return this rank's inputs, and how many of their rows count: of all ranks the first rows of the text.
+
+        Every rank has a row in every pass, since all gather the parameters.
+        """
+        config, runtime, found = self.run.config, self.run.runtime, []
+        wanted = -(-TRIAL_TOKENS // config.data.block_size)
+        for number, batch in enumerate(calibration_text(self.engine, self.run.inputs, self.run.task)):
+            in_pass = len(batch.inputs["labels"])
+            first = (number * runtime.world_size + runtime.rank) * in_pass  # as `batches.assigned` hands rows out
+            if number * runtime.world_size * in_pass >= wanted:
+                break
+            count = min(max(wanted - first, 0), in_pass)
+            found.append(({name: values[: max(count, 1)] for name, values in batch.inputs.items()}, count))
+        return found
+
     def _divergence(self) -> float:
-        task, total = self.run.task, 0.0
-        for batch, dense in zip(self.batches, self.dense, strict=True):
-            logits, labels = self._logits(batch), batch.inputs["labels"].to(self.engine.device)
-            total += float(task.divergence(logits, dense.to(logits), labels, 1.0) * batch.weight) / len(self.batches)
-        runtime = self.run.runtime
-        return float(runtime.add_over_ranks(torch.tensor(total, dtype=torch.float64))) / runtime.world_size
+        total = torch.zeros(2, dtype=torch.float64)  # of rows, and how many they are
+        for (inputs, count), dense in zip(self.batches, self.dense, strict=True):
+            logits, labels = self._logits(inputs), inputs["labels"].to(self.engine.device)
+            for row in (slice(place, place + 1) for place in range(count)):
+                each = self.run.task.divergence(logits[row], dense[row].to(logits), labels[row], 1.0)
+                total += torch.tensor([float(each), 1.0])
+        summed, rows = self.run.runtime.add_over_ranks(total).tolist()
+        return summed / rows
 
     @torch.no_grad()
-    def _logits(self, batch: Any) -> Tensor:
-        inputs = {**batch.to(self.engine.device), **self.run.task.options, "labels": None}
-        logits: Tensor = self.engine(**inputs).logits
+    def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        moved = {name: values.to(self.engine.device) for name, values in inputs.items()}
+        logits: Tensor = self.engine(**{**moved, **self.run.task.options, "labels": None}).logits
         return logits
 
 
