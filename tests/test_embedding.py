@@ -11,6 +11,7 @@ from torch import nn
 from scale_prune.config.settings import PruningConfig
 from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.low_rank import svd_factors
+from scale_prune.inspection.latency import describe
 from scale_prune.models.embedding import Cluster, cluster_groups, cluster_sizes, put_clusters
 from scale_prune.pruning.units import embedding_names, sketch_units
 
@@ -96,3 +97,14 @@ def test_what_is_factorized_already_is_refused(tmp_path: Path) -> None:
     model.config.factorized = {"transformer.h.0.mlp.c_fc": 3}
     with pytest.raises(ValueError, match="factorized weights already, which cannot be pruned again"):
         sketch_units(model, PruningConfig())
+
+
+def test_a_table_in_clusters_counts_what_it_multiplies() -> None:
+    dense, model = tiny_model("gpt_neo"), clustered(tiny_model("gpt_neo"), ZIPF[:VOCABULARY])
+    groups = cluster_groups(model)
+    table = sum(group.num_units * group.cost for group in groups)
+    first = frequency_clusters(ZIPF[:VOCABULARY], 3)
+    (own,) = (group for group, tokens_of in zip(groups, first, strict=True) if 0 in tokens_of)
+    others = describe(dense).flops_per_token - 2 * dense.lm_head.weight.numel()
+    looked_up = 2 * own.num_units * dense.config.hidden_size
+    assert describe(model).flops_per_token == others + 2 * table + looked_up

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.utils.flop_counter import FlopCounterMode
 
 from scale_prune.inspection.gguf_model import GgufModel
 
@@ -28,11 +28,12 @@ class Speed:
     Attributes:
         parameters: elements, tied ones once.
         weight_bytes: bytes of all of them.
-        flops_per_token: multiplications and additions of the weight matrices, the output's included; attention over the
-            cache, the same in all models, is not.
+        flops_per_token: multiplications and additions of the weight matrices, the output's included, as PyTorch counts
+            them in a pass; attention over the cache is not.
         prefill: seconds of a pass over the prompts, one a round.
         token: seconds of a further token of the batch, one a round.
-        peak_bytes: most memory of the GPU during a round; None without a GPU.
+        peak_bytes: most memory of the GPU that the model took during a round, its weights included and those of other
+            models not; None without a GPU.
     """
 
     parameters: int
@@ -58,7 +59,7 @@ class Speed:
 def speeds(
     models: Mapping[str, Any], *, vocabulary: int, batch: int, prompt: int, new_tokens: int, rounds: int
 ) -> dict[str, Speed]:
-    """Measure models in turns.
+    """Measure models in turns, of which another one begins each time.
 
     Args:
         models: in evaluation mode, on one device, by name.
@@ -72,12 +73,14 @@ def speeds(
     generator = torch.Generator().manual_seed(0)
     for number in range(WARM_UP + rounds):
         input_ids = torch.randint(vocabulary, (batch, prompt), generator=generator)
-        for name, model in models.items():
+        names = [*models]
+        for name in (*names[number % len(names) :], *names[: number % len(names)]):  # nobody is always the first
+            model = models[name]
             prefill, token, peak = _turn(model, input_ids.to(model.device), new_tokens)
             if number >= WARM_UP:
                 measured[name].prefill.append(prefill)
                 measured[name].token.append(token)
-                measured[name].peak_bytes = peak
+                measured[name].peak_bytes = None if peak is None else peak + measured[name].weight_bytes
     return measured
 
 
@@ -93,18 +96,27 @@ def describe(model: nn.Module | GgufModel) -> Speed:
             flops_per_token=2 * (layers + output),
         )
     parameters = list(model.parameters())
-    matrices = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     return Speed(
         parameters=sum(parameter.numel() for parameter in parameters),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),
-        flops_per_token=2 * sum(module.weight.numel() for module in matrices),
+        flops_per_token=_matrix_flops(model, parameters[0].device),
     )
 
 
 @torch.no_grad()
+def _matrix_flops(model: nn.Module, device: torch.device) -> int:
+    """Return the operations of a pass over one token, in products with matrices of weights."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    counted = counter.get_flop_counts().get("Global", {})
+    return sum(counted.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+@torch.no_grad()
 def _turn(model: Any, input_ids: Tensor, new_tokens: int) -> tuple[float, float, int | None]:
-    """Generate greedily; return seconds of the prefill, seconds of a further token, and the GPU's peak."""
+    """Generate greedily; return seconds of the prefill, of a further token, and the most GPU memory beyond before."""
     on_gpu = input_ids.is_cuda
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started = _now(on_gpu)
@@ -114,7 +126,7 @@ def _turn(model: Any, input_ids: Tensor, new_tokens: int) -> tuple[float, float,
         chosen = output.logits[:, -1:].argmax(-1)
         output = model(chosen, **{name: output[name] for name in CACHES if name in output}, use_cache=True)
     ended = _now(on_gpu)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
     return prefilled - started, (ended - prefilled) / new_tokens, peak
 
 
