@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
-from scale_prune.criteria import IN_A_LOOP, check_uniqueness, with_defaults
+from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
@@ -89,6 +89,8 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
             f"{config.budget}: rounds, repairs and redundancy belong to launch/prune.py, which has text to calibrate "
             "on; in a loop of your own give none of them, and a criterion that needs no Gram matrix"
         )
+    if CRITERIA[config.criterion].freezes:
+        raise ValueError(f"criterion {config.criterion} learns on frozen weights, which only launch/prune.py has")
     if words := [name for name in ("table", "max_parameters", "max_flops") if getattr(config, name) is not None]:
         raise ValueError(f"{', '.join(words)}: only launch/prune.py knows them; give remaining")
     backend = Zero3Backend(engine)

@@ -22,7 +22,9 @@ from scale_prune.pruning.pruner import Pruner
 
 T = TypeVar("T")
 
-MASKING = [name for name, criterion in CRITERIA.items() if "gram" not in criterion.needs]  # by steps, not in rounds
+MASKING = [
+    name for name, criterion in CRITERIA.items() if "gram" not in criterion.needs and not criterion.freezes
+]  # by steps, not in rounds
 
 DROPOUTS: dict[str, tuple[str, ...]] = {
     "gpt_neo": ("attention_dropout", "embed_dropout", "resid_dropout"),

@@ -39,6 +39,7 @@ def make(name: str, **settings: Any) -> Criterion:
 def moment(step: int = 3, units: int = M, **values: Any) -> Moment:
     ones, zeros = torch.ones(units), torch.zeros(units)
     usual = {"live": ones.bool(), "similarity": zeros, "weight": ones, "cost": ones / M, "noise": ones / 2}
+    usual |= {"kinds": zeros.long(), "summary": torch.tensor([[0.8, 0.1, 1.0], [0.0, 0.0, 0.0]])}
     return Moment(step=step, schedule=SCHEDULE, **{"expected": 0.9, **usual, **values})
 
 

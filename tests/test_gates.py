@@ -19,7 +19,9 @@ from scale_prune.pruning.pruner import Pruner
 
 STEPS = 11
 BLOCKS = token_blocks(VOCABULARY)
-GATED = [name for name, criterion in CRITERIA.items() if issubclass(criterion, GatedCriterion)]
+GATED = [
+    name for name, criterion in CRITERIA.items() if issubclass(criterion, GatedCriterion) and not criterion.freezes
+]
 HARD = ["flop", "neuron_l0"]
 
 
@@ -28,7 +30,7 @@ def start(criterion: str, *, model: Any = None, steps: int = STEPS, accumulation
         "remaining": 0.4,
         "warmup_fraction": 0.2,
         "cooldown_fraction": 0.2,
-        "targets": "mlp,attention",
+        "targets": "mlp,attention" if CRITERIA[criterion].kind == "component" else "mlp",
     }
     config = PruningConfig(criterion=criterion, **usual | settings)
     module = model or steady_model("gpt_neo")

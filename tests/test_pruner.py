@@ -15,7 +15,7 @@ from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import Member, UnitGroup
 from scale_prune.criteria import CRITERIA, Criterion, ShardView, unused
 from scale_prune.models.layer_units import unit_groups
-from scale_prune.pruning.pruner import Pruner
+from scale_prune.pruning.pruner import READ_BACK_EVERY, Pruner
 
 STEPS = 11
 M = LAYERS * WIDTH
@@ -142,6 +142,30 @@ def test_a_live_unit_that_is_zero_stops_the_run_too() -> None:
     backend, pruner = start("random", kind=Greedy)
     with pytest.raises(RuntimeError, match=r"group transformer\.h\.1\.mlp did not take hold"):
         train(backend, pruner, BLOCKS, STEPS)
+
+
+class Counting(InMemoryBackend):
+    """Counts how often units' numbers are added up over ranks."""
+
+    sums = 0
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Count, and add up."""
+        self.sums += 1
+        return super().reduce_scatter(values)
+
+
+def test_masks_are_read_back_when_they_change_and_not_at_every_update() -> None:
+    backend, pruner = start("flop", kind=Counting, cooldown_fraction=0.0)
+    assert isinstance(backend, Counting)
+    made: list[int] = []
+
+    def count() -> None:
+        made.append(backend.sums - sum(made))
+
+    train(backend, pruner, BLOCKS, STEPS, after=count)
+    # Shares at every step; before the target nothing leaves, so that there is nothing to read back.
+    assert made == [1 + (step == STEPS or step % READ_BACK_EVERY == 0) for step in range(1, STEPS + 1)]
 
 
 def test_units_that_are_zero_from_the_start_are_no_failure() -> None:

@@ -4,7 +4,7 @@ What moves between ranks, with M units in all, G groups and T sampled tokens:
 
     after_backward   reduce-scatter of the shares: each unit's total arrives at its owner      4 M bytes a step
     after_step       all-gather of the scores; every rank ranks them alike                     4 M bytes an update
-                     reduce-scatter and all-gather of the read-back                            8 M bytes an update
+                     reduce-scatter and all-gather of the read-back                            8 M bytes a changed mask
                      all-gather of sampled activations, one group at a time                    T * N numbers a sample
                      or reduce-scatter of what the criterion makes of them                     4 M bytes a sample
 
@@ -33,6 +33,9 @@ from scale_prune.pruning.observations import Observations
 from scale_prune.pruning.scoring import Scoring
 from scale_prune.pruning.unit_line import UnitLine
 from scale_prune.system import Seconds
+
+READ_BACK_EVERY = 10
+"""Steps after which masks are read back though they have not changed."""
 
 
 class Pruner:
@@ -117,8 +120,13 @@ class Pruner:
                 self.masking.update(self.scoring.choose(self.step))
         if not self.scoring.criterion.freezes:  # there are no masters, and what leaves may have to be seen once more
             with self.seconds.measure("masking"):
-                self.put_masks_on() if self.schedule.updates(self.step) else self.masking.apply()
+                self.put_masks_on() if self._reads_back() else self.masking.apply()
         self.prepare_step()
+
+    def _reads_back(self) -> bool:
+        """Tell whether masks are read back after this step: when they change, at the last, and now and then between."""
+        due = self.masking.churn or self.step % READ_BACK_EVERY == 0 or self.step == self.schedule.last_pruning_step
+        return self.schedule.updates(self.step) and bool(due)
 
     @torch.no_grad()
     def prepare_step(self) -> None:
