@@ -82,6 +82,22 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         )
     config = with_defaults(config, IN_A_LOOP)
     check_uniqueness(config)
+    _check_in_a_loop(config)
+    backend = Zero3Backend(engine)
+    groups = units_of(engine.module, config)
+    check_maskable(engine.module, groups)
+    if not removes_components(config):
+        check_width_key(engine.module)
+    _uncompacted.add(engine)
+    return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
+
+
+def _check_in_a_loop(config: PruningConfig) -> None:
+    """Refuse what only the command can do.
+
+    Raises:
+        ValueError: the settings ask for it.
+    """
     rounds = config.rounds
     if rounds != 0 or config.repair not in (None, "none") or config.budget in ("redundancy", "measured", "search"):
         raise ValueError(
@@ -93,13 +109,6 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         raise ValueError(f"criterion {config.criterion} learns on frozen weights, which only launch/prune.py has")
     if words := [name for name in ("table", "max_parameters", "max_flops") if getattr(config, name) is not None]:
         raise ValueError(f"{', '.join(words)}: only launch/prune.py knows them; give remaining")
-    backend = Zero3Backend(engine)
-    groups = units_of(engine.module, config)
-    check_maskable(engine.module, groups)
-    if not removes_components(config):
-        check_width_key(engine.module)
-    _uncompacted.add(engine)
-    return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
 
 
 def save_state(pruner: Pruner, folder: str | PathLike[str]) -> None:

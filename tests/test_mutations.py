@@ -38,11 +38,7 @@ SWAPPED = """\
             with self.seconds.measure("similarity"):
                 self.scoring.state = self.observations.take(self.scoring.state, self.masks)
 """
-MASKED_BETWEEN = """\
-        else:
-            with self.seconds.measure("masking"):
-                self.masking.apply()
-"""
+MASKED_BETWEEN = """self.put_masks_on() if self._reads_back() else self.masking.apply()"""
 
 
 class Mutation(NamedTuple):
@@ -111,7 +107,11 @@ MUTATIONS = [Mutation(*line) for line in (
      "test_selection.py::test_budget"),
     ("core/schedule.py", "1.0 - (1.0 - x) ** 3", "1.0 - (1.0 - x) ** 2",
      "test_schedule.py::test_remaining_by_the_formula"),
-    ("pruning/pruner.py", MASKED_BETWEEN, "",
+    ("core/level_table.py", "(all_spent[order] <= spare)", "(all_spent[order] <= spare // 2)",
+     "test_budgets.py::test_the_knapsack_is_as_good_as_trying_everything"),
+    ("criteria/ddp.py", "- l1 - 2 * l2 * missing", "+ l1 - 2 * l2 * missing",
+     "test_ddp.py::test_an_update_descends_on_the_whole_objective"),
+    ("pruning/pruner.py", MASKED_BETWEEN, "self.put_masks_on() if self._reads_back() else None",
      "test_pruner.py::test_after_every_step_exactly_the_masked_units_are_zero_and_the_master_is_dense"),
     ("zero3/rebuild.py", "safe_get_full_optimizer_state(param, kind)",
      "torch.zeros_like(safe_get_full_fp32_param(param))", REBUILD),

@@ -4,7 +4,6 @@ from scale_prune.core.compaction import pad_units, resize_group, select_units, s
 from scale_prune.core.divergence import token_divergence
 from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.groups import Kind, Member, Role, UnitGroup, UnitLayout, UnitSpan, remaining_fraction
-from scale_prune.core.level_table import LevelTable, num_trials, on_the_way
 from scale_prune.core.likelihood import IGNORED, perplexity
 from scale_prune.core.low_rank import full_rank, generator_of, random_factors, saves, svd_factors, whitened_factors
 from scale_prune.core.redundancy import Products, explained_variance, has_similar, mean_absolute, nearest, sample_units

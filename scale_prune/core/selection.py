@@ -52,13 +52,13 @@ def select(
         remaining: fraction of the dense model to keep, above 0.
         scope: "global" and "standardized" rank all units together, "per_group" each group by itself.
         min_kept: units that every group keeps (or all it has, if fewer) under any scope but "per_group".
-        width_multiple: widths are multiples of this, or full, the total as near the budget as these steps allow; the
-            units within a width are still the highest scores. Of each group where they are several.
+        width_multiple: of all groups or of each; widths are multiples of it, or full, the total as near the budget as
+            these steps allow; the units within a width are still the highest scores.
         costs: what a unit of each group counts; 1 by default.
-        dense_costs: what each group counts in the dense model; all its units by default.
+        dense_costs: what each group counts in the dense model; its units by default.
         fractions: what remains of each group under scope "per_group"; `remaining` by default.
-        layers: of each group, the layer that it is in; under scope "per_group" the cheapest units of a layer make up
-            for what the number of others is rounded by. By default every group is by itself.
+        layers: of each group, the layer that it is in, by default one of its own; under scope "per_group" the cheapest
+            units of a layer make up for what the number of others is rounded by.
 
     Returns: one (N,) bool mask a group.
     """
@@ -67,15 +67,19 @@ def select(
     dense_costs = dense_costs or [cost * size for cost, size in zip(costs, sizes, strict=True)]
     if alone := scope == "per_group":
         shares = zip(fractions or [remaining] * len(sizes), dense_costs, strict=True)
-        allowed = [fraction * dense for fraction, dense in shares]
-        masks = _select_each(scores, costs, allowed, layers or range(len(sizes)))
+        masks = _select_each(scores, costs, [part * dense for part, dense in shares], layers or range(len(sizes)))
     else:
         masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
     multiples = [width_multiple] * len(sizes) if isinstance(width_multiple, int) else width_multiple
-    if set(multiples) == {1}:
-        return masks
     floor, shared = (1, False) if alone else (min_kept, len(set(costs)) == 1)
-    chosen = [int(mask.sum()) for mask in masks]
+    return masks if set(multiples) == {1} else _rounded(scores, masks, multiples, floor, shared)
+
+
+def _rounded(
+    scores: Sequence[Tensor], masks: Sequence[Tensor], multiples: Sequence[int], floor: int, shared: bool
+) -> list[Tensor]:
+    """Return masks of widths that are multiples, of the highest scores."""
+    chosen, sizes = [int(mask.sum()) for mask in masks], [len(group) for group in scores]
     widths = round_widths(chosen, sizes, multiples=multiples, min_kept=floor, shared_budget=shared)
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
 

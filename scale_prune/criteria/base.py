@@ -16,7 +16,6 @@ from torch import Tensor
 from scale_prune.config import PruningConfig
 from scale_prune.core import (
     Kind,
-    LevelTable,
     Member,
     Role,
     Schedule,
@@ -24,11 +23,11 @@ from scale_prune.core import (
     UnitSpan,
     full_rank,
     group_fractions,
-    on_the_way,
     select,
     standardized,
     unit_sum,
 )
+from scale_prune.core.level_table import LevelTable, on_the_way
 
 Need = Literal["weight", "grad", "influence", "activation", "activity", "gram", "output_grad", "gate"]
 State = dict[str, Tensor]
@@ -212,7 +211,7 @@ class Criterion:
             scores = [each / group.cost for each, group in zip(scores, groups, strict=True)]
         multiple = self.config.width_multiple if at_target else 1
         layers = [group.layer for group in groups]
-        fractions = self._fractions(groups, remaining, layers)
+        fractions = _fractions(self, groups, remaining)
         return select(
             scores,
             costs=[group.cost for group in groups],
@@ -225,19 +224,21 @@ class Criterion:
             layers=layers if self.kind == "neuron" and self.table is None else None,
         )
 
-    def _fractions(self, groups: Sequence[UnitGroup], remaining: float, layers: Sequence[int]) -> list[float] | None:
-        """Return what remains of each group under a budget, None where all lose alike."""
-        if self.table is None:
-            return group_fractions(self.config.budget, remaining, layers, self.redundancy)
-        if self.widths:
-            dense = [kept[-1] for kept in self.table.kept]
-            return on_the_way(self.widths, dense, self.config.remaining, remaining)
-        widths = self.table.widths(remaining, [group.num_units for group in groups])
-        return [width * group.cost / group.dense_cost for width, group in zip(widths, groups, strict=True)]
-
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""
         return self.config.initial_rank or full_rank(shape)
+
+
+def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: float) -> list[float] | None:
+    """Return what remains of each group under a budget, None where all lose alike."""
+    if criterion.table is None:
+        layers = [group.layer for group in groups]
+        return group_fractions(criterion.config.budget, remaining, layers, criterion.redundancy)
+    if criterion.widths:
+        dense = [kept[-1] for kept in criterion.table.kept]
+        return on_the_way(criterion.widths, dense, criterion.config.remaining, remaining)
+    widths = criterion.table.widths(remaining, [group.num_units for group in groups])
+    return [width * group.cost / group.dense_cost for width, group in zip(widths, groups, strict=True)]
 
 
 def learns_from_gradients(criterion: Criterion | type[Criterion]) -> bool:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core import LevelTable, UnitGroup
+from scale_prune.core import UnitGroup
+from scale_prune.core.level_table import LevelTable
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:

@@ -5,8 +5,7 @@ Shape letters: N units of a group, F features, N or N + 1, K units that stay, P 
 
 from math import prod
 
-from scale_prune.core import num_trials
-from scale_prune.core.level_table import TRIAL_TOKENS
+from scale_prune.core.level_table import TRIAL_TOKENS, num_trials
 from scale_prune.core.repair import WIDEST_IN_DOUBLE
 from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.job import FP32, Job

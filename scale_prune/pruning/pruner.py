@@ -25,7 +25,6 @@ from scale_prune.config import PruningConfig
 from scale_prune.core import UnitGroup, remaining_fraction
 from scale_prune.criteria import CRITERIA, GatedCriterion, schedule_of, with_defaults
 from scale_prune.pruning.backend import ShardBackend
-from scale_prune.pruning.calibration import Calibration, gram_scores
 from scale_prune.pruning.calls import Calls
 from scale_prune.pruning.gating import Gating
 from scale_prune.pruning.masking import Masking
@@ -135,40 +134,6 @@ class Pruner:
         if self.gating is not None:
             with self.seconds.measure("scoring"):
                 self.gating.draw(self.scoring.state, self.step)
-
-    @torch.no_grad()
-    def take_calibration(self, calibration: Calibration) -> None:
-        """Take in what calibration text says, as far as the criterion asks for it. A collective.
-
-        Raises:
-            ValueError: a Gram matrix cannot be solved.
-        """
-        with self.seconds.measure("scoring"):
-            self.scoring.state = self.observations.take_calibration(self.scoring.state, calibration)
-            if "gram" in self.scoring.criterion.needs:
-                self.scoring.take_ranks(gram_scores(calibration, self.scoring.criterion.rank_units))
-
-    @torch.no_grad()
-    def rate(self) -> list[Tensor]:
-        """Bring the scores up to date, and return them, (N,) a group. A collective.
-
-        Raises:
-            ValueError: scores cannot be ranked.
-        """
-        return self.scoring.rate()
-
-    @torch.no_grad()
-    def choose(self, step: int) -> None:
-        """Choose the units that leave after `step`; the masks are not on the working copy after this. A collective.
-
-        Args:
-            step: one of the schedule's removal steps.
-
-        Raises:
-            ValueError: scores cannot be ranked.
-        """
-        with self.seconds.measure("scoring"):
-            self.masking.update(self.scoring.choose(step))
 
     def put_masks_on(self) -> None:
         """Zero the removed units in the working copy and see that it holds; go on from the engine's step. A collective.

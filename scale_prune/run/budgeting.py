@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from scale_prune.core import LevelTable, top_mask
-from scale_prune.core.level_table import GENERATIONS, OFFSPRING, TRIAL_TOKENS, levels_of, switched
+from scale_prune.core import top_mask
+from scale_prune.core.level_table import GENERATIONS, OFFSPRING, TRIAL_TOKENS, LevelTable, levels_of, switched
 from scale_prune.pruning import Calibration, takeovers_of
 from scale_prune.run.calibrating import calibration_text
 from scale_prune.run.run import Run

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scale_prune.core import LevelTable, remaining_fraction
+from scale_prune.core import remaining_fraction
+from scale_prune.core.level_table import LevelTable
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.preflight import read_table
-from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
 from scale_prune.run.budgeting import TABLE, Trials, measure_levels, search_widths
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
 from scale_prune.run.losses import loss_of
@@ -59,14 +60,14 @@ def _choose_and_repair(run: Run, step: int) -> None:
             write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
         calibration = _calibrate(run, gram=repairs or "gram" in needs, redundancy=compares)
         if chooses:
-            pruner.take_calibration(calibration)
+            take_calibration(pruner, calibration)
     if compares and calibration is not None:
         criterion.redundancy = calibration.redundancy()
     criterion.widths = first.get("searched", ())
     if chooses and not run.progress.rounds and pruning.budget in ("measured", "search"):
         _measure(run, calibration)
     if chooses:
-        pruner.choose(step)
+        choose(pruner, step)
     if repairs and calibration is not None:
         with run.progress.seconds.measure("repair"):
             takeovers = takeovers_of(calibration, pruner.masks, str(pruning.repair), pruning.repair_damping)
@@ -104,7 +105,7 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
         return
     with run.progress.seconds.measure("budget"):
         student.engine.eval()
-        trials = Trials(run, calibration, student.pruner.rate())
+        trials = Trials(run, calibration, rate(student.pruner))
         if criterion.table is None:
             criterion.table = measure_levels(run, trials)
             if run.runtime.is_main:
