@@ -150,7 +150,7 @@ def test_a_measured_table_is_alike_on_any_number_of_ranks_and_serves_other_sizes
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("budget", ["measured", "search"])
+@pytest.mark.parametrize("budget", [pytest.param("measured", marks=pytest.mark.slow), "search"])
 def test_what_was_measured_decides_all_rounds(budget: str, work: Path) -> None:
     settings = MEASURED | {"max_steps": 6, "rounds": 2, "save_every": 3, "criterion": "magnitude", "repair": "none"}
     settings |= {"budget": budget}

@@ -173,7 +173,7 @@ def test_weights_learn_afterwards_and_a_killed_run_goes_on_bit_for_bit(repair: s
     whole = pruned(work, f"whole {repair}", 2, **settings)
     assert whole["perplexity"]["recovered"] < whole["perplexity"]["compacted"]
     assert whole["perplexity"]["masked"] == pytest.approx(whole["perplexity"]["compacted"], rel=1e-5)
-    for step in (2, 6, 8):
+    for step in (2, 8) if repair == "none" else (6,):
         name = f"from {step} {repair}"
         checkpoint = work / f"whole {repair}" / "checkpoints" / f"step-{step:08d}"
         pruned(work, name, 2, **settings, resume=checkpoint)

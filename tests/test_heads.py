@@ -207,9 +207,13 @@ def test_heads_leave_in_rounds_that_go_on_bit_for_bit(work: Path) -> None:
     [
         {"criterion": "gum", "similarity_every": 2, "remaining": 0.5},
         {"criterion": "neuron_l0", "remaining": 0.5},
-        {"criterion": "obs", "targets": "attention", "rounds": 1, "layout": "pad"},
+        pytest.param(
+            {"criterion": "obs", "targets": "attention", "rounds": 1, "layout": "pad"}, marks=pytest.mark.slow
+        ),
         {"criterion": "wanda", "rounds": 1, "budget": "log", "width_multiple": 4},
-        {"criterion": "sensitivity", "scope": "standardized", "precision": "bf16"},
+        pytest.param(
+            {"criterion": "sensitivity", "scope": "standardized", "precision": "bf16"}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
