@@ -3,6 +3,7 @@
 Shape letters: N units of a group, F features, N or N + 1, K units that stay, P units that go, D outputs, W ranks.
 """
 
+from collections.abc import Callable
 from math import prod
 
 from scale_prune.core.level_table import TRIAL_TOKENS, num_trials
@@ -26,12 +27,12 @@ def round_memory(job: Job) -> dict[str, int]:
     if not solves(job):
         return {}
     widths = [group.num_features + 1 for group in job.groups]
-    own, widest = -(-len(widths) // job.world_size), max(widths)
+    widest, of_gradients = max(widths), _gradient_features(job)
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
     return {
-        "Gram matrices": own * FP32 * (widest**2 + _gradient_features(job)),
+        "Gram matrices": FP32 * int(_busiest(job, lambda width: width**2 + of_gradients)),
         "solving, or a block of sums": max(3 * exact * widest**2, 2 * FP32 * min(ROWS_AT_ONCE, widest) * widest),
-        "what is taken over": own * FP32 * _kept(job, widest) * (widest - _kept(job, widest)),
+        "what is taken over": FP32 * int(_busiest(job, lambda width: _kept(job, width) * (width - _kept(job, width)))),
         "activations": job.activations if _gradient_features(job) and not job.trains else 0,
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),
     }
@@ -95,16 +96,25 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
     if not solves(job):
         return {}
     widths = [group.num_features + 1 for group in job.groups]
-    own, widest = -(-len(widths) // job.world_size), max(widths)
-    kept, features = _kept(job, widest), _gradient_features(job)
+    features = _gradient_features(job)
     in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
     return {
         "calibration, passes": (6 if features else 2) * job.num_parameters * tokens / job.world_size,
         "calibration, Gram matrices": 2 * tokens * sum(width**2 + features for width in widths) / job.world_size,
         "budget, passes": trials(job) * trial_passes(job, tokens) * 2 * job.num_parameters * in_trial,
-        "choice": own * 4 * widest**3 if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
-        "repair": own * (kept**3 / 3 + 2 * kept**2 * (widest - kept)),
+        "choice": _busiest(job, lambda width: 4 * width**3) if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
+        "repair": _busiest(job, lambda width: _solving(_kept(job, width), width)),
     }
+
+
+def _busiest(job: Job, of: Callable[[int], float]) -> float:
+    """Return the most that a rank has of something that follows from the features of the groups that it keeps."""
+    each = [of(group.num_features + 1) for group in job.groups]
+    return max(sum(each[rank :: job.world_size]) for rank in range(min(job.world_size, len(each))))
+
+
+def _solving(kept: int, width: int) -> float:
+    return kept**3 / 3 + 2 * kept**2 * (width - kept)
 
 
 def _gradient_features(job: Job) -> int:
