@@ -137,7 +137,7 @@ def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str,
 @pytest.mark.distributed
 def test_any_number_of_ranks_and_passes_learns_the_same_gates(work: Path) -> None:
     reports = []
-    for world_size, passes in ((1, 1), (2, 3), (3, 2)):
+    for world_size, passes in ((1, 1), (3, 2)):
         name = f"{world_size}-{passes}"
         reports.append(pruned(work, name, world_size, **SETTINGS, gradient_accumulation_steps=passes))
     for report in reports:

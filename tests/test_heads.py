@@ -179,7 +179,7 @@ def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str,
 @pytest.mark.distributed
 def test_any_number_of_ranks_and_passes_prunes_heads_alike(work: Path) -> None:
     reports = []
-    for world_size, passes in ((1, 1), (2, 3), (3, 2)):
+    for world_size, passes in ((1, 1), (3, 2)):
         settings = UNTRAINED | {"gradient_accumulation_steps": passes}
         reports.append(pruned(work, f"{world_size}-{passes}", world_size, **settings))
     first = reports[0]
