@@ -205,7 +205,7 @@ def test_heads_leave_in_rounds_that_go_on_bit_for_bit(work: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"criterion": "gum", "similarity_every": 2, "remaining": 0.5},
+        pytest.param({"criterion": "gum", "similarity_every": 2, "remaining": 0.5}, marks=pytest.mark.slow),
         {"criterion": "neuron_l0", "remaining": 0.5},
         pytest.param(
             {"criterion": "obs", "targets": "attention", "rounds": 1, "layout": "pad"}, marks=pytest.mark.slow
