@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scale_prune.config import PruningConfig
-from scale_prune.core import elimination_scores, least_squares, select
+from scale_prune.core import compaction, elimination_scores, least_squares, select
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.repair import taken_over
 from scale_prune.criteria.slimllm import Slimllm
 from scale_prune.export import convert, open_folder
+from scale_prune.models import modeling_per_layer
 from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import stored_groups, unit_groups
 
@@ -124,6 +125,10 @@ def test_a_folder_with_fewer_heads_is_converted(model_type: str, tmp_path: Path)
     for form, reason in (("uniform", "one"), ("nemotron_nas", "Llama|heads"), ("gguf", "--to pad first")):
         with pytest.raises(ValueError, match=reason):
             convert(stored, form, tmp_path / form)
+
+
+def test_the_written_code_knows_the_same_counts_of_heads() -> None:
+    assert modeling_per_layer.HEAD_COUNTS == compaction.HEAD_COUNTS
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -262,3 +267,24 @@ def test_slimllm_weighs_neurons_by_the_principal_directions_of_the_output() -> N
         for unit in range(12)
     ]
     torch.testing.assert_close(scores, torch.stack(expected).float())
+
+
+@pytest.mark.distributed
+def test_what_has_lost_heads_is_pruned_again_and_a_recipe_starts_the_same_run(work: Path) -> None:
+    first = pruned(work, "first", 2, **UNTRAINED | {"remaining": 0.5})
+    smaller = {
+        "model": work / "first" / "pruned",
+        "trust_remote_code": True,
+        "targets": "mlp",
+        "criterion": "magnitude",
+    }
+    usual = {name: value for name, value in UNTRAINED.items() if name != "remaining"}
+    limit = first["parameters"]["pruned"] - 200
+    again = pruned(work, "once more", 1, **usual | smaller, scope="per_group", max_parameters=limit)
+    assert again["settings"]["layout"] == "per_layer"
+    assert again["parameters"]["pruned"] <= limit
+    assert again["perplexity"]["compacted"] == pytest.approx(again["perplexity"]["exported"], rel=1e-5)
+    recipe = work / "once more" / "recipe.yaml"
+    ((code, _),) = run_ranks(outcome, 1, ["--config", str(recipe), "--output_dir", str(work / "by recipe")])
+    assert code == 0
+    assert report_of(work / "by recipe")["widths"] == again["widths"]

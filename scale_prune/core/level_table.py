@@ -74,6 +74,10 @@ class LevelTable:
             raise ValueError(f"it is no table of levels: {problem!r}") from problem
         if any(len(own) != len(each) or not own for own, each in zip(table.kept, table.losses, strict=True)):
             raise ValueError("it is no table of levels: a group has not as many losses as levels")
+        whole = [*table.costs, *(level for own in table.kept for level in own)]
+        losses_are_numbers = all(type(loss) in (int, float) for own in table.losses for loss in own)
+        if any(type(number) is not int or number < 1 for number in whole) or not losses_are_numbers:
+            raise ValueError("it is no table of levels: costs and levels are whole numbers from 1 on, losses numbers")
         return table
 
     @property

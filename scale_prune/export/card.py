@@ -1,14 +1,14 @@
 """The model card: what an exported folder says of itself, without a word of the machine that it was made on."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from scale_prune.core import UnitGroup
+from scale_prune.core import Kind, UnitGroup
 from scale_prune.export.layouts import needs_code
 
 TRUST = ", trust_remote_code=True"
@@ -28,7 +28,7 @@ def model_card(
         report: contents of report.json, once there are any.
     """
     name, kinds = public_name(model), dict.fromkeys(group.kind for group in groups)
-    removed = " and ".join(REMOVED[kind] for kind in kinds)
+    removed = " and ".join(REMOVED[kind] for kind in _removed(kinds, report))
     made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
     share = f", {report['remaining']['measured']:.1%}" if report else ""
     left = "; ".join(_widths([group.num_units for group in groups if group.kind == kind]) for kind in kinds)
@@ -92,6 +92,13 @@ def _widths(widths: Sequence[int]) -> str:
     if len(set(widths)) == 1:
         return f"{widths[0]:,} a layer"
     return f"{min(widths):,} to {max(widths):,}: {', '.join(map(str, widths))}"
+
+
+def _removed(kinds: Iterable[Kind], report: Mapping[str, Any] | None) -> list[Kind]:
+    """Return which kinds of units a run has removed, of those that the folder tells of."""
+    targets = report["settings"].get("targets", "mlp") if report else "mlp,attention"
+    asked = {"neuron": "mlp" in targets, "head": "attention" in targets, "component": True}
+    return [kind for kind in kinds if asked[kind]]
 
 
 def _made(report: Mapping[str, Any]) -> str:

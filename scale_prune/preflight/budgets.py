@@ -26,7 +26,7 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
 def afforded(
     pruning: PruningConfig, explicit: frozenset[str], sizes: dict[str, int], groups: Sequence[UnitGroup]
 ) -> PruningConfig:
-    """Return settings whose `remaining` is what the user can afford, if this is said in other words.
+    """Return settings whose `remaining` is what the user can afford, if this is said in other words, which go.
 
     Args:
         pruning: the settings.
@@ -53,7 +53,8 @@ def afforded(
             f"--{name} {limit:,} cannot be reached: the model has {whole:,}, of which --targets {pruning.targets} are "
             f"{removable:,}; give more than {whole - removable:,} and fewer than {whole:,}"
         )
-    return replace(pruning, remaining=(limit - (whole - removable)) / removable)
+    # Without the words, so that the settings of a run start the same run again.
+    return replace(pruning, remaining=(limit - (whole - removable)) / removable, max_parameters=None, max_flops=None)
 
 
 def _removable(group: UnitGroup, *, only_matrices: bool) -> int:

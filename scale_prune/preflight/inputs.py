@@ -27,8 +27,17 @@ from scale_prune.config import (
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
-from scale_prune.export import AUTO, GGUF, check_gguf, check_layout, check_width_key, resolve_layout, tells_heads
-from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
+from scale_prune.export import (
+    AUTO,
+    GGUF,
+    check_gguf,
+    check_layout,
+    check_width_key,
+    plainest,
+    resolve_layout,
+    tells_heads,
+)
+from scale_prune.models import FAMILIES, auto_model, classifies, positions_of, stored_groups
 from scale_prune.preflight.budgets import afforded, read_table, sizes_of
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
 from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, removes_heads, sketch_units
@@ -220,6 +229,24 @@ def _check_layout(reading: Reading) -> None:
         check_gguf(reading.model_config, reading.tokenizer)
 
 
+def _settle_layout(reading: Reading, model: PreTrainedModel) -> None:
+    """Take a layout that holds the layers as they are already, or refuse one that does not."""
+    layout, asked = str(reading.config.output.layout), reading.model_config
+    if CRITERIA[reading.config.pruning.criterion].kind == "component" or layout not in ("uniform", GGUF):
+        return
+    assert asked is not None
+    groups = stored_groups(model)
+    if plainest(asked, groups) == "uniform":
+        return
+    if layout == "uniform" and reading.chooses_layout:
+        reading.config = replace(reading.config, output=replace(reading.config.output, layout="per_layer"))
+    elif layout == "uniform" or any(group.kind == "head" for group in groups):
+        raise ValueError(
+            f"--layout {layout} cannot hold the layers of --model {reading.config.training.model}, which differ "
+            "already; choose --layout pad or per_layer"
+        )
+
+
 def _alike(pruning: PruningConfig) -> bool:
     """Tell whether all layers keep as many units."""
     return pruning.scope == "per_group" and pruning.budget == "uniform"
@@ -236,6 +263,7 @@ def _check_groups(reading: Reading) -> None:
             'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
         )
     if reading.needs_groups:
+        _settle_layout(reading, model)
         sizes = sizes_of(model)
         reading.groups = sketch_units(model, reading.config.pruning)
         pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)

@@ -37,6 +37,11 @@ def settle_rounds(config: Config) -> Config:
         pruning = replace(pruning, repair="least_squares" if repairs else "none")
     if pruning.remaining < 1:
         _check_criterion(pruning, max_steps)
+        if criterion.freezes and config.distillation.teacher is not None and not training.recovery_steps:
+            raise ValueError(
+                f"--teacher {config.distillation.teacher}: --criterion {pruning.criterion} learns from the dense model "
+                "itself, a teacher would be heard in --recovery_steps alone; give some, or no teacher"
+            )
     return replace(config, pruning=pruning, training=training)
 
 

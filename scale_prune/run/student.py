@@ -153,8 +153,10 @@ class Student:
         """Return the engine of a criterion that leaves weights as they are until its units have left."""
         ds_config = self._inputs.ds_config
         if not finished:
+            self._trainable = {name for name, param in module.named_parameters() if param.requires_grad}
             return FrozenEngine(module, ds_config)
-        module.requires_grad_(True)
+        for name, param in module.named_parameters():
+            param.requires_grad_(name in self._trainable)
         trains = self._inputs.config.training.recovery_steps
         return training_engine(module, ds_config) if trains else inference_engine(module, ds_config)
 

@@ -17,7 +17,6 @@ from scale_prune.zero3.shard import MASTER, Shard
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # What changes while an engine trains; everything else about them is a setting, which the new engine has itself.
 OPTIONS = ("lr", "betas")
-_NOTHING: dict[str, Any] = {"scheduler": {}, "loss_scaler": {}}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -28,7 +27,8 @@ def facts_of(backend: Zero3Backend) -> dict[str, Any]:
         ValueError: the learning rate scheduler keeps something that JSON cannot hold.
     """
     if not backend.trains:
-        return {"counters": dict.fromkeys(COUNTERS, 0), "moments": [], "scalars": {}, "options": [], **_NOTHING}
+        nothing: dict[str, Any] = {"moments": [], "scalars": {}, "options": [], "scheduler": {}, "loss_scaler": {}}
+        return {"counters": dict.fromkeys(COUNTERS, 0)} | nothing
     engine, optimizer = backend.engine, backend.engine.optimizer.optimizer
     state: dict[str, Any] = next(iter(optimizer.state.values()), {})
     moments = [key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0]
