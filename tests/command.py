@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distributed import run_ranks
 from memory_backend import steady_model
 from outcomes import errors_of, outcome_of
 from transformers import AutoTokenizer
@@ -57,6 +58,17 @@ def arguments(work: Path, output: Path, **settings: Any) -> list[str]:
     }
     words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in (usual | settings).items()]
     return list(chain.from_iterable(words))
+
+
+GROUPED_HEADS = {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}
+"""Of a Llama: three heads of keys and values a layer, each with two of queries."""
+
+
+def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str, Any]:
+    """Run the command on some ranks, into a folder of a name; return its report."""
+    codes = run_ranks(outcome, world_size, arguments(work, work / name, **settings))
+    assert [code for code, _ in codes] == [0] * world_size, codes
+    return report_of(work / name)
 
 
 def launch(flags: list[str], cwd: Path = ROOT) -> subprocess.Popen[str]:

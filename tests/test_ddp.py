@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import arguments, errors_of, make_work, outcome, outcomes, report_of
+from command import GROUPED_HEADS, arguments, errors_of, make_work, outcomes, pruned
 from distributed import run_ranks
 from engines import ds_config, saved_model
 from models import VOCABULARY
@@ -124,14 +124,7 @@ def test_gates_have_their_gradient_on_any_number_of_ranks_and_weights_have_none(
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    heads = {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}
-    return make_work(tmp_path_factory.mktemp("work"), "llama", **heads)
-
-
-def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str, Any]:
-    codes = run_ranks(outcome, world_size, arguments(work, work / name, **settings))
-    assert [code for code, _ in codes] == [0] * world_size, codes
-    return report_of(work / name)
+    return make_work(tmp_path_factory.mktemp("work"), "llama", **GROUPED_HEADS)
 
 
 @pytest.mark.distributed

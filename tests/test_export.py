@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from models import (
     VOCABULARY,
     WIDTHS,
@@ -26,7 +25,7 @@ from models import (
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -34,11 +33,12 @@ from transformers import (
     GenerationConfig,
     LlamaTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from scale_prune.core.compaction import compact_model
-from scale_prune.core.groups import Kind
+from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export.config_files import write_tokenizer
 from scale_prune.export.layouts import (
     FACTORIZED_FILE,
@@ -103,6 +103,9 @@ Path("results.json").write_text(json.dumps(results))
 """
 
 
+Made = tuple[PreTrainedModel, tuple[UnitGroup, ...], Tensor]
+
+
 def run_alone(script: str, folder: Path) -> None:
     """Run a script in a fresh interpreter that sees neither this repository nor PYTHONPATH."""
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
@@ -111,19 +114,30 @@ def run_alone(script: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def loaded_alone(root: Path, cases: Iterable[tuple[str, str]], make: Callable[[str, str], Made]) -> dict[str, dict]:
+    """Export what `make` makes of every (model type, layout), and load all of it in one fresh process.
+
+    Args:
+        root: an empty folder.
+        cases: model types and layouts.
+        make: returns a compacted model, its groups, and the logits of its masked form for `tokens()`.
+    """
+    (root / "expected").mkdir()
+    for model_type, layout in cases:
+        model, groups, masked = make(model_type, layout)
+        export(root / "folders" / f"{model_type}-{layout}", model, groups, layout)
+        save_file({"ids": tokens(), "logits": masked}, root / "expected" / f"{model_type}-{layout}")
+    run_alone(LOADER, root)
+    results: dict[str, dict] = json.loads((root / "results.json").read_text())
+    return results
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict]:
     """Export every family in every layout and load all of it in one fresh process."""
-    root = tmp_path_factory.mktemp("export")
-    (root / "expected").mkdir()
     with own_registrations():
         register(NEW_FAMILY)
-        for model_type, layout in CASES:
-            model, groups, masked = compacted(model_type, layout)
-            export(root / "folders" / f"{model_type}-{layout}", model, groups, layout)
-            save_file({"ids": tokens(), "logits": masked}, root / "expected" / f"{model_type}-{layout}")
-    run_alone(LOADER, root)
-    return json.loads((root / "results.json").read_text())
+        return loaded_alone(tmp_path_factory.mktemp("export"), CASES, compacted)
 
 
 @pytest.mark.parametrize(("model_type", "layout"), CASES)
@@ -239,7 +253,8 @@ def test_older_versions_know_the_tokenizer_and_where_it_begins(
 
 
 def test_a_modelling_file_names_the_version_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    # Its own lazy loading may have put another module in the place of the one that was imported first.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     for file in (MODELING_FILE, FACTORIZED_FILE, NEMOTRON_FILE):
         with pytest.raises(ImportError, match=r"this model needs transformers 5\.14 or newer, here is 4\.57\.6"):
             exec(file.read_text(), {"__name__": "old"})

@@ -1,17 +1,16 @@
 """Attention heads as units: a masked head is a removed one, for every family; scores, repair and budgets by blocks."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import arguments, make_work, outcome, report_of
+from command import GROUPED_HEADS, make_work, outcome, pruned, report_of
 from distributed import run_ranks
 from models import EXTRAS, export, logits, mask_units, random_keep, tiny_model, tokens
-from safetensors.torch import load_file, save_file
-from test_export import LOADER, run_alone
+from safetensors.torch import load_file
+from test_export import loaded_alone
 from test_resume import assert_same_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -94,14 +93,7 @@ def test_heads_that_cannot_leave_are_refused(model_type: str) -> None:
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict]:
     """Export models with fewer heads in every layout and load all of them in one fresh process."""
-    root = tmp_path_factory.mktemp("heads")
-    (root / "expected").mkdir()
-    for model_type, layout in EXPORTS:
-        model, groups, masked = without_heads(model_type, layout)
-        export(root / "folders" / f"{model_type}-{layout}", model, groups, layout)
-        save_file({"ids": tokens(), "logits": masked}, root / "expected" / f"{model_type}-{layout}")
-    run_alone(LOADER, root)
-    return json.loads((root / "results.json").read_text())
+    return loaded_alone(tmp_path_factory.mktemp("heads"), EXPORTS, without_heads)
 
 
 @pytest.mark.parametrize(("model_type", "layout"), EXPORTS)
@@ -172,13 +164,7 @@ def test_neurons_make_up_for_the_heads_of_their_layer() -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_work(tmp_path_factory.mktemp("work"), "llama", **several_heads("llama"))
-
-
-def pruned(work: Path, name: str, world_size: int, **settings: Any) -> dict[str, Any]:
-    codes = run_ranks(outcome, world_size, arguments(work, work / name, **settings))
-    assert [code for code, _ in codes] == [0] * world_size, codes
-    return report_of(work / name)
+    return make_work(tmp_path_factory.mktemp("work"), "llama", **GROUPED_HEADS)
 
 
 @pytest.mark.distributed
