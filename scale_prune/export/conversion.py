@@ -10,7 +10,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTo
 from scale_prune.export.card import in_other_layout
 from scale_prune.export.gguf_file import dialect_of, padding, write_gguf
 from scale_prune.export.gguf_tokens import check_tokens
-from scale_prune.export.layouts import AUTO, GGUF, LAYOUTS, check_layout, plainest, stock_config
+from scale_prune.export.heads import plainest
+from scale_prune.export.layouts import AUTO, GGUF, LAYOUTS, check_layout
+from scale_prune.export.plain_configs import stock_config
 from scale_prune.export.stored import Stored
 from scale_prune.export.writing import Export
 from scale_prune.models import family_of

@@ -1,7 +1,6 @@
 """The layouts of a pruned model: its config, its modeling file and its tensors in each of them."""
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scale_prune.core import Kind, UnitGroup, pad_units, resize_group
-from scale_prune.export.factors import FACTOR_WORDS, Plan
+from scale_prune.core import Kind, UnitGroup, pad_units
+from scale_prune.export.factors import Plan
+from scale_prune.export.heads import head_words, set_heads, tells_heads
+from scale_prune.export.plain_configs import MODELING_FILE, without_layout
 from scale_prune.models import (
     auto_model,
     classifies,
@@ -38,10 +39,8 @@ OTHER_HEAD = """
 class PerLayer{name}(PerLayer, transformers.{name}):
     _auto_class = "{loader}"
 """
-PER_LAYER_WORDS = ("serialize_explicit_per_layer_config", "allow_global_per_layer_attribute_access")
 PROBE = 61
 """A width that no model has by itself."""
-MODELING_FILE = Path(__file__).parents[1] / "models" / "modeling_per_layer.py"
 FACTORIZED_FILE = MODELING_FILE.with_name("modeling_factorized.py")
 NEMOTRON_FILE = MODELING_FILE.with_name("modeling_nemotron_nas.py")
 OTHER_HEADS: dict[str, Any] = {
@@ -148,41 +147,6 @@ def check_width_key(model: PreTrainedModel) -> None:
         )
 
 
-def tells_heads(config: PretrainedConfig) -> bool:
-    """Tell whether a config decides about the number of heads by itself, and not about their size as well."""
-    config, stock = without_layout(config), stock_class(config)
-    try:
-        with torch.device("meta"):
-            dense = unit_groups(stock(config), ("attention",))
-            fewer = tuple(resize_group(group, 1) for group in dense)
-            _set_heads(config, fewer[0])
-            return unit_groups(stock(config), ("attention",)) == fewer
-    except Exception:  # whatever an architecture raises at a number that it cannot have
-        return False
-
-
-def plainest(config: PretrainedConfig, groups: Sequence[UnitGroup]) -> str:
-    """Return "uniform" where it can hold what is left of the layers, else "per_layer"."""
-    alike = all(len({group.num_units for group in groups if group.kind == kind}) < 2 for kind in ("neuron", "head"))
-    heads = any(group.kind == "head" for group in groups)
-    return "uniform" if alike and (not heads or tells_heads(config)) else "per_layer"
-
-
-def _set_heads(config: PretrainedConfig, group: UnitGroup) -> None:
-    """Let a config tell the heads of one group, and their size."""
-    config.head_dim = head_size(config)
-    for name, count in head_words(config, group).items():
-        setattr(config, name, count)
-
-
-def head_words(config: PretrainedConfig, group: UnitGroup) -> dict[str, int]:
-    """Return what a config calls the heads of a layer, and how many there are."""
-    words = {"num_attention_heads": group.num_features // head_size(config)}
-    if getattr(config, "num_key_value_heads", None) is not None:
-        words["num_key_value_heads"] = group.num_units
-    return words
-
-
 def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup]) -> PretrainedConfig:
     """Return a copy of the config that tells the widths in the way of the layout."""
     heads = [group for group in groups if group.kind == "head"]
@@ -200,7 +164,7 @@ def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup
     if stock is not None:
         config.architectures = [stock.__name__]
     if heads and layout in ("uniform", "pad") and tells_heads(config):
-        _set_heads(config, max(heads, key=lambda group: group.num_units))
+        set_heads(config, max(heads, key=lambda group: group.num_units))
     if layout == "per_layer":
         _set_per_layer(config, widths, heads)
     return _nemotron(config, [*widths.values()]) if layout == "nemotron_nas" else config
@@ -238,38 +202,6 @@ def _nemotron(config: PretrainedConfig, widths: Sequence[int]) -> PretrainedConf
     _set_code(changed, NEMOTRON_FILE, DeciLMForCausalLM.__name__)
     changed.auto_map["AutoConfig"] = f"{NEMOTRON_FILE.stem}.{DeciLMConfig.__name__}"
     return changed
-
-
-def without_layout(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a copy of a config without what tells a layout, for a model that was pruned before."""
-    if config.model_type == DeciLMConfig.model_type:
-        return stock_config(config.to_dict())
-    config = copy.deepcopy(config)
-    config.per_layer_config = None
-    for word in PER_LAYER_WORDS:
-        vars(config).pop(word, None)
-    if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
-        del config.auto_map
-    return config
-
-
-def stock_config(words: Mapping[str, Any]) -> PretrainedConfig:
-    """Return the config of transformers for what config.json says, in whatever layout; no code of the folder runs.
-
-    Raises:
-        ValueError: transformers knows no such model type.
-    """
-    layout_words = ("auto_map", "architectures", "per_layer_config", *PER_LAYER_WORDS)
-    plain = {key: value for key, value in words.items() if key not in (*layout_words, *FACTOR_WORDS, "block_configs")}
-    model_type = str(plain.pop("model_type", "")).removeprefix("factorized_")
-    if model_type == DeciLMConfig.model_type:
-        model_type = "qwen2" if plain.pop("qkv_bias", False) else "llama"
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model type {model_type!r} is not known to transformers")
-    if len(words.get("factorized_embedding", {"names": []})["names"]) > 1:
-        plain["tie_word_embeddings"] = True
-    kind: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
-    return kind.from_dict(plain)
 
 
 def _set_per_layer(config: PretrainedConfig, widths: dict[int, int], heads: Sequence[UnitGroup]) -> None:
