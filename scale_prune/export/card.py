@@ -31,7 +31,8 @@ def model_card(
     removed = " and ".join(REMOVED[kind] for kind in _removed(kinds, report))
     made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
     share = f", {report['remaining']['measured']:.1%}" if report else ""
-    left = "; ".join(_widths([group.num_units for group in groups if group.kind == kind]) for kind in kinds)
+    lefts = {kind: _widths([group.num_units for group in groups if group.kind == kind]) for kind in kinds}
+    left = "; ".join(f"{REMOVED[kind]} {each}" if len(lefts) > 1 else each for kind, each in lefts.items())
     lines = [
         "---",
         _front_matter(model, report, loader).to_yaml(),

@@ -27,9 +27,10 @@ def draw(folder: Path, report: Mapping[str, Any]) -> None:
 
 def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
     points = [each for each in report["history"] if each["perplexity"] is not None]
-    steps = [each["step"] for each in points]
+    trained = len({each["step"] for each in points}) > 1
+    steps = [each["step"] if trained else each["stage"] for each in points]
     axes.plot(steps, [each["perplexity"] for each in points], "o-", color="C0")
-    axes.set(xlabel="step", yscale="log")
+    axes.set(xlabel="step" if trained else "", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("validation perplexity", color="C0")
@@ -46,3 +47,8 @@ def _by_layer(axes: Any, report: Mapping[str, Any]) -> None:
         dense = math.ceil(sum(report["widths"]) / report["remaining"]["measured"] / len(report["widths"]))
         axes.axhline(dense, color="gray", linestyle=":", label="dense, on average")
         axes.legend()
+    if report["unit"] == "neuron" and report["heads"]:
+        beside = axes.twinx()
+        beside.plot(range(len(report["heads"])), report["heads"], "s", color="C1", markersize=5)
+        beside.set_ylabel("heads that are left", color="C1")
+        beside.set_ylim(0, max(report["heads"]) + 0.5)
