@@ -37,7 +37,6 @@ class Ddp(GatedCriterion):
     """Keep the neurons and heads whose gates stay open under the budget."""
 
     freezes = True
-    travel = GATE_RATE * USUAL_STEPS
     defaults: ClassVar[dict[str, Any]] = {"scope": "global"}
     settings = frozenset({"targets", "min_kept", "width_multiple", "gate_learning_rate", "lambda_learning_rate"})
 
