@@ -245,14 +245,14 @@ class PruningConfig(Settings):
     gate_learning_rate: float | None = setting(
         "learning rate of the gates",
         within=POSITIVE,
-        otherwise="what moves a gate by 20 (flop, neuron_l0) or 0.5 (flop_agp) while the target is approached, 0.02 to 0.08 "
-        "(ddp, more in fewer steps)",
+        otherwise="what moves a gate by 20 (flop, neuron_l0) or 0.5 (flop_agp) while the target is approached, 0.02 to "
+        "0.08 (ddp, more in fewer steps)",
     )
     lambda_learning_rate: float | None = setting(
         "learning rate of the multipliers that hold the gates' budget",
         within=POSITIVE,
-        otherwise="what moves them by 40 (flop) or 20 (neuron_l0) while the target is approached; of ddp the paper's, or more "
-        "in fewer steps",
+        otherwise="what moves them by 40 (flop) or 20 (neuron_l0) while the target is approached; of ddp the "
+        "paper's, or more in fewer steps",
     )
     target_warmup_fraction: float = setting(
         "fraction of the steps, after the dense ones, over which the gates' budget falls to its target",
