@@ -251,8 +251,8 @@ class PruningConfig(Settings):
     lambda_learning_rate: float | None = setting(
         "learning rate of the multipliers that hold the gates' budget",
         within=POSITIVE,
-        otherwise="what moves them by 40 (flop) or 20 (neuron_l0) while the target is approached; of ddp the "
-        "paper's, or more in fewer steps",
+        otherwise="what moves them by 40 (flop) or 20 (neuron_l0) while the target is approached, the paper's or "
+        "more in fewer steps (ddp)",
     )
     target_warmup_fraction: float = setting(
         "fraction of the steps, after the dense ones, over which the gates' budget falls to its target",
