@@ -23,8 +23,7 @@ from scale_prune.config.settings import Config
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.pruner import Pruner
 from scale_prune.system import markdown_table, versions
-from scale_prune.zero3 import Runtime, Zero3Backend
-from scale_prune.zero3.runtime import load_model, training_engine
+from scale_prune.zero3 import Runtime, Zero3Backend, load_model, training_engine
 
 WARM_UP = 3
 

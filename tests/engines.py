@@ -15,7 +15,7 @@ from torch import Tensor
 from scale_prune import attach, prepare
 from scale_prune.config.settings import PruningConfig
 from scale_prune.pruning.pruner import Pruner
-from scale_prune.zero3.runtime import load_model, training_engine
+from scale_prune.zero3 import load_model, training_engine
 
 STEPS, BATCH, LAYERS = 7, 6, 2
 BLOCKS = token_blocks(VOCABULARY)

@@ -291,7 +291,7 @@ def own_loop(folder: Path, snippets: Sequence[str]) -> tuple[float, str]:
     from engines import STEPS, ds_config, saved_model
 
     import scale_prune
-    from scale_prune.zero3.runtime import load_model, training_engine
+    from scale_prune.zero3 import load_model, training_engine
 
     os.chdir(folder)
     config, path = ds_config(), saved_model(folder, "gpt_neo")

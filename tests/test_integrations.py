@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import scale_prune
 from scale_prune.config.settings import PruningConfig
 from scale_prune.pruning.pruner import Pruner
-from scale_prune.zero3.runtime import load_model, training_engine
+from scale_prune.zero3 import load_model, training_engine
 
 pytestmark = pytest.mark.distributed
 

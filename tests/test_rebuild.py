@@ -33,8 +33,7 @@ from scale_prune.core.compaction import select_units
 from scale_prune.core.groups import UnitGroup
 from scale_prune.models.families import FAMILIES, auto_model, classifies
 from scale_prune.models.layer_units import unit_groups
-from scale_prune.zero3 import Zero3Backend, num_parameters
-from scale_prune.zero3.runtime import load_model, training_engine
+from scale_prune.zero3 import Zero3Backend, load_model, num_parameters, training_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -154,7 +153,7 @@ def assert_survived(before: dict[str, Any], after: dict[str, Any], groups: Any, 
         (1, "gpt_neo", 0, {}, 1e-6),
         (2, "gpt2", 0, {"gradient_clipping": 0.5, **OFFLOADED}, 1e-6),
         (3, "gpt_neo", ALL_GATHERED, {"bf16": {"enabled": True}}, 0.05),
-        (3, "llama", 60, {}, 1e-6),
+        pytest.param(3, "llama", 60, {}, 1e-6, marks=pytest.mark.slow),
         (2, "gpt_neo", 0, {"fp16": FP16}, 0.01),
     ],
 )

@@ -39,8 +39,7 @@ from scale_prune.config.settings import PruningConfig
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.selection import budget
 from scale_prune.pruning.pruner import Pruner
-from scale_prune.zero3 import Zero3Backend
-from scale_prune.zero3.runtime import load_model, training_engine
+from scale_prune.zero3 import Zero3Backend, load_model, training_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -177,7 +176,7 @@ def assert_same_units(masks: Tensor, others: Tensor, scores: Tensor) -> None:
     assert masks.sum() == others.sum()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 3))])
 def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(world_size: int, folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
     # A step has 42 tokens: all of them are sampled, some, or fewer than there are rows.

@@ -3,6 +3,7 @@
 from scale_prune.zero3.backend import Zero3Backend, check_maskable, gradients_finite, num_parameters
 from scale_prune.zero3.engine_state import write_working_copy
 from scale_prune.zero3.frozen import FrozenEngine
+from scale_prune.zero3.loading import load_model
 from scale_prune.zero3.prepare import prepare_units
 from scale_prune.zero3.randomness import random_state, set_random_state
 from scale_prune.zero3.ranks import joined, launched_as
@@ -11,7 +12,6 @@ from scale_prune.zero3.repair import repair_weights, tried
 from scale_prune.zero3.runtime import (
     Runtime,
     inference_engine,
-    load_model,
     precision,
     release,
     resting_engine,

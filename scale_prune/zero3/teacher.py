@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from scale_prune.zero3.backend import num_parameters
-from scale_prune.zero3.runtime import inference_engine, load_model, release
+from scale_prune.zero3.loading import load_model
+from scale_prune.zero3.runtime import inference_engine, release
 
 
 class Teacher:
