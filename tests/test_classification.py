@@ -87,15 +87,24 @@ def predicted(folder: Path, rows: Path, column: str) -> tuple[Tensor, list[str]]
 
 LAYOUTS = [
     ("bert", "gum", {"layout": "per_layer"}),
-    ("roberta", "movement", {"layout": "pad", "scope": "global"}),
     ("roberta", "random", {"scope": "per_group"}),
     ("bert", "flop", {"targets": "mlp,attention,embedding"}),
+]
+MORE_LAYOUTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("roberta", "movement", {"layout": "pad", "scope": "global"}),
     ("roberta", "neuron_l0", {}),
     ("bert", "magnitude", {}),
 ]
 
 
-@pytest.mark.parametrize(("model", "criterion", "more"), LAYOUTS, ids=[criterion for _, criterion, _ in LAYOUTS])
+@pytest.mark.parametrize(
+    ("model", "criterion", "more"),
+    [
+        *LAYOUTS,
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_LAYOUTS),
+    ],
+    ids=[criterion for _, criterion, _ in LAYOUTS + MORE_LAYOUTS],
+)
 def test_a_pruned_classifier_is_measured_as_anyone_can(
     model: str, criterion: str, more: dict[str, Any], work: Path
 ) -> None:

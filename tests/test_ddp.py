@@ -159,7 +159,7 @@ def test_weights_stay_as_they_are_but_for_the_gates(work: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("repair", ["none", "least_squares"])
+@pytest.mark.parametrize("repair", [pytest.param("none", marks=pytest.mark.slow), "least_squares"])
 def test_weights_learn_afterwards_and_a_killed_run_goes_on_bit_for_bit(repair: str, work: Path) -> None:
     settings = SETTINGS | {"recovery_steps": 3, "save_every": 2, "keep_checkpoints": 9, "repair": repair}
     settings |= {"calibration_tokens": 384, "learning_rate": 3e-3}

@@ -170,7 +170,7 @@ def without_dropout(work: Path, world_size: int) -> Path:
     return checkpoints(output)[0]
 
 
-@pytest.mark.parametrize(("before", "others"), [(2, (1, 3)), (3, (2,))])
+@pytest.mark.parametrize(("before", "others"), [(2, (1, 3)), pytest.param(3, (2,), marks=pytest.mark.slow)])
 def test_other_numbers_of_ranks_go_on_with_the_same_masks(before: int, others: tuple[int, ...], work: Path) -> None:
     first = without_dropout(work, before)
     kept, expected = ended(work, first, before)

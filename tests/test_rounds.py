@@ -102,10 +102,10 @@ def test_rounds_go_on_bit_for_bit(work: Path) -> None:
     [
         {"precision": "bf16", "criterion": "obs", "rounds": 2},
         {"ds_config": "zero3_offload", "criterion": "magnitude", "rounds": 2, "repair": "mean"},
-        {"criterion": "gum", "rounds": 2, "similarity_every": 2},
+        pytest.param({"criterion": "gum", "rounds": 2, "similarity_every": 2}, marks=pytest.mark.slow),
         {"criterion": "kfac", "rounds": 2, "precision": "bf16", "gradient_checkpointing": True},
         pytest.param({"criterion": "wanda", "rounds": 1, "repair": "none"}, marks=pytest.mark.slow),
-        {"criterion": "sensitivity", "repair": "least_squares"},
+        pytest.param({"criterion": "sensitivity", "repair": "least_squares"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
