@@ -1,19 +1,27 @@
 """A model from its files straight into shards: every rank reads its own slices."""
 
 import copy
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, modeling_utils
+from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations import HfDeepSpeedConfig
 
-from scale_prune.models import auto_model, classifies
+from scale_prune.models import auto_model, classifies, full_shape
 from scale_prune.zero3.runtime import precision
+from scale_prune.zero3.shard import Shard
+
+Stored = tuple[Any, str]
+"""An open safetensors file, and a name in it."""
 
 UNREADABLE = ("loading state_dict", "PytorchStreamReader", "magic number")
 
@@ -22,6 +30,9 @@ def load_model(
     path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
     """Load a model straight into ZeRO-3 shards, in the precision of the ds_config. A collective.
+
+    Of safetensors files a rank reads what lies in its slices, P / W of P parameters, and receives none; of others, and
+    where a weight is put together of several, rank 0 reads and the others receive them all.
 
     Args:
         path: Hugging Face folder or hub name.
@@ -38,7 +49,7 @@ def load_model(
     try:
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         load = auto_model(config).from_pretrained
-        with _ties_compared_whole():
+        with _ties_compared_whole(), _slices_read_by_their_ranks():
             model, found = load(path, config=config, output_loading_info=True, **options)
         if missing := sorted(name for name in found["missing_keys"] if not _may_begin(model, name)):
             problem = f"{len(missing)} of them are missing and would be random, {missing[0]} for one"
@@ -50,6 +61,65 @@ def load_model(
     _raise_together(f"--model {path}: its weights cannot be loaded: {problem}" if problem else "")
     assert model is not None
     return model
+
+
+@contextmanager
+def _slices_read_by_their_ranks() -> Iterator[None]:
+    """Let every rank read its own slices, where transformers has rank 0 read all and send it parameter by parameter."""
+    list_tensors, send_whole = modeling_utils.load_state_dict, modeling_utils._load_state_dict_into_zero3_model
+    stored: dict[str, Stored] = {}
+
+    def list_and_open(file: str, *args: Any, **options: Any) -> Any:
+        if os.fspath(file).endswith(".safetensors"):
+            opened = safe_open(file, framework="pt", backend="pread")  # mapped pages would count as the rank's memory
+            stored.update({name: (opened, name) for name in opened.keys()})  # noqa: SIM118
+        return list_tensors(file, *args, **options)
+
+    def read_slices(model: PreTrainedModel, tensors: dict[str, Tensor], options: Any) -> tuple[list[str], set[str]]:
+        changes = options.weight_mapping or []
+        if stored.keys() != tensors.keys() or any(isinstance(change, WeightConverter) for change in changes):
+            found: tuple[list[str], set[str]] = send_whole(model, tensors, options)
+            return found
+        known, prefix = model.state_dict(), model.base_model_prefix
+        renamed = {rename_source_key(name, changes, [], prefix, known)[0]: place for name, place in stored.items()}
+        return _read_slices(model, renamed), known.keys() - renamed.keys()
+
+    with _in_transformers(load_state_dict=list_and_open, _load_state_dict_into_zero3_model=read_slices):
+        yield
+
+
+@torch.no_grad()
+def _read_slices(model: PreTrainedModel, stored: Mapping[str, Stored]) -> list[str]:
+    """Fill this rank's slices of parameters, and whole buffers, with what is stored; return what does not fit."""
+    problems = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in stored:
+            continue
+        file, stored_name = stored[name]
+        found = tuple(file.get_slice(stored_name).get_shape())
+        if found != full_shape(tensor):
+            problems.append(f"size mismatch for {name}: {found} in the files, {full_shape(tensor)} by the config")
+        elif hasattr(tensor, "ds_id"):
+            shard = Shard(tensor)
+            shard.write_working(_elements(file, stored_name, shard.start, shard.count))
+        else:
+            tensor.copy_(file.get_tensor(stored_name))
+        tensor._is_hf_initialized = True  # so that transformers does not begin it at random
+    return problems
+
+
+def _elements(file: Any, name: str, start: int, count: int) -> Tensor:
+    """Return (count,) elements of a stored tensor from a flat offset on; read are the rows in which they lie."""
+    stored = file.get_slice(name)
+    shape = stored.get_shape()
+    if not count:
+        return torch.empty(0)
+    if not shape:
+        return file.get_tensor(name).flatten()
+    row = math.prod(shape[1:])
+    first, last = start // row, -(-(start + count) // row)
+    elements: Tensor = stored[first:last].flatten()[start - first * row :][:count]
+    return elements
 
 
 @contextmanager
@@ -65,11 +135,19 @@ def _ties_compared_whole() -> Iterator[None]:
         with GatheredParameters([source, target]):
             return compare(source, target)
 
-    modeling_utils._tied_params_are_equal = compare_whole
+    with _in_transformers(_tied_params_are_equal=compare_whole):
+        yield
+
+
+@contextmanager
+def _in_transformers(**functions: Any) -> Iterator[None]:
+    """Put functions in the place of those of the same names by which transformers loads a model."""
+    before = {name: getattr(modeling_utils, name) for name in functions}
     try:
+        vars(modeling_utils).update(functions)
         yield
     finally:
-        modeling_utils._tied_params_are_equal = compare
+        vars(modeling_utils).update(before)
 
 
 def _may_begin(model: PreTrainedModel, name: str) -> bool:
