@@ -23,7 +23,7 @@ from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
 from scale_prune.system import write_atomically
 from scale_prune.system.slices import SliceReader, write_slices
-from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units
+from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units, write_model
 
 STATE = "pruner.json"
 _uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner
@@ -192,7 +192,7 @@ def save(
     layout: str = "per_layer",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a compacted engine's model as a Hugging Face folder. A collective; rank 0 writes.
+    """Write a compacted engine's model as a Hugging Face folder. A collective; all ranks write.
 
     Args:
         engine: from `compact`.
@@ -216,4 +216,4 @@ def save(
         card=model_card(config.name_or_path, groups=groups, layout=layout, loader=auto_model(config).__name__),
         tied_output=tied_output(engine.module),
     )
-    export.write(folder, backend.named_tensors(), is_writer=backend.rank == 0)
+    write_model(backend, export, Path(folder))

@@ -127,8 +127,8 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def export(folder: Path, model: PreTrainedModel, groups: tuple[UnitGroup, ...], layout: str, **settings: Any) -> Path:
     """Write a compacted model that lies in memory."""
-    writing: dict[str, Any] = {"tensors": named_state(model), "is_writer": True}
-    writing |= {name: settings.pop(name) for name in (*writing, "max_shard_bytes", "replace") if name in settings}
+    writing: dict[str, Any] = {"tensors": named_state(model)}
+    writing |= {name: settings.pop(name) for name in (*writing, "max_file_bytes", "replace") if name in settings}
     beside: dict[str, Any] = {"tokenizer": None, "card": "# Pruned"} | settings
     Export(config=model.config, groups=groups, layout=layout, **beside).write(folder, **writing)
     return folder

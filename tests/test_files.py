@@ -22,7 +22,7 @@ from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_ato
 def test_shards_hold_no_more_than_asked_and_load(tmp_path: Path, layout: str) -> None:
     model, groups, masked = compacted("gpt_neo", layout)
     limit = 29 * 11 * 4
-    folder = export(tmp_path / "pruned", model, groups, layout, max_shard_bytes=limit)
+    folder = export(tmp_path / "pruned", model, groups, layout, max_file_bytes=limit)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards.values()]
@@ -52,18 +52,10 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
             yield name, tensor
 
     gc.freeze()  # takes what exists already out of the count
-    export(tmp_path / "pruned", model, unit_groups(model), "uniform", tensors=stream(), max_shard_bytes=limit)
+    export(tmp_path / "pruned", model, unit_groups(model), "uniform", tensors=stream(), max_file_bytes=limit)
     gc.unfreeze()
     # A shard, the copy that did not fit into it any more, and the tensor that the stream still holds.
     assert 0.8 * limit < max(alive) <= limit + 2 * max(sizes) < 1.6 * limit
-
-
-def test_other_ranks_take_the_stream_and_write_nothing(tmp_path: Path) -> None:
-    model, groups, _ = compacted("gpt2", "uniform")
-    stream = named_state(model)
-    export(tmp_path / "pruned", model, groups, "uniform", tensors=stream, is_writer=False)
-    assert next(stream, None) is None
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_broken_stream_leaves_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.distributed
 
 SOME_FAMILIES = ("llama", "gpt_neo", "gemma3_text", "falcon", "codegen")
 FORMS = ("sharded", "without prefix", "bin")
+SEND_WHOLE = modeling_utils._load_state_dict_into_zero3_model
 BF16 = ds_config(bf16={"enabled": True})
 
 
@@ -39,11 +41,9 @@ def stored(folder: Path, model_type: str, form: str) -> Path:
 
 def slices(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, Tensor]]:
     """Return where this rank's slices begin and what is in them, and whole buffers; only a pickle may be sent whole."""
-    send_whole = modeling_utils._load_state_dict_into_zero3_model
-    if not path.name.endswith("bin"):
-        modeling_utils._load_state_dict_into_zero3_model = None
-    model = load_model(str(path), config)
-    modeling_utils._load_state_dict_into_zero3_model = send_whole
+    with patch.object(modeling_utils, "_load_state_dict_into_zero3_model", wraps=SEND_WHOLE) as sent_whole:
+        model = load_model(str(path), config)
+    assert sent_whole.called == path.name.endswith("bin")
     found = {name: (0, buffer) for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
         shard = Shard(parameter)

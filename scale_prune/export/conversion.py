@@ -119,7 +119,7 @@ def convert(
         card=in_other_layout(card.read_text(encoding="utf-8"), layout) if card.is_file() else "",
         beside=_beside(stored.folder),
     )
-    export.write(destination, _tensors(stored), is_writer=True, replace=replace)
+    export.write(destination, _tensors(stored), replace=replace)
     return [f"layout {layout}", *(padding(stored.groups) if layout == "pad" else [])]
 
 

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from scale_prune.export.factors import Plan, plan_for, stored_factors
 from scale_prune.export.layouts import code_of, config_for, factorized_config, in_layout, modeling_source
 from scale_prune.models import family_of, stock_class
 from scale_prune.system import complete_or_absent
-from scale_prune.system.tensor_files import write_tensors
+from scale_prune.system.tensor_files import Portions, name_portions, write_portions
+
+FILE_BYTES = 2**30
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -64,70 +67,65 @@ class Export:
         folder: str | os.PathLike[str],
         tensors: Iterable[tuple[str, Tensor]],
         *,
-        is_writer: bool,
-        max_shard_bytes: int = 5 * 2**30,
+        max_file_bytes: int = FILE_BYTES,
         replace: bool = False,
     ) -> None:
-        """Write the folder. Every rank calls it, since making the tensors is a collective; one writes.
-
-        No more than one shard is in memory at a time. Other ranks may return before the folder is there.
+        """Write the folder in one process. No more than one file is in memory at a time.
 
         Args:
             folder: the folder to make; must not exist, or be empty, or be one to `replace`.
-            tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
-                tensor is copied before the next is asked for.
-            is_writer: True on the one rank that writes.
-            max_shard_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
+            tensors: as for `write_weights`.
+            max_file_bytes: as for `write_weights`.
             replace: a folder of this name goes when the new one is complete.
 
         Raises:
-            ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has
-                no class for the config; the model belongs to no registered family; the folder is not empty (writer
-                only).
+            ValueError: as `write_weights`; or the folder is not empty.
         """
-        plan = self._plan()
-        config = self._config(plan)
-        if not is_writer:
-            for _ in tensors:
-                pass
-            return
         with complete_or_absent(Path(folder), replace=replace) as partial:
-            self._write_weights(partial, tensors, config, plan, max_shard_bytes)
-            self._write_beside(partial, config)
+            self.write_beside(partial, self.write_weights(partial, tensors, max_file_bytes=max_file_bytes))
 
-    def _plan(self) -> Plan | None:
-        """Return what becomes of factors, None where neurons were removed."""
-        return plan_for(self.layout, self.groups, self.tied_output) if self.groups[0].kind == "component" else None
-
-    def _config(self, plan: Plan | None) -> PretrainedConfig:
-        if plan is None:
-            return config_for(self.layout, self.config, self.groups)
-        return factorized_config(self.layout, self.config, plan)
-
-    def _write_weights(
+    def write_weights(
         self,
         folder: Path,
         tensors: Iterable[tuple[str, Tensor]],
-        config: PretrainedConfig,
-        plan: Plan | None,
-        max_shard_bytes: int,
-    ) -> None:
-        """Write the weights, and say in the config what only they show: their type, and whether they are tied."""
-        family = family_of(self.config)
+        *,
+        writes: Callable[[int], bool] = lambda number: True,
+        max_file_bytes: int = FILE_BYTES,
+    ) -> Portions:
+        """Write the files of weights that this process is to write, as yet without their names.
+
+        Args:
+            folder: an existing folder.
+            tensors: state-dict names and full tensors, already compacted, each name once and of tied tensors one. A
+                tensor is copied before the next is asked for.
+            writes: tells whether the file of a number is written here.
+            max_file_bytes: largest size of a file of weights, in bytes; a larger tensor has a file to itself.
+
+        Returns:
+            What stands in all files, for `write_beside`.
+
+        Raises:
+            ValueError: the layout is uniform and layers differ in width; the layout is per_layer and transformers has
+                no class for the config; the model belongs to no registered family.
+        """
+        plan = self._plan()
+        config = self._config(plan)
         if plan is None:
             stored = in_layout(self.layout, tensors, self.groups, self.config)
         else:
-            stored = stored_factors(tensors, self.groups, plan, transposed=family.transposed)
-        # The names of files are for the classes of transformers; code that comes with a model gets no translation.
-        names = {} if code_of(config) is not None else dict(family.checkpoint_names)
-        written: set[str] = set()
-        named = ((names.get(name, name), tensor) for name, tensor in _noted(stored, written))
-        config.dtype = write_tensors(folder, named, max_shard_bytes)
-        if written.intersection(getattr(stock_class(config), "_tied_weights_keys", None) or ()):
-            config.tie_word_embeddings = False  # whatever the config says, the model has an output of its own
+            stored = stored_factors(tensors, self.groups, plan, transposed=family_of(self.config).transposed)
+        in_files = self._names_in_files(config)
+        named = ((in_files.get(name, name), tensor) for name, tensor in stored)
+        return write_portions(folder, named, max_file_bytes, writes)
 
-    def _write_beside(self, folder: Path, config: PretrainedConfig) -> None:
-        """Write all that stands beside the weights."""
+    def write_beside(self, folder: Path, portions: Portions) -> None:
+        """Name the files of weights, and write all that stands beside them."""
+        name_portions(folder, portions)
+        config = self._config(self._plan())
+        config.dtype = portions.dtype
+        in_files, tied = self._names_in_files(config), getattr(stock_class(config), "_tied_weights_keys", None) or ()
+        if {in_files.get(name, name) for name in tied}.intersection(chain.from_iterable(portions.names)):
+            config.tie_word_embeddings = False  # whatever the config says, the model has an output of its own
         write_config(folder, config)
         if (code := code_of(config)) is not None:
             (folder / code.name).write_text(modeling_source(code, config), encoding="utf-8")
@@ -141,9 +139,15 @@ class Export:
         if self.card:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
 
+    def _names_in_files(self, config: PretrainedConfig) -> dict[str, str]:
+        """Return what the classes of transformers translate; code that comes with a model gets no translation."""
+        return {} if code_of(config) is not None else dict(family_of(self.config).checkpoint_names)
 
-def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, and add their names to `names`."""
-    for name, tensor in tensors:
-        names.add(name)
-        yield name, tensor
+    def _plan(self) -> Plan | None:
+        """Return what becomes of factors, None where neurons were removed."""
+        return plan_for(self.layout, self.groups, self.tied_output) if self.groups[0].kind == "component" else None
+
+    def _config(self, plan: Plan | None) -> PretrainedConfig:
+        if plan is None:
+            return config_for(self.layout, self.config, self.groups)
+        return factorized_config(self.layout, self.config, plan)

@@ -12,7 +12,7 @@ from scale_prune.data import Inputs
 from scale_prune.models import linear_inputs
 from scale_prune.pruning import Calibration, roots_of
 from scale_prune.tasks import MicroBatch, Task
-from scale_prune.zero3 import Zero3Backend, inference_engine, take_apart
+from scale_prune.zero3 import reading
 
 
 def calibration_text(engine: Any, inputs: Inputs, task: Task) -> Iterator[MicroBatch]:
@@ -68,10 +68,7 @@ def whitening_roots(model: PreTrainedModel, inputs: Inputs, task: Task) -> dict[
     pruning = inputs.config.pruning
     if not (groups := linear_inputs(model, pruning.linear_targets)):
         return {}
-    backend = Zero3Backend(inference_engine(model, inputs.ds_config))
-    calibration = Calibration(backend, groups, gram=True)
-    read_text(backend.engine, calibration, inputs, task)
-    roots = roots_of(calibration, pruning.repair_damping)
-    take_apart(backend)
-    backend.let_go()
-    return roots
+    with reading(model, inputs.ds_config) as backend:
+        calibration = Calibration(backend, groups, gram=True)
+        read_text(backend.engine, calibration, inputs, task)
+        return roots_of(calibration, pruning.repair_damping)

@@ -1,11 +1,9 @@
 """A run's model as a Hugging Face folder."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from scale_prune.core import UnitGroup
@@ -13,7 +11,7 @@ from scale_prune.data import Inputs
 from scale_prune.export import GGUF, Export, convert, model_card, open_folder
 from scale_prune.models import auto_model, tied_output
 from scale_prune.system import write_atomically
-from scale_prune.zero3 import Runtime, Zero3Backend
+from scale_prune.zero3 import Runtime, Zero3Backend, told_to_all, write_model
 
 
 class ModelWriter:
@@ -22,7 +20,7 @@ class ModelWriter:
     Args:
         inputs: the run's inputs, of which configuration and tokenizer are written along.
         generation_config: of the model as it was loaded, if it has one.
-        runtime: the ranks; rank 0 writes.
+        runtime: the ranks.
     """
 
     def __init__(self, inputs: Inputs, generation_config: GenerationConfig | None, runtime: Runtime) -> None:
@@ -32,7 +30,7 @@ class ModelWriter:
         """Write a folder of a name, and return it when it is there for all ranks. A collective.
 
         Raises:
-            ValueError: rank 0 cannot write it, e.g. because the disk is full.
+            ValueError: a rank cannot write it, e.g. because the disk is full.
         """
         config, model_config = self.inputs.config, self.inputs.model_config
         folder = Path(config.output.output_dir) / name
@@ -46,14 +44,8 @@ class ModelWriter:
             generation_config=self.generation_config,
             tied_output=tied_output(backend.module),
         )
-        tensors = backend.named_tensors()
-        with self._told_to_all(folder):
-            try:
-                # It replaces what this run wrote before it was killed, and resumed.
-                export.write(folder, tensors, is_writer=self.runtime.is_main, replace=True)
-            finally:
-                for _ in tensors:  # where it failed, the other ranks gather them to the end
-                    pass
+        # It replaces what this run wrote before it was killed, and resumed.
+        write_model(backend, export, folder, replace=True)
         return folder
 
     def write_card(self, folder: Path, groups: tuple[UnitGroup, ...], layout: str, report: Mapping[str, Any]) -> None:
@@ -69,17 +61,6 @@ class ModelWriter:
             ValueError: rank 0 cannot write it.
         """
         file = folder.with_suffix(".gguf")
-        with self._told_to_all(file):
+        with told_to_all(file):
             if self.runtime.is_main:
                 convert(open_folder(folder), GGUF, file, replace=True)
-
-    @contextmanager
-    def _told_to_all(self, path: Path) -> Iterator[None]:
-        """Raise on all ranks what keeps rank 0 from writing."""
-        problem = ""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            problem = str(error)
-        if problem := self.runtime.gather_texts(problem)[0]:
-            raise ValueError(f"{path} cannot be written: {problem}")

@@ -33,12 +33,13 @@ class Quality:
         """Measure an engine's model after a step; it is kept where the stage of the run has a name. A collective."""
         with self.seconds.measure("evaluation"):
             measured = self.task.measure(engine, thorough=stage in THOROUGH)
-            if stage is not None:
-                self.stages[stage] = measured
-            self._show(measured, step, stage)
+        self.keep(measured, step, stage)
         return measured
 
-    def _show(self, measured: Measured, step: int, stage: str | None) -> None:
+    def keep(self, measured: Measured, step: int, stage: str | None) -> None:
+        """Keep what was measured after a step, where the stage has a name, and show it."""
+        if stage is not None:
+            self.stages[stage] = measured
         perplexity = {} if measured.perplexity is None else {"perplexity": measured.perplexity}
         numbers = perplexity | measured.metrics
         self.monitor.scalars(step, {f"validation/{name}": value for name, value in numbers.items()})

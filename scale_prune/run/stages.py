@@ -11,8 +11,7 @@ from scale_prune.run.removal import remove
 from scale_prune.run.report import write_kept
 from scale_prune.run.results import results
 from scale_prune.run.run import Run
-from scale_prune.run.student import load_dense
-from scale_prune.zero3 import inference_engine, load_model, num_parameters, random_state, release, set_random_state
+from scale_prune.zero3 import inference_engine, load_model, num_parameters, release
 
 
 def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -51,15 +50,10 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 def _measure_start(run: Run) -> None:
     """Measure the dense model, and the one that training starts from, if its weights are factorized."""
-    if run.student.kind != "component":
+    if (dense := run.student.measured_dense) is None:
         run.measure("dense")
         return
-    randomness = random_state()
-    dense = inference_engine(load_dense(run.inputs, run.task), run.inputs.ds_config)
-    set_random_state(randomness)
-    run.quality.measure(dense, run.progress.step, "dense")
-    dense.empty_partition_cache()
-    release(dense)
+    run.quality.keep(dense, run.progress.step, "dense")
     run.measure("factorized")
 
 

@@ -13,7 +13,7 @@ from scale_prune.criteria import CRITERIA, learns_from_gradients
 from scale_prune.data import Inputs
 from scale_prune.export import plainest
 from scale_prune.models import stored_groups
-from scale_prune.pruning import DenseUnits, Pruner, carry_over
+from scale_prune.pruning import DenseUnits, Pruner, carry_over, removes_components
 from scale_prune.run.calibrating import whitening_roots
 from scale_prune.system import Seconds
 from scale_prune.tasks import Task
@@ -26,6 +26,7 @@ from scale_prune.zero3 import (
     load_model,
     num_parameters,
     prepare_units,
+    reading,
     release,
     resting_engine,
     training_engine,
@@ -43,6 +44,7 @@ class Student:
     Attributes:
         generation_config: of the model as it was loaded, if it has one.
         dense_parameters: how many it had then.
+        measured_dense: how good it was then, if weights are factorized and it is no checkpoint that goes on.
         dense: the units that it had then, and what earlier rounds have left of them.
         groups: its units; narrower ones once it is compacted, while the pruner remembers those it began with.
         engine: what trains it; another one once it is compacted.
@@ -53,7 +55,10 @@ class Student:
 
     def __init__(self, inputs: Inputs, task: Task, *, factors: str) -> None:
         training, pruning = inputs.config.training, inputs.config.pruning
-        model = load_dense(inputs, task)
+        model, self.measured_dense = _load_dense(inputs, task), None
+        if removes_components(pruning) and factors != "zeros":
+            with reading(model, inputs.ds_config) as backend:
+                self.measured_dense = task.measure(backend.engine, thorough=True)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._inputs = inputs
@@ -161,7 +166,7 @@ class Student:
         return training_engine(module, ds_config) if trains else inference_engine(module, ds_config)
 
 
-def load_dense(inputs: Inputs, task: Task) -> PreTrainedModel:
+def _load_dense(inputs: Inputs, task: Task) -> PreTrainedModel:
     """Load the model as it was given; weights that it lacks, of a classifier, are drawn from the run's seed."""
     training = inputs.config.training
     set_seed(training.seed)

@@ -1,7 +1,8 @@
 """Weights in files of bounded size."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,50 +10,78 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scale_prune.system.folders import sync
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors in portions; a portion is emptied before the next is filled."""
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > max_bytes:
-            yield shard
-            shard.clear()
-        shard[name] = tensor
-    yield shard
+@dataclass
+class Portions:
+    """What stands in the files of a folder that have no names yet.
+
+    Attributes:
+        names: the tensors' names in each file.
+        num_bytes: of all tensors.
+        dtype: of the first floating point tensor.
+    """
+
+    names: list[list[str]] = field(default_factory=list)
+    num_bytes: int = 0
+    dtype: torch.dtype | None = None
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> torch.dtype:
-    """Write weights as safetensors files under the names that transformers reads, with an index if they are several.
+def write_portions(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int, writes: Callable[[int], bool]
+) -> Portions:
+    """Write weights as files of bounded size, some of them here and the others by whom else gets the same tensors.
 
     Args:
         folder: an existing folder.
         tensors: names and contiguous CPU tensors that share no memory; taken one at a time.
-        max_bytes: largest size of a file, in bytes; a larger tensor has a file to itself.
+        max_bytes: largest size of a file and of what is held, in bytes; a larger tensor has a file to itself.
+        writes: tells whether the file of a number is written here.
 
     Returns:
-        The dtype of the first floating point tensor.
+        What stands in all the files, also in those that others write.
     """
-    shards: list[list[str]] = []
-    dtype, total_size = None, 0
-    for shard in _shards(tensors, max_bytes):
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        dtype = dtype or next((held.dtype for held in shard.values() if held.is_floating_point()), None)
-        total_size += sum(held.nbytes for held in shard.values())
+    portions, held, size = Portions(), dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        if not portions.names or size + tensor.nbytes > max_bytes:
+            _write_portion(folder, len(portions.names) - 1, held)
+            portions.names.append([])
+            size = 0
+        portions.names[-1].append(name)
+        size += tensor.nbytes
+        portions.num_bytes += tensor.nbytes
+        if portions.dtype is None and tensor.is_floating_point():
+            portions.dtype = tensor.dtype
+        if writes(len(portions.names) - 1):
+            held[name] = tensor
+    _write_portion(folder, len(portions.names) - 1, held)
+    return portions
+
+
+def _write_portion(folder: Path, number: int, held: dict[str, Tensor]) -> None:
+    """Write what is held, flushed to the disk since another node may give it its name, and hold it no more."""
+    if held:
+        path = folder / f"portion-{number}"
+        save_file(held, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        sync(path)
+        held.clear()
+
+
+def name_portions(folder: Path, portions: Portions) -> None:
+    """Give files the names by which transformers reads them, with an index if they are several."""
     weight_map = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
-        path = (folder / f"shard-{index}").rename(folder / file)
-        # safetensors makes files that only their owner can read.
-        path.chmod(folder.stat().st_mode & 0o666)
+    for index, names in enumerate(portions.names):
+        several = len(portions.names) > 1
+        file = f"model-{index + 1:05d}-of-{len(portions.names):05d}.safetensors" if several else SINGLE
+        (folder / f"portion-{index}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        contents = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    if len(portions.names) > 1:
+        contents = {"metadata": {"total_size": portions.num_bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(contents, indent=2), encoding="utf-8")
-    assert dtype is not None
-    return dtype
 
 
 class TensorFiles:

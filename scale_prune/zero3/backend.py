@@ -118,12 +118,11 @@ class Zero3Backend(Collectives):
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor on the CPU) of everything a checkpoint holds, in the working precision.
 
-        A collective: all ranks iterate to the end. One tensor at a time is gathered; what rank 0 gets is whole, what
-        the other ranks get must not be used.
+        A collective: all ranks iterate to the end. One tensor at a time is gathered, and every rank gets it.
         """
         for name, param in self.parameters.items():
             with GatheredParameters([param]):
-                full = param.detach().to("cpu", copy=True) if self.rank == 0 else torch.empty(0)
+                full = param.detach().to("cpu", copy=True)
             yield name, full
         for name, tensor in self.module.state_dict().items():
             if name not in self.parameters and not hasattr(tensor, "ds_id") and tensor.numel():

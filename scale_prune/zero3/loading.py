@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from safetensors import safe_open
 from torch import Tensor
@@ -18,6 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from scale_prune.models import auto_model, classifies, full_shape
 from scale_prune.zero3.runtime import precision
+from scale_prune.zero3.saving import of_all_ranks
 from scale_prune.zero3.shard import Shard
 
 Stored = tuple[Any, str]
@@ -58,7 +58,8 @@ def load_model(
             raise
         problem = " ".join(str(error).split())[:300] or type(error).__name__
     del keep_alive
-    _raise_together(f"--model {path}: its weights cannot be loaded: {problem}" if problem else "")
+    if problems := list(filter(None, of_all_ranks(problem))):  # only rank 0 may have seen it
+        raise ValueError(f"--model {path}: its weights cannot be loaded: {problems[0]}")
     assert model is not None
     return model
 
@@ -154,11 +155,3 @@ def _may_begin(model: PreTrainedModel, name: str) -> bool:
     """Tell whether a parameter belongs to the classifier of an encoder, which is there to be trained."""
     inner = f"{model.base_model_prefix}."
     return classifies(model.config) and (not name.startswith(inner) or name.startswith(f"{inner}pooler."))
-
-
-def _raise_together(problem: str) -> None:
-    """Raise on all ranks where one has a problem: only rank 0 sees shapes that do not fit. A collective."""
-    problems: list[Any] = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(problems, problem)
-    if any(problems):
-        raise ValueError(next(filter(None, problems)))

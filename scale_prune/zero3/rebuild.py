@@ -4,7 +4,8 @@ One tensor at a time is gathered, cut down and sharded again. Masters and optimi
 holds its new slices of them in memory between the two engines.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -134,6 +135,15 @@ def take_apart(backend: Zero3Backend) -> None:
         _free_state(backend.engine.optimizer)
     backend.engine.destroy()
     _forget_engine(backend.module)
+
+
+@contextmanager
+def reading(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[Zero3Backend]:
+    """Put an engine around a model that only reads, and take it off again. A collective."""
+    backend = Zero3Backend(inference_engine(model, ds_config))
+    yield backend
+    take_apart(backend)
+    backend.let_go()
 
 
 def _free_state(sharded_optimizer: Any) -> None:

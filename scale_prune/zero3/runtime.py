@@ -53,7 +53,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which alone writes files."""
+        """True on rank 0, which alone writes files other than weights."""
         return self.rank == 0
 
     def say(self, message: str) -> None:
