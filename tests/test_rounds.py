@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from test_resume import assert_same_run, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scale_prune.zero3 import Runtime
 
 pytestmark = pytest.mark.distributed
 
@@ -60,6 +63,31 @@ def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion:
     perplexity = report_of(outputs[0])["perplexity"]
     assert perplexity["masked"] == pytest.approx(perplexity["exported"], rel=1e-5)
     assert perplexity["compacted"] == pytest.approx(perplexity["exported"], rel=1e-5)
+
+
+def outcome_in_little_memory(flags: list[str]) -> tuple[int, str]:
+    """Run where a rank has room for one Gram matrix at a time."""
+    with patch.object(Runtime, "free_memory", lambda runtime: 0):
+        return outcome(flags)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"criterion": "kfac", "rounds": 2, "max_steps": 4, "budget": "redundancy", "scope": "per_group"},
+        pytest.param(UNTRAINED | {"criterion": "flap"}, marks=pytest.mark.slow),
+        pytest.param({"criterion": "gum", "repair": "mean", "max_steps": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_portion_of_the_matrices_at_a_time_comes_to_the_same(settings: dict[str, Any], work: Path) -> None:
+    for output, how in ((work / "at once", outcome), (work / "in portions", outcome_in_little_memory)):
+        flags = arguments(work, output, **UNTRAINED | settings | {"overwrite": True})
+        assert [code for code, _ in run_ranks(how, 2, flags)] == [0, 0]
+    whole, portions = weights(work / "at once"), weights(work / "in portions")
+    assert whole.keys() == portions.keys()
+    assert all(torch.equal(whole[name], portions[name]) for name in whole)
+    assert report_of(work / "in portions")["perplexity"] == report_of(work / "at once")["perplexity"]
 
 
 def test_neurons_that_follow_from_others_go_for_nothing(work: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ side. What moves, with N units in a group and F = N or N + 1 features, of heads 
     every forward pass   each group's F * F sums to the rank that keeps them       4 F^2 bytes a group
     every backward pass  likewise, of gradients, D the width of the model          4 D^2 bytes a group
     at the end           the criterion's numbers to the units' owners               4 M bytes a number
+
+Where the matrices of all groups at once are too much, the text is read once for every portion of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from scale_prune.core import UnitGroup, UnsolvableError, gram_root, least_squares, mean_takeover
-from scale_prune.core.repair import in_metric
+from scale_prune.core.repair import WIDEST_IN_DOUBLE, in_metric
 from scale_prune.pruning.activations import by_unit, real_tokens
 from scale_prune.pruning.backend import ShardBackend
 
@@ -38,6 +40,7 @@ class Calibration:
         activity: (T, N) float32 activations of one group to the (N,) or (K, N) numbers that add up over tokens; of
             heads, T are all features of all tokens. None for no such numbers.
         redundancy: compare what goes into the groups' layers with what comes out.
+        portion: numbers of the groups whose Gram matrices are kept; None for all.
 
     Attributes:
         grams: (F, F) float32 by number of the group, of those that this rank keeps; where the projection has a bias,
@@ -54,9 +57,11 @@ class Calibration:
         gram: bool,
         activity: Callable[[Tensor], Tensor] | None = None,
         redundancy: bool = False,
+        portion: Sequence[int] | None = None,
     ) -> None:
         self.backend, self.groups = backend, tuple(groups)
-        self._gram, self._activity, self._compares = gram, activity, redundancy
+        self.portion = tuple(range(len(groups)) if portion is None else portion) if gram else ()
+        self._activity, self._compares = activity, redundancy
         self._cosines = torch.zeros(len(groups), 2, device=backend.device)  # their sum, and of how many tokens
         self.grams: dict[int, Tensor] = {}
         self.output_grams: dict[int, Tensor] = {}
@@ -83,8 +88,8 @@ class Calibration:
         """Watch the backward passes of the body, of the sum of the tokens' losses; tokens without any add nothing."""
         module = self.backend.module
         handles = [
-            module.get_submodule(group.output).register_forward_hook(self._gradient_watcher(index))
-            for index, group in enumerate(self.groups)
+            module.get_submodule(self.groups[index].output).register_forward_hook(self._gradient_watcher(index))
+            for index in self.portion
         ]
         with _removed_after(handles):
             yield
@@ -97,7 +102,7 @@ class Calibration:
             h = rearrange(args[0].detach(), "... unit -> (...) unit")[self._real.to(args[0].device)].float()
             if self._activity is not None:
                 self.activities[index] += self._activity(by_unit(h, self.groups[index]))
-            if self._gram:
+            if index in self.portion:
                 ones = h.new_ones(len(h), 1)
                 features = h if getattr(module, "bias", None) is None else torch.cat([h, ones], 1)
                 self._add(self.grams, index, features)
@@ -149,6 +154,18 @@ def _removed_after(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
+def portions_of(groups: Sequence[UnitGroup], world_size: int, num_bytes: float) -> list[range]:
+    """Return the numbers of the groups whose Gram matrices fit into so many bytes of every rank at a time.
+
+    A rank keeps one of each portion at least. While it solves for one, there are three more, in float64 of twice the
+    size.
+    """
+    widest = max(group.num_features + 1 for group in groups)
+    while_solving = 3 * (2 if widest <= WIDEST_IN_DOUBLE else 1)
+    at_once = max(int(num_bytes / (4 * widest**2)) - while_solving, 1) * world_size
+    return [range(first, min(first + at_once, len(groups))) for first in range(0, len(groups), at_once)]
+
+
 def keeper_of(group: int, backend: ShardBackend) -> int:
     """Return the rank that keeps the Gram matrix of group number `group`, and solves for it."""
     return group % backend.world_size
@@ -185,7 +202,7 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor, 
     backend, groups = calibration.backend, calibration.groups
     scores: dict[int, Tensor] = {}
     failed = torch.zeros(len(groups), device=backend.device)
-    for side_by_side in torch.arange(len(groups)).split(backend.world_size):
+    for side_by_side in torch.tensor(calibration.portion).split(backend.world_size):
         weights = {index: _output_weight(backend, groups[index], index) for index in side_by_side.tolist()}
         for index, weight in weights.items():
             if weight is not None:

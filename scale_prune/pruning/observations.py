@@ -73,8 +73,6 @@ class Observations:
 
     def take_calibration(self, state: State, calibration: Calibration) -> State:
         """Take in what the calibration text says, in the place of any that was seen before. A collective."""
-        if "activity" not in self.criterion.needs:
-            return state
         initial = self.criterion.initial_state(self.line.spans, self.line.backend.device)
         observed = self.criterion.observe(initial, self._added_up(calibration.activities))
         return state | {name: value for name, value in observed.items() if value is not initial.get(name)}

@@ -1,15 +1,18 @@
 """A round: units leave for good, and those that stay take over what they did."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from scale_prune.core import remaining_fraction
 from scale_prune.core.level_table import LevelTable
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
+from scale_prune.pruning.calibration import portions_of
 from scale_prune.run.budgeting import TABLE, Trials, measure_levels, search_widths
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
 from scale_prune.run.losses import loss_of
@@ -54,23 +57,26 @@ def _choose_and_repair(run: Run, step: int) -> None:
     criterion.redundancy = first.get("redundancy", ())
     criterion.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
     compares = pruning.budget == "redundancy" and not criterion.redundancy
+    tries = pruning.budget in ("measured", "search") and not run.progress.rounds
+    portions = _portions(run) if repairs or "gram" in needs else [range(0)]
     calibration = None
-    if repairs or (chooses and needs & {"gram", "activity"}) or compares:
-        if not chooses:
-            write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
-        calibration = _calibrate(run, gram=repairs or "gram" in needs, redundancy=compares)
-        if chooses:
-            take_calibration(pruner, calibration)
-    if compares and calibration is not None:
-        criterion.redundancy = calibration.redundancy()
+    if compares or (tries and repairs) or (chooses and needs & {"gram", "activity"}):
+        to_choose = portions if len(portions) == 1 or "gram" in needs else [range(0)]
+        calibration = take_calibration(pruner, _readings(run, to_choose, chooses=True, compares=compares))
+    elif repairs and not chooses:
+        write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
     criterion.widths = first.get("searched", ())
-    if chooses and not run.progress.rounds and pruning.budget in ("measured", "search"):
+    if tries:
         _measure(run, calibration)
     if chooses:
         choose(pruner, step)
-    if repairs and calibration is not None:
+    if repairs:
+        again = [calibration] if calibration is not None and len(portions) == 1 else _readings(run, portions)
+        takeovers: dict[int, Tensor] = {}
+        for each in again:
+            with run.progress.seconds.measure("repair"):
+                takeovers |= takeovers_of(each, pruner.masks, str(pruning.repair), pruning.repair_damping)
         with run.progress.seconds.measure("repair"):
-            takeovers = takeovers_of(calibration, pruner.masks, str(pruning.repair), pruning.repair_damping)
             repair_weights(student.backend, student.groups, pruner.masks, takeovers)
 
 
@@ -121,17 +127,52 @@ def _given_table(run: Run) -> LevelTable | None:
     return read_table(path, run.student.groups) if (path := run.config.pruning.table) is not None else None
 
 
-def _calibrate(run: Run, *, gram: bool, redundancy: bool) -> Calibration:
-    """Let the student read the calibration text, the same for every number of ranks. A collective."""
+def _portions(run: Run) -> list[range]:
+    """Return the groups whose Gram matrices are kept at a time: all, if half of the free memory has room for them.
+
+    Trials need them all.
+    """
+    groups = run.student.groups
+    if run.config.pruning.budget in ("measured", "search") and not run.progress.rounds:
+        return [range(len(groups))]
+    portions = portions_of(groups, run.runtime.world_size, run.runtime.free_memory() / 2)
+    if len(portions) > 1:
+        run.monitor.say(
+            f"the calibration text is read once for every {len(portions[0])} of {len(groups)} groups of units, whose "
+            "products of activations fit into memory together"
+        )
+    return portions
+
+
+def _readings(
+    run: Run, portions: Sequence[Sequence[int]], *, chooses: bool = False, compares: bool = False
+) -> Iterator[Calibration]:
+    """Let the student read the calibration text, the same for every number of ranks, once a portion. A collective.
+
+    Args:
+        run: the run.
+        portions: numbers of the groups whose Gram matrices are made in a reading.
+        chooses: what the criterion asks for beside them is made too.
+        compares: layers are compared for the budget.
+    """
     student = run.student
     criterion = student.pruner.scoring.criterion
-    activity = criterion.activity if "activity" in criterion.needs else None
-    calibration = Calibration(student.backend, student.groups, gram=gram, activity=activity, redundancy=redundancy)
-    with run.progress.seconds.measure("calibration"):
-        read_text(student.engine, calibration, run.inputs, run.task)
-        if run.config.pruning.rounds and "output_grad" in criterion.needs:
-            read_gradients(student.engine, calibration, run.inputs, run.task)
-    return calibration
+    activity = criterion.activity if chooses and "activity" in criterion.needs else None
+    for portion in portions:
+        calibration = Calibration(
+            student.backend, student.groups, gram=True, activity=activity, redundancy=compares, portion=portion
+        )
+        with run.progress.seconds.measure("calibration"):
+            read_text(student.engine, calibration, run.inputs, run.task)
+            if chooses and "output_grad" in criterion.needs:
+                read_gradients(student.engine, calibration, run.inputs, run.task)
+        if compares:
+            criterion.redundancy = calibration.redundancy()
+        activity, compares = None, False
+        yield calibration
+        if portion is not portions[-1]:
+            calibration.grams.clear()
+            calibration.output_grams.clear()
 
 
 def _observe_gradients(run: Run) -> None:

@@ -104,6 +104,11 @@ class Runtime:
             peak = int(get_accelerator().max_memory_allocated())
         return [int(value) for value in self.gather_numbers(peak)]
 
+    def free_memory(self) -> int:
+        """Return the bytes that are free on the rank that has the fewest; on a CPU the ranks of a host share."""
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.device.type == "cpu" else 1
+        return int(min(self.gather_numbers(get_accelerator().available_memory() // sharing)))
+
     def stop(self) -> None:
         """Leave the process group, when the other ranks do so too or do not for LEAVING_SECONDS.
 
