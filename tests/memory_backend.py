@@ -181,6 +181,10 @@ class InMemoryBackend:
         """Add up and return this rank's part."""
         return torch.stack(self.exchange.all(self.rank, values)).sum(0).chunk(self.world_size)[self.rank]
 
+    def gather_on(self, values: Tensor, rank: int) -> Tensor:
+        """Join everybody's tensors for one."""
+        return self.all_gather(values)[: None if rank == self.rank else 0]
+
     def all_gather(self, values: Tensor) -> Tensor:
         """Join everybody's tensors."""
         return torch.cat(self.exchange.all(self.rank, values))

@@ -154,6 +154,11 @@ class UnitLayout:
         first = min(rank * self.per_rank, self.num_units)
         return slice(first, min(first + self.per_rank, self.num_units))
 
+    def owners(self, group: int) -> range:
+        """Return the ranks that own units of group number `group`."""
+        own = self.slice_of(group)
+        return range(own.start // self.per_rank, (own.stop - 1) // self.per_rank + 1)
+
     def owned_spans(self, rank: int) -> list[UnitSpan]:
         """Return the units that `rank` owns, group by group; `place` counts from the first of them."""
         owned, spans = self.owned(rank), []

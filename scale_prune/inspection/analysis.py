@@ -205,7 +205,7 @@ class Measuring:
 
     @torch.no_grad()
     def _take_activations(self) -> None:
-        for index, activations in enumerate(self.sampler.take()):
+        for index, activations in enumerate(self.sampler.take(self.layout.owners)):
             if index in self.products:
                 self.products[index].update(activations)
 

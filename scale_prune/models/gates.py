@@ -4,8 +4,9 @@ They belong to pruning, not to the model: plain tensors, no parameters, known wh
 backward passes leave in their gradient is its share of every unit's number, M numbers a step, like any other share.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,14 +25,16 @@ class Gate:
 
     def __init__(self) -> None:
         self.training: Tensor | None = None
-        self.evaluation: Tensor | None = None
+        self.evaluation: Callable[[], Tensor] | None = None
         self.open = False
 
     def __call__(self, module: nn.Module) -> Tensor | None:
         """Return the (N,) gates for a module in its present mode, None while all are open."""
         if self.open:
             return None
-        return self.training if module.training else self.evaluation
+        if module.training:
+            return self.training
+        return None if self.evaluation is None else self.evaluation()
 
 
 class Gates:
@@ -55,15 +58,16 @@ class Gates:
             if isinstance(holder, GATED):
                 holder.gate = gate
 
-    def put_on(self, training: Tensor | None, evaluation: Tensor | None) -> None:
-        """Use these from now on: (M,) lines over all groups, or None for no gates."""
-        for name, line in (("training", training), ("evaluation", evaluation)):
-            parts = [None] * len(self.sizes) if line is None else line.split(self.sizes)
-            for gate, part in zip(self.gates, parts, strict=True):
-                setattr(gate, name, None if part is None else part.detach().clone())
-        for gate in self.gates:
-            if gate.training is not None:
-                gate.training.requires_grad_()
+    def put_on(self, training: Tensor | None, evaluation: Callable[[], Tensor] | None) -> None:
+        """Use these from now on: (M,) lines over all groups, or None for no gates.
+
+        Those of evaluation are made when the first evaluation needs them.
+        """
+        parts = [None] * len(self.sizes) if training is None else training.detach().split(self.sizes)
+        made = None if evaluation is None else cache(lambda: evaluation().detach().split(self.sizes))
+        for index, (gate, part) in enumerate(zip(self.gates, parts, strict=True)):
+            gate.training = None if part is None else part.clone().requires_grad_()
+            gate.evaluation = None if made is None else partial(lambda made, index: made()[index], made, index)
 
     def gradient(self) -> Tensor | None:
         """Return this rank's (M,) gradient with respect to the training gates, None while there are none."""

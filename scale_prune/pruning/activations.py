@@ -10,7 +10,7 @@ Shape letters: B rows of a forward pass, T tokens in a row, N units of a group. 
 were of a token of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,13 @@ class ActivationSampler:
             empty = torch.empty(0, group.num_features, device=self.backend.device)
             yield by_unit(torch.cat(rows).float() if rows else empty, group)
 
-    def take(self) -> Iterator[Tensor]:
+    def take(self, takers: Callable[[int], Sequence[int]] | None = None) -> Iterator[Tensor]:
         """Remove the hooks; bring the ranks' tokens together, one (tokens, N) tensor a group. A collective.
 
-        A rank receives 8 bytes a group and rank, then T * N activations of each group.
+        A rank receives 8 bytes a group and rank, then T * N activations of each group that it takes.
+
+        Args:
+            takers: the ranks that get the tokens of a group, by its number; None for all ranks. The others get none.
         """
         caught = self._caught
         self.disarm()
@@ -73,10 +76,14 @@ class ActivationSampler:
         # Ranks may differ by a token or more; where layers are dropped by chance, groups do so too.
         most = self.backend.all_gather(counts).view(-1, len(caught)).amax(0).tolist()
         like = next((rows[0] for rows in caught if rows), torch.empty(0, device=self.backend.device))
-        for group, parts, length in zip(self.groups, caught, most, strict=True):
+        for index, (group, parts, length) in enumerate(zip(self.groups, caught, most, strict=True)):
             rows = torch.cat([like.new_empty(0, group.num_features), *parts])
-            gathered = self.backend.all_gather(pad(rows, (0, 0, 0, length - len(rows)))) if length else rows
-            yield by_unit(gathered, group)
+            padded = pad(rows, (0, 0, 0, length - len(rows)))
+            if takers is None and length:
+                rows = self.backend.all_gather(padded)
+            elif takers is not None and length:
+                rows = torch.cat([self.backend.gather_on(padded, rank) for rank in takers(index)])
+            yield by_unit(rows, group)
 
     def disarm(self) -> None:
         """Remove the hooks, and forget what they caught."""

@@ -49,5 +49,8 @@ class ShardBackend(Protocol):
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Add up (W * n,) over ranks and return the n numbers of this rank."""
 
+    def gather_on(self, values: Tensor, rank: int) -> Tensor:
+        """Join the ranks' (n, ...) tensors along the first axis on one rank; the others get (0, ...)."""
+
     def all_gather(self, values: Tensor) -> Tensor:
         """Join the ranks' (n, ...) tensors along the first axis, in order of rank."""

@@ -48,11 +48,14 @@ class Gating:
         self.summary = self.criterion.summary(parameter, self.line.costs, self.kinds, self.schedule, step + 1)
         if step >= self.schedule.last_descent_step:
             final = self.criterion.final_gates(parameter)
-            self.gates.put_on(final, final)
+            self.gates.put_on(final, lambda: final)
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         self.noise = torch.rand(len(parameter), generator=generator).to(parameter.device)
-        test_time = torch.cat([self.criterion.test_time_gates(part) for part in self.line.by_group(parameter)])
+
+        def test_time() -> Tensor:
+            return torch.cat([self.criterion.test_time_gates(part) for part in self.line.by_group(parameter)])
+
         self.gates.put_on(self.criterion.training_gates(parameter, self.noise), test_time)
 
     def totals(self) -> Tensor:

@@ -30,11 +30,11 @@ class Masking:
     def put(self, masks: Sequence[Tensor]) -> None:
         """Make these the masks, one (N,) bool a group; they are not on the working copy before `apply`."""
         self.masks = list(masks)
-        self.widths = [int(mask.sum()) for mask in masks]
+        self.widths = torch.stack([mask.sum() for mask in masks]).tolist()
 
     def update(self, masks: Sequence[Tensor]) -> None:
         """Make these the masks, and count the units that they change."""
-        self.churn = sum(int((new != old).sum()) for new, old in zip(masks, self.masks, strict=True))
+        self.churn = int((torch.cat([*masks]) != self.live).sum())
         self.put(masks)
 
     @property
@@ -71,21 +71,22 @@ class Masking:
         """
         backend = self.line.backend
         read = self._zero(backend.working)
-        if all(torch.equal(zero, ~mask) for zero, mask in zip(read, self.masks, strict=True)):
+        if torch.equal(read, ~self.live):
             return
         born_zero = self._zero(lambda member: backend.master(member, grad=False))
-        for group, mask, zero, born in zip(self.line.groups, self.masks, read, born_zero, strict=True):
+        lines = (self.line.by_group(line) for line in (read, born_zero))
+        for group, mask, zero, born in zip(self.line.groups, self.masks, *lines, strict=True):
             if not torch.equal(zero, ~mask | born):
                 raise RuntimeError(
                     f"step {step}: the masks of group {group.name} did not take hold in the working copy: of "
                     f"{group.num_units} units {int(zero.sum())} read back as zero, {int((~mask | born).sum())} should"
                 )
 
-    def _zero(self, source: Callable[[Member], ShardView]) -> list[Tensor]:
-        """Tell for each group which units are all zero, (N,) bool on all ranks: their absolute values add up to 0."""
+    def _zero(self, source: Callable[[Member], ShardView]) -> Tensor:
+        """Tell which units are all zero, (M,) bool on all ranks: their absolute values add up to 0."""
 
         def share(member: Member) -> Tensor:
             view = source(member)
             return view.unit_sum(view.weight.abs())
 
-        return self.line.by_group(self.line.gather(self.line.totals(share)) == 0)
+        return self.line.gather(self.line.totals(share)) == 0

@@ -90,9 +90,9 @@ class Observations:
         return torch.stack(totals).view(*parts.shape[:-1], self.line.num_owned)
 
     def _update_similarity(self, masks: Sequence[Tensor]) -> None:
-        """Gather the sampled activations one group at a time; each rank computes the rows of the units it owns."""
+        """Gather the sampled activations of one group at a time on the ranks that own units of it."""
         owned = {span.index: (span, rows) for span, rows in zip(self.line.spans, self.similarities, strict=True)}
-        for index, activations in enumerate(self._sampler.take()):
+        for index, activations in enumerate(self._sampler.take(self.line.layout.owners)):
             if index in owned and len(activations):
                 span, rows = owned[index]
                 self.similarity[span.place] = rows.update(activations, masks[index])

@@ -92,9 +92,11 @@ class Scoring:
         """
         if "weight" in self.criterion.needs:
             self.state = self.criterion.weigh(self.state, self.line.totals(self._share))
-        self.scores = self.line.by_group(self.line.gather(self.criterion.score(self.state)))
-        for group, scores in zip(self.line.groups, self.scores, strict=True):
-            check_finite(scores, group.name)
+        line = self.line.gather(self.criterion.score(self.state))
+        self.scores = self.line.by_group(line)
+        if not line.isfinite().all():
+            for group, scores in zip(self.line.groups, self.scores, strict=True):
+                check_finite(scores, group.name)
         return self.scores
 
     def take_ranks(self, ranked: Mapping[int, Tensor]) -> None:
