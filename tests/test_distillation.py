@@ -6,6 +6,7 @@ from memory_backend import steady_model, token_blocks
 from models import VOCABULARY
 from torch import Tensor
 
+from scale_prune.core import divergence
 from scale_prune.core.divergence import token_divergence
 from scale_prune.core.likelihood import IGNORED
 
@@ -68,3 +69,35 @@ def test_the_gradient_pulls_towards_the_teacher() -> None:
     after = token_divergence((student - 10 * student.grad).detach(), teacher, labels, 2.0)
     assert after < before.detach()
     assert not student.grad[:, -1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("at_once", [divergence.NUMBERS_AT_ONCE, 2 * V, 1])
+def test_its_gradient_is_that_of_the_formula_however_few_tokens_are_taken_at_once(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence, "NUMBERS_AT_ONCE", at_once)
+    labels = torch.zeros(B, T, dtype=torch.int64)
+    labels[0, 4:] = IGNORED
+    student, teacher = random_logits(0).to(dtype).requires_grad_(), random_logits(1).to(dtype)
+    found = token_divergence(student, teacher, labels, 2.0)
+    (2**16 * found).backward()
+    exact = student.detach().double().requires_grad_()
+    predicted = labels[:, 1:] != IGNORED
+    parts = (logits[:, :-1][predicted].double() / 2.0 for logits in (exact, teacher))
+    log_q, log_p = (part.log_softmax(-1) for part in parts)
+    expected = 4.0 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    (2**16 * expected).backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert student.grad is not None
+    assert exact.grad is not None
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=tolerance, atol=1e-2)
+
+
+def test_a_gradient_is_given_once() -> None:
+    student = random_logits(0).requires_grad_()
+    loss = token_divergence(student, random_logits(1), torch.zeros(B, T, dtype=torch.int64), 1.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        loss.backward()
