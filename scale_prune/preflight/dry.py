@@ -67,7 +67,7 @@ def _job(reading: Reading) -> Job:
     assert reading.model_config is not None
     training, ds_config = reading.config.training, reading.ds_config
     pruning = with_defaults(reading.config.pruning)
-    criterion = CRITERIA[pruning.criterion]
+    criterion, has_teacher = CRITERIA[pruning.criterion], reading.config.distillation.teacher is not None
     shown = rehearse(
         reading.model_config,
         dtype=DTYPES[precision(ds_config)],
@@ -80,7 +80,8 @@ def _job(reading: Reading) -> Job:
     return Job(
         numels=shown.numels,
         buffers=shown.buffers,
-        activations=shown.activations,
+        # The logits of who teaches, and the gradient of the distance to them.
+        activations=shown.activations + 2 * shown.logits * (has_teacher or criterion.freezes),
         groups=reading.groups,
         pruning=pruning,
         ds_config=ds_config,
@@ -88,5 +89,5 @@ def _job(reading: Reading) -> Job:
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
         trains=(training.max_steps > 0 and not criterion.freezes) or learns_from_gradients(criterion),
         calibration_steps=calibration_steps(reading.config, int(ds_config["train_batch_size"])),
-        has_teacher=reading.config.distillation.teacher is not None,
+        has_teacher=has_teacher,
     )

@@ -128,7 +128,7 @@ def _states(job: Job, shards: int, prefix: str) -> list[Part]:
 
 
 def _teacher(job: Job) -> list[Part]:
-    """Return the teacher's shards, which are taken to be as large as the model's; its logits are not counted."""
+    """Return the teacher's shards, which are taken to be as large as the model's."""
     return [Part("teacher", job.place("offload_param"), job.shards * job.width * job.has_teacher)]
 
 

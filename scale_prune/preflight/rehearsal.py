@@ -28,11 +28,13 @@ class Rehearsal:
         buffers: bytes of the model's buffers, which no rank shares with another.
         activations: most bytes that live at one time besides parameters and buffers: what the backward pass needs, its
             temporaries, and the gradients of the parameters just passed, which ZeRO-3 takes away one by one.
+        logits: bytes of the logits.
     """
 
     numels: tuple[int, ...]
     buffers: int
     activations: int
+    logits: int
 
 
 def rehearse(
@@ -67,16 +69,17 @@ def rehearse(
         prepare(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        activations = _peak_of_a_step(model, batch, block)
+        activations, logits = _peak_of_a_step(model, batch, block)
     return Rehearsal(
         numels=tuple(parameter.numel() for parameter in model.parameters()),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         activations=activations,
+        logits=logits,
     )
 
 
-def _peak_of_a_step(model: PreTrainedModel, batch: int, block: int) -> int:
-    """Return the most bytes that live at one time in a step, besides parameters and buffers."""
+def _peak_of_a_step(model: PreTrainedModel, batch: int, block: int) -> tuple[int, int]:
+    """Return the most bytes that live at one time in a step, besides parameters and buffers; and of the logits."""
     live = _LiveBytes()
     model.train()
     for parameter in model.parameters():
@@ -85,8 +88,11 @@ def _peak_of_a_step(model: PreTrainedModel, batch: int, block: int) -> int:
     input_ids = torch.zeros(batch, block, dtype=torch.int64)
     with live:
         labels = input_ids[:, 0] if classifies(model.config) else input_ids
-        model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
-    return live.peak
+        output = model(input_ids=input_ids, labels=labels, use_cache=False)
+        loss, logits = output.loss, output.logits.nbytes
+        del output  # as in a run, where only the loss is kept
+        loss.backward()
+    return live.peak, logits
 
 
 def _drop_gradient(parameter: Tensor) -> None:
