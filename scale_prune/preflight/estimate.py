@@ -153,15 +153,15 @@ def _reducing(job: Job) -> int:
 
 
 def _loading(job: Job) -> list[Part]:
-    """Return the shards, one whole tensor, and the file of weights, which rank 0 maps into memory.
+    """Return the shards, the tensor that is made whole before it is cut, and a slice of it on its way from the file.
 
-    The file is taken to hold the working type, at least 2 bytes; the system can take its pages back.
+    The file is taken to be of safetensors, in float32 at most.
     """
     return [
         Part("parameters", job.place("offload_param"), job.shards * job.width),
         Part("buffers of the model", job.place(), job.buffers),
         Part("gathered parameters", job.place(), max(job.numels) * job.width),
-        Part("file of weights", "host", job.num_parameters * job.width),
+        Part("slice of a file", "host", job.shard_of(max(job.numels)) * FP32),
     ]
 
 
@@ -242,11 +242,10 @@ def _cosines(job: Job) -> int:
 def _scoring(job: Job) -> int:
     """Return the bytes of the largest temporaries on shards.
 
-    Looking for gradients that are not finite makes float32 and float64 of one shard at a time; a share makes its
-    product, a padded copy and float64 of it.
+    A share makes float32 of a gradient, its product with the weight, and a padded copy of that.
     """
     members = [prod(member.shape) for group in job.groups for member in group.members]
-    return max(12 * job.shard_of(max(job.numels)), 20 * job.shard_of(max(members)))
+    return 3 * FP32 * job.shard_of(max(members))
 
 
 def _stepping(job: Job) -> int:
@@ -294,7 +293,7 @@ def communication(job: Job) -> dict[str, int]:
         "pruning, shares": FP32 * job.layout.padded if _needs(job, "grad") or _needs(job, "gate") else 0,
         "pruning, gates": FP32 * job.layout.padded if _needs(job, "gate") else 0,
         "pruning, at an update of the masks": _update(job),
-        "pruning, at a sample of activations": _sampled(job) * job.world_size,
+        "pruning, at a sample of activations": _received_sample(job),
     }
     if CRITERIA[job.pruning.criterion].freezes:  # the dense model's pass, the gated one's, and back
         received["ZeRO-3, parameters"] = job.accumulation * (3 * job.num_parameters * job.width)
@@ -302,6 +301,15 @@ def communication(job: Job) -> dict[str, int]:
     elif not job.trains:
         return {}
     return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
+
+
+def _received_sample(job: Job) -> int:
+    """Return the bytes of the ranks' samples of the groups that the busiest rank owns units of, or of sums over them."""
+    if not _needs(job, "activation"):
+        return FP32 * job.layout.padded if _needs(job, "activity") else 0
+    spans = [job.layout.owned_spans(rank) for rank in range(job.world_size)]
+    features = max(sum(span.group.num_features for span in own) for own in spans)
+    return _tokens(job) * job.world_size * features * job.width
 
 
 def _update(job: Job) -> int:
