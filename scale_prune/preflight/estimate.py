@@ -304,7 +304,7 @@ def communication(job: Job) -> dict[str, int]:
 
 
 def _received_sample(job: Job) -> int:
-    """Return the bytes of the ranks' samples of the groups that the busiest rank owns units of, or of sums over them."""
+    """Return the bytes of all samples of the groups that the busiest rank owns units of, or of the sums over them."""
     if not _needs(job, "activation"):
         return FP32 * job.layout.padded if _needs(job, "activity") else 0
     spans = [job.layout.owned_spans(rank) for rank in range(job.world_size)]
