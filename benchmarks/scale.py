@@ -1,0 +1,175 @@
+"""Prune a model of a large shape on this machine, and watch the memory of every rank: benchmarks/scale.md.
+
+    python benchmarks/scale.py --work out/scale --shape gptj --tokenizer smollm2 --train_file train.txt \\
+        --validation_file validation.txt -- --max_steps 0 --criterion obs --calibration_tokens 512
+
+What follows `--` goes to launch/prune.py. The weights are random, from seeds, and are written once, layer by layer: 12
+GB for GPT-J's shape. Remove the folder afterwards.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
+
+from scale_prune.system import markdown_table
+from scale_prune.system.tensor_files import INDEX, TensorFiles
+
+ROOT = Path(__file__).parents[1]
+SHAPES: dict[str, dict[str, Any]] = {
+    "gptj": {"n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64},
+    "700m": {"n_layer": 18, "n_embd": 1536, "n_head": 16, "rotary_dim": 64},
+    "tiny": {"n_layer": 3, "n_embd": 64, "n_head": 4, "rotary_dim": 16},
+}
+GIB = 2**30
+EVERY = 0.2  # seconds between two looks at the memory
+
+
+def main() -> None:
+    args = parse()
+    model, output = args.work / f"model-{args.shape}", args.work / "run"
+    make_model(model, args.shape, args.tokenizer)
+    flags = ["--model", model, "--output_dir", output, "--train_file", args.train_file, *args.flags]
+    flags += ["--validation_file", args.validation_file, "--overwrite", "--no-tensorboard", "--precision", "bf16"]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        args.ranks,
+        ROOT / "launch/prune.py",
+        "--ds_config",
+        "zero3_cpu",
+        *flags,
+    ]
+    started = time.perf_counter()
+    peaks = watched([str(word) for word in command])
+    print(f"{time.perf_counter() - started:.0f} s\n\n{memory_table(peaks)}\n")
+    print(parts_table(json.loads((output / "report.json").read_text(encoding="utf-8"))))
+    print(f"\n{compare_rows(model, output)}\n{copy_rate(output / 'pruned')}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True, type=Path, help="folder of the model and the run")
+    parser.add_argument("--shape", default="gptj", choices=SHAPES)
+    parser.add_argument("--tokenizer", required=True, type=Path, help="folder of a tokenizer of at most 50,400 tokens")
+    parser.add_argument("--train_file", required=True, type=Path)
+    parser.add_argument("--validation_file", required=True, type=Path)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("flags", nargs="*", help="of launch/prune.py, after --")
+    return parser.parse_args()
+
+
+def make_model(folder: Path, shape: str, tokenizer: Path) -> None:
+    """Write a random model, one file a layer, unless it is there."""
+    if (folder / INDEX).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = GPTJConfig(**SHAPES[shape], architectures=["GPTJForCausalLM"], dtype="bfloat16")
+    with torch.device("meta"):
+        state = GPTJForCausalLM(config).state_dict()
+    weight_map = {}
+    for number, (_, names) in enumerate(groupby(state, key=lambda name: ".".join(name.split(".")[:3]))):
+        tensors = {name: random_tensor(name, tuple(state[name].shape)) for name in names}
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    config.save_pretrained(folder)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return what a model begins with, from a seed of its own."""
+    if len(shape) == 1:
+        return torch.full(shape, float("ln" in name and name.endswith("weight")), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+
+
+def watched(command: list[str]) -> dict[int, dict[str, int]]:
+    """Run a command; return the largest memory of each rank by kind, in bytes."""
+    process = subprocess.Popen(command)
+    peaks: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    while process.poll() is None:
+        for rank, memory in memory_of_ranks():
+            for kind, size in memory.items():
+                peaks[rank][kind] = max(peaks[rank][kind], size)
+        time.sleep(EVERY)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return peaks
+
+
+def memory_of_ranks() -> Iterator[tuple[int, dict[str, int]]]:
+    """Yield each rank's proportional set size in bytes, in all and by kind, as Linux tells it."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"launch/prune.py" not in (words := (folder / "cmdline").read_bytes()) or b"--local_rank" not in words:
+                continue
+            environment = dict(
+                line.split("=", 1) for line in (folder / "environ").read_text().split("\0") if "=" in line
+            )
+            told = [line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:]]
+        except (OSError, ValueError):
+            continue  # it has ended
+        sizes = {words[0].rstrip(":"): 1024 * int(words[1]) for words in told}
+        if "RANK" in environment:
+            yield int(environment["RANK"]), {kind: sizes[kind] for kind in ("Pss", "Pss_Anon", "Pss_Shmem", "Pss_File")}
+
+
+def memory_table(peaks: dict[int, dict[str, int]]) -> str:
+    rows = [
+        [str(rank), *(f"{peaks[rank][kind] / GIB:.2f}" for kind in ("Pss", "Pss_Anon", "Pss_Shmem", "Pss_File"))]
+        for rank in sorted(peaks)
+    ]
+    header = ["rank", "peak GiB", "of it its own", "shared memory", "files"]
+    return "\n".join(markdown_table(header, rows))
+
+
+def parts_table(report: dict[str, object]) -> str:
+    seconds = report["seconds"]
+    assert isinstance(seconds, dict)
+    rows = [[part, f"{spent:.1f}"] for part, spent in seconds.items()]
+    return "\n".join(markdown_table(["part", "seconds"], rows)) + f"\n\nperplexity: {report['perplexity']}"
+
+
+def compare_rows(model: Path, output: Path) -> str:
+    """Compare the first and last layer's exported rows with those of the same neurons in the model, bit by bit."""
+    dense, pruned = TensorFiles(model), TensorFiles(output / "pruned")
+    kept = json.loads((output / "kept.json").read_text(encoding="utf-8"))
+    layers = sorted(
+        {name.split(".mlp")[0] for name in pruned.names if ".mlp." in name}, key=lambda name: int(name.split(".")[2])
+    )
+    for layer in (layers[0], layers[-1]):
+        units = torch.tensor(next(own for name, own in kept.items() if name.startswith(f"{layer}.")))
+        name = f"{layer}.mlp.fc_in.weight"
+        assert torch.equal(pruned.read(name), dense.read(name)[units]), name
+    return f"rows of fc_in in {layers[0]} and {layers[-1]}: those of the dense model, bit by bit"
+
+
+def copy_rate(folder: Path) -> str:
+    """Say how fast the exported bytes are copied on the same disk."""
+    copy = folder.with_name("copy")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    started = time.perf_counter()
+    shutil.copytree(folder, copy)
+    subprocess.run(["sync"], check=True)
+    spent = time.perf_counter() - started
+    shutil.rmtree(copy)
+    return f"{size / GIB:.2f} GiB of weights; a plain copy of the folder takes {spent:.1f} s"
+
+
+if __name__ == "__main__":
+    main()
