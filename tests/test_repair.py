@@ -155,7 +155,7 @@ def test_matrices_that_cannot_be_solved_are_refused(broken: float) -> None:
 
 def repair_in_memory(backend: InMemoryBackend, groups: Sequence[UnitGroup], masks: Sequence[Tensor]) -> None:
     """Repair a model in memory, as `repair_weights` does on shards."""
-    calibration = Calibration(backend, groups, gram=True)
+    calibration = Calibration(backend, groups)
     with torch.no_grad(), calibration.watching():
         backend.module(input_ids=ROWS)
     for index, takeover in takeovers_of(calibration, masks, "least_squares", DAMPING).items():
@@ -199,7 +199,7 @@ def output_weight(backend: InMemoryBackend, group: UnitGroup) -> Tensor:
 def test_the_gradients_of_the_output_are_the_metric_of_its_errors(model_type: str) -> None:
     model = tiny_model(model_type)
     backend, groups = InMemoryBackend(model), unit_groups(model)
-    calibration = Calibration(backend, groups, gram=True)
+    calibration = Calibration(backend, groups)
     gradients = {}
     for index, group in enumerate(groups):
         weight = output_weight(backend, group)

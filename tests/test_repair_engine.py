@@ -29,7 +29,7 @@ def repaired(folder: str, repair: str, trains: bool) -> dict[str, Any]:
     engine.eval()
     rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
     own = rows.chunk(backend.world_size)[backend.rank]
-    calibration = Calibration(backend, groups, gram=True)
+    calibration = Calibration(backend, groups)
     with torch.no_grad(), calibration.watching():
         for part in own.split(2):
             engine(input_ids=part, use_cache=False)
@@ -52,7 +52,7 @@ def output_grams(folder: str, trains: bool, checkpointing: bool) -> dict[int, Te
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = training_engine(model, config) if trains else inference_engine(model, config)
     backend = Zero3Backend(engine)
-    calibration = Calibration(backend, unit_groups(engine.module), gram=True)
+    calibration = Calibration(backend, unit_groups(engine.module))
     embedded: list[Tensor] = []
     engine.module.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
     engine.train()
@@ -90,7 +90,7 @@ def redundancy(folder: str) -> list[float]:
     engine = inference_engine(load_model(folder, config), config)
     backend = Zero3Backend(engine)
     rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
-    calibration = Calibration(backend, unit_groups(engine.module), gram=False, redundancy=True)
+    calibration = Calibration(backend, unit_groups(engine.module), portion=(), redundancy=True)
     with torch.no_grad(), calibration.watching():
         for part in rows.chunk(backend.world_size)[backend.rank].split(2):
             mask = torch.ones_like(part)

@@ -36,11 +36,10 @@ class Calibration:
     Args:
         backend: the model, and this rank's place among the others.
         groups: whose activations are watched; of neurons or heads.
-        gram: keep Gram matrices.
         activity: (T, N) float32 activations of one group to the (N,) or (K, N) numbers that add up over tokens; of
             heads, T are all features of all tokens. None for no such numbers.
         redundancy: compare what goes into the groups' layers with what comes out.
-        portion: numbers of the groups whose Gram matrices are kept; None for all.
+        portion: numbers of the groups whose Gram matrices are made; None for all.
 
     Attributes:
         grams: (F, F) float32 by number of the group, of those that this rank keeps; where the projection has a bias,
@@ -54,13 +53,12 @@ class Calibration:
         backend: ShardBackend,
         groups: Sequence[UnitGroup],
         *,
-        gram: bool,
         activity: Callable[[Tensor], Tensor] | None = None,
         redundancy: bool = False,
         portion: Sequence[int] | None = None,
     ) -> None:
         self.backend, self.groups = backend, tuple(groups)
-        self.portion = tuple(range(len(groups)) if portion is None else portion) if gram else ()
+        self.portion = tuple(range(len(groups)) if portion is None else portion)
         self._activity, self._compares = activity, redundancy
         self._cosines = torch.zeros(len(groups), 2, device=backend.device)  # their sum, and of how many tokens
         self.grams: dict[int, Tensor] = {}

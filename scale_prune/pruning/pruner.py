@@ -5,7 +5,7 @@ What moves between ranks, with M units in all, G groups and T sampled tokens:
     after_backward   reduce-scatter of the shares: each unit's total arrives at its owner      4 M bytes a step
     after_step       all-gather of the scores; every rank ranks them alike                     4 M bytes an update
                      reduce-scatter and all-gather of the read-back                            8 M bytes a changed mask
-                     all-gather of sampled activations, one group at a time                    T * N numbers a sample
+                     sampled activations to the owners of a group's units                      T * N numbers a group
                      or reduce-scatter of what the criterion makes of them                     4 M bytes a sample
 
 The float32 master stays dense. A masked unit's gradient is exactly 0, so its master makes the optimizer's own steps on

@@ -69,6 +69,6 @@ def whitening_roots(model: PreTrainedModel, inputs: Inputs, task: Task) -> dict[
     if not (groups := linear_inputs(model, pruning.linear_targets)):
         return {}
     with reading(model, inputs.ds_config) as backend:
-        calibration = Calibration(backend, groups, gram=True)
+        calibration = Calibration(backend, groups)
         read_text(backend.engine, calibration, inputs, task)
         return roots_of(calibration, pruning.repair_damping)

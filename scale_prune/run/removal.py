@@ -58,7 +58,7 @@ def _choose_and_repair(run: Run, step: int) -> None:
     criterion.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
     compares = pruning.budget == "redundancy" and not criterion.redundancy
     tries = pruning.budget in ("measured", "search") and not run.progress.rounds
-    portions = _portions(run) if repairs or "gram" in needs else [range(0)]
+    portions = _portions(run) if repairs or "gram" in needs else [range(0)]  # one reading, without any matrix
     calibration = None
     if compares or (tries and repairs) or (chooses and needs & {"gram", "activity"}):
         to_choose = portions if len(portions) == 1 or "gram" in needs else [range(0)]
@@ -160,7 +160,7 @@ def _readings(
     activity = criterion.activity if chooses and "activity" in criterion.needs else None
     for portion in portions:
         calibration = Calibration(
-            student.backend, student.groups, gram=True, activity=activity, redundancy=compares, portion=portion
+            student.backend, student.groups, activity=activity, redundancy=compares, portion=portion
         )
         with run.progress.seconds.measure("calibration"):
             read_text(student.engine, calibration, run.inputs, run.task)

@@ -31,8 +31,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model straight into ZeRO-3 shards, in the precision of the ds_config. A collective.
 
-    Of safetensors files a rank reads what lies in its slices, P / W of P parameters, and receives none; of others, and
-    where a weight is put together of several, rank 0 reads and the others receive them all.
+    Of safetensors files a rank reads what lies in its slices, P / W of P parameters; of others, and where a weight is
+    put together of several, rank 0 reads and the others receive them all. DeepSpeed's own broadcast of each parameter
+    as it is made, P more, stays in either case.
 
     Args:
         path: Hugging Face folder or hub name.
