@@ -79,9 +79,10 @@ def test_factorized_is_dense_at_the_start(model_type: str) -> None:
     assert pruner.remaining > 1, "factors of full rank are larger than what they stand for"
 
 
+@pytest.mark.parametrize("gate_range", ["unit", "free"])
 @pytest.mark.parametrize("criterion", HARD)
-def test_gates_start_at_one_on_average(criterion: str) -> None:
-    pruner = start(criterion, warmup_fraction=0.0, factors="random")
+def test_gates_start_at_one_on_average(criterion: str, gate_range: str) -> None:
+    pruner = start(criterion, warmup_fraction=0.0, factors="random", gate_range=gate_range)
     assert pruner.gating is not None
     assert isinstance(pruner.scoring.criterion, GatedCriterion)
     final = pruner.scoring.criterion.final_gates(pruner.gating.parameter)
@@ -175,9 +176,14 @@ class ExplicitGates:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("criterion", GATED)
-def test_gates_equal_autograd_through_the_loss_and_its_penalties(criterion: str, accumulation: int) -> None:
-    pruner = start(criterion, warmup_fraction=0.0, update_every=STEPS, accumulation=accumulation, gate_l1=0.3)
+@pytest.mark.parametrize(
+    ("criterion", "gate_range"), [*((name, "unit") for name in GATED), *((name, "free") for name in HARD)]
+)
+def test_gates_equal_autograd_through_the_loss_and_its_penalties(
+    criterion: str, gate_range: str, accumulation: int
+) -> None:
+    settings = {"update_every": STEPS, "gate_l1": 0.3, "gate_range": gate_range}
+    pruner = start(criterion, warmup_fraction=0.0, accumulation=accumulation, **settings)
     explicit = ExplicitGates(pruner, learning_rate=1e-3)
     micro_batches = training_batches(
         BLOCKS,

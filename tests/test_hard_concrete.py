@@ -11,9 +11,12 @@ DRAWS = 200_000
 
 
 @pytest.fixture(scope="module")
-def drawn() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(DRAWS, len(LOG_ALPHAS), dtype=torch.float64, generator=generator)
+def noise() -> torch.Tensor:
+    return torch.rand(DRAWS, len(LOG_ALPHAS), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def drawn(noise: torch.Tensor) -> torch.Tensor:
     return hard_concrete.sample(LOG_ALPHAS, noise)
 
 
@@ -38,6 +41,16 @@ def test_the_mean_is_that_of_sampling(drawn: torch.Tensor) -> None:
     assert (error < 5 * 0.5 / DRAWS**0.5).all()
 
 
+def test_free_gates_exceed_one_where_they_are_open_and_have_their_mean(noise: torch.Tensor, drawn: torch.Tensor) -> None:
+    free = hard_concrete.sample(LOG_ALPHAS, noise, free=True)
+    far = LOG_ALPHAS > 3
+    assert (free[:, far].amax(0) > 1.1).all()
+    torch.testing.assert_close(free[:, ~far], drawn[:, ~far])
+    assert ((free == 0) == (drawn == 0)).all()
+    error = (hard_concrete.mean(LOG_ALPHAS, free=True) - free.mean(0)).abs()
+    assert (error < 5 * 0.6 / DRAWS**0.5).all()
+
+
 def test_the_mean_is_the_integral_to_all_digits() -> None:
     x = torch.linspace(-40.0, 40.0, 173, dtype=torch.float64)
     nodes = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -51,13 +64,15 @@ def test_far_out_the_mean_is_at_an_end(far: float) -> None:
     assert hard_concrete.mean(torch.tensor([-far, far])).tolist() == pytest.approx([0.0, 1.0], abs=1e-30)
 
 
-def test_the_gradient_is_that_of_autograd() -> None:
+@pytest.mark.parametrize("free", [False, True])
+def test_the_gradient_is_that_of_autograd(free: bool) -> None:
     noise = torch.rand(31, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     log_alpha = LOG_ALPHAS.expand(31, -1).clone().requires_grad_()
-    gates = hard_concrete.sample(log_alpha, noise)
+    gates = hard_concrete.sample(log_alpha, noise, free=free)
     gates.sum().backward()
     assert log_alpha.grad is not None
-    torch.testing.assert_close(hard_concrete.sample_gradient(log_alpha.detach(), noise), log_alpha.grad)
+    by_hand = hard_concrete.sample_gradient(log_alpha.detach(), noise, free=free)
+    torch.testing.assert_close(by_hand, log_alpha.grad)
     clamped = (gates == 0) | (gates == 1)
     assert clamped.any()
     assert not log_alpha.grad[clamped].any()

@@ -325,6 +325,7 @@ CHANGED: dict[str, Any] = {
     "lambda_learning_rate": 0.3,
     "target_warmup_fraction": 0.1,
     "initial_drop_rate": 0.3,
+    "gate_range": "free",
     "gate_l1": 3.0,
 }
 

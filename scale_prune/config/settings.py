@@ -262,6 +262,11 @@ class PruningConfig(Settings):
     initial_drop_rate: float = setting(
         "probability of a closing gate at the start, pretrained weights want a small one", 0.05, Range(0, 1, "()")
     )
+    gate_range: str = setting(
+        "whether gates of flop and neuron_l0 end at 1 (unit), or at 1 go on to grow with what they are made of (free)",
+        "unit",
+        choices=("unit", "free"),
+    )
     gate_l1: float = setting("weight of the mean absolute gate in the loss, for flop_agp", 0.0, Range(0))
 
     @property

@@ -44,14 +44,18 @@ class Flop(GatedCriterion):
     settings = (
         OF_COMPONENTS
         | {"min_kept", "width_multiple"}
-        | {"gate_learning_rate", "lambda_learning_rate", "target_warmup_fraction", "initial_drop_rate"}
+        | {"gate_learning_rate", "lambda_learning_rate", "target_warmup_fraction", "initial_drop_rate", "gate_range"}
     )
 
     @property
     def _unit(self) -> float:
         """The mean of a gate at the start, which stands for 1."""
         start = hard_concrete.log_alpha_of(self.config.initial_drop_rate)
-        return float(hard_concrete.mean(torch.tensor(start, dtype=torch.float64)))
+        return float(hard_concrete.mean(torch.tensor(start, dtype=torch.float64), free=self._free))
+
+    @property
+    def _free(self) -> bool:
+        return self.config.gate_range == "free"
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Draw log_alpha by group: log(1 - p) - log p, SPREAD of noise, SPREAD_BY_SIZE; everything else starts at 0."""
@@ -77,8 +81,8 @@ class Flop(GatedCriterion):
         open_share = hard_concrete.open_probability(state["log_alpha"])
         pull = state["l1"] + 2 * state["l2"] * excess
         of_budget = -pull * moment.cost * open_share * (1 - open_share)
-        of_task = total * hard_concrete.sample_gradient(state["log_alpha"], moment.noise) / self._unit
-        step, mean, square = adam_step(of_task + of_budget, state["mean"], state["square"], count)
+        slope = hard_concrete.sample_gradient(state["log_alpha"], moment.noise, free=self._free) / self._unit
+        step, mean, square = adam_step(total * slope + of_budget, state["mean"], state["square"], count)
         rate = self.gate_rate(moment.schedule)
         new = {"log_alpha": state["log_alpha"] - rate * step, "mean": mean, "square": square, "count": count}
         return state | new | ascended(state, excess, count, self.multipliers_rate(moment.schedule))
@@ -97,11 +101,11 @@ class Flop(GatedCriterion):
 
     def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
         """Draw hard-concrete gates."""
-        return hard_concrete.sample(parameter, noise) / self._unit
+        return hard_concrete.sample(parameter, noise, free=self._free) / self._unit
 
     def final_gates(self, parameter: Tensor) -> Tensor:
         """Return the mean gates."""
-        return hard_concrete.mean(parameter) / self._unit
+        return hard_concrete.mean(parameter, free=self._free) / self._unit
 
     def test_time_gates(self, parameter: Tensor) -> Tensor:
         """Return the mean gates, 0 for as many of the lowest as are closed on average."""
