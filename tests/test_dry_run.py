@@ -1,11 +1,13 @@
 """The check before the queue: everything that is wrong at once, figures without weights, nothing written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import STEPS, arguments, errors_of, outcome, text
 from models import LAYERS, WIDTH, own_registrations, tiny_config
 from test_end_to_end import BAD, content, files
@@ -16,6 +18,7 @@ from scale_prune.commands import analyze, evaluate
 from scale_prune.core.schedule import Schedule
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.models.families import register
+from scale_prune.preflight import timing
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,31 @@ def test_the_memory_of_components_is_known(targets: str, work: Path, capsys: pyt
     assert rows(printed, "| memory of a rank, host |")
     assert "steps: 35 with pruning, 25 after" in printed
     assert "memory is not known" not in printed
+
+
+@pytest.mark.parametrize("settings", [{"criterion": "kfac", "rounds": 2}, {"criterion": "ddp", "recovery_steps": 5}])
+def test_the_time_follows_from_measured_passes(
+    settings: dict[str, Any], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accumulation = {"train_batch_size": 8, "gradient_accumulation_steps": 2}
+    assert dry(work, measure=True, world_size=2, **accumulation, **settings) == (0, [])
+    printed = capsys.readouterr().out
+    forward, both = map(float, re.findall(r": ([\d.e-]+) s a forward pass, ([\d.e-]+) s with", printed)[0])
+    assert 0 < forward < both
+    seconds = {name: float(spent) for name, spent in rows(printed, "| what takes time |")}
+    *parts, whole = seconds.values()
+    assert whole == pytest.approx(sum(parts), abs=0.05 * len(seconds))
+    of_dense = forward * (settings["criterion"] == "ddp")
+    assert seconds[f"{STEPS} steps with pruning"] == pytest.approx(STEPS * 2 * (both + of_dense), abs=0.06, rel=0.01)
+    assert ("2 rounds, calibration, passes" in seconds) == ("rounds" in settings)
+    assert ("5 steps after" in seconds) == ("recovery_steps" in settings)
+
+
+def test_a_model_too_large_to_measure_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "own_device", lambda: (torch.device("cpu"), 1000))
+    code, (error,) = dry(work, measure=True)
+    assert code == 2
+    assert "--measure makes one pass of the whole model, 0.0 GiB with its activations; cpu has 0.0 free" in error
 
 
 def test_what_nothing_uses_is_said(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,9 +307,10 @@ def test_one_rank_speaks(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--dry_run", "--world_size", "0"], "--world_size 0 is not valid, it must be a whole number, at least 1"),
         (["--dry_run", "--world_size", "many"], "--world_size many is not valid"),
         (["--dry_run", "--world_size"], "--world_size: expected one argument"),
+        (["--measure"], "--measure belongs to --dry_run"),
     ],
 )
-def test_a_wrong_number_of_ranks_is_one_sentence(flags: list[str], expected: str) -> None:
+def test_a_flag_of_the_dry_run_that_is_wrong_is_one_sentence(flags: list[str], expected: str) -> None:
     code, stderr = outcome(flags)
     assert code == 2
     (error,) = errors_of(stderr)

@@ -41,7 +41,9 @@ def test_the_mean_is_that_of_sampling(drawn: torch.Tensor) -> None:
     assert (error < 5 * 0.5 / DRAWS**0.5).all()
 
 
-def test_free_gates_exceed_one_where_they_are_open_and_have_their_mean(noise: torch.Tensor, drawn: torch.Tensor) -> None:
+def test_free_gates_exceed_one_where_they_are_open_and_have_their_mean(
+    noise: torch.Tensor, drawn: torch.Tensor
+) -> None:
     free = hard_concrete.sample(LOG_ALPHAS, noise, free=True)
     far = LOG_ALPHAS > 3
     assert (free[:, far].amax(0) > 1.1).all()

@@ -25,7 +25,7 @@ HINTS = {"--deepspeed": DS_CONFIG_HINT, "--deepspeed_config": DS_CONFIG_HINT}
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 USER_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DRY_RUN_FLAGS = ("dry_run", "world_size")
+DRY_RUN_FLAGS = ("dry_run", "world_size", "measure")
 
 Noted = Callable[[], AbstractContextManager[None]]
 
@@ -107,13 +107,15 @@ def dry_run_ranks(argv: Sequence[str], world_size: int) -> int | None:
         world_size: the number of ranks where `--world_size` does not say.
 
     Raises:
-        ValueError: `--world_size` is not a whole number of at least 1, or it stands without `--dry_run`.
+        ValueError: `--world_size` is not a whole number of at least 1, or a flag of `--dry_run` stands without it.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     _add_dry_run(parser)
     asked, _ = parser.parse_known_args(argv)
     if asked.world_size is not None and not asked.dry_run:
         raise ValueError("--world_size belongs to --dry_run; the launcher says how many ranks a run has")
+    if asked.measure and not asked.dry_run:
+        raise ValueError("--measure belongs to --dry_run, which it lets measure a step; give both, or neither")
     if asked.world_size is not None and not re.fullmatch("0*[1-9][0-9]*", asked.world_size):
         raise ValueError(f"--world_size {asked.world_size} is not valid, it must be a whole number, at least 1")
     return int(asked.world_size or world_size) if asked.dry_run else None
@@ -232,6 +234,9 @@ def _build_parser(criteria: Sequence[str]) -> _Parser:
 def _add_dry_run(parser: Any) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print it and end; no GPU is used, nothing is written")
     parser.add_argument("--world_size", metavar="INT", help="ranks that --dry_run assumes, else the launcher's")
+    parser.add_argument(
+        "--measure", action="store_true", help="let --dry_run measure a step's passes here, for the time"
+    )
 
 
 def _add_flag(group: Any, spec: Field[Any], choices: Sequence[str] | None) -> None:

@@ -3,8 +3,8 @@
     s = sigmoid(log u - log(1 - u) + log_alpha),   u ~ U(0, 1)
     z = clamp((HIGH - LOW) * s + LOW, 0, 1)
 
-A free gate may exceed 1: it is z (1 + SLOPE max(log_alpha - _SHIFT, 0)), whose second factor is without noise and begins
-where a gate is 1 in the middle of its noise, as steep there as z.
+A free gate may exceed 1: it is z (1 + SLOPE max(log_alpha - _SHIFT, 0)), whose second factor is without noise and
+begins where a gate is 1 in the middle of its noise, as steep there as z.
 
 Source: arXiv 1712.01312; limits and the temperature of 1 are those of the code of arXiv 1910.04732 (FLOP). That masks
 want to exceed 1 is from the ablations of arXiv 2603.08065, which has another gate for it.

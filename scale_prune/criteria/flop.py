@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from scale_prune.config import PruningConfig
 from scale_prune.core import Kind, Schedule, UnitGroup, UnitSpan, generator_of, hard_concrete
 from scale_prune.core.adam import adam_step
 from scale_prune.criteria.base import OF_COMPONENTS, GatedCriterion, Moment, State
@@ -51,11 +52,7 @@ class Flop(GatedCriterion):
     def _unit(self) -> float:
         """The mean of a gate at the start, which stands for 1."""
         start = hard_concrete.log_alpha_of(self.config.initial_drop_rate)
-        return float(hard_concrete.mean(torch.tensor(start, dtype=torch.float64), free=self._free))
-
-    @property
-    def _free(self) -> bool:
-        return self.config.gate_range == "free"
+        return float(hard_concrete.mean(torch.tensor(start, dtype=torch.float64), free=_is_free(self.config)))
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Draw log_alpha by group: log(1 - p) - log p, SPREAD of noise, SPREAD_BY_SIZE; everything else starts at 0."""
@@ -81,7 +78,7 @@ class Flop(GatedCriterion):
         open_share = hard_concrete.open_probability(state["log_alpha"])
         pull = state["l1"] + 2 * state["l2"] * excess
         of_budget = -pull * moment.cost * open_share * (1 - open_share)
-        slope = hard_concrete.sample_gradient(state["log_alpha"], moment.noise, free=self._free) / self._unit
+        slope = hard_concrete.sample_gradient(state["log_alpha"], moment.noise, free=_is_free(self.config)) / self._unit
         step, mean, square = adam_step(total * slope + of_budget, state["mean"], state["square"], count)
         rate = self.gate_rate(moment.schedule)
         new = {"log_alpha": state["log_alpha"] - rate * step, "mean": mean, "square": square, "count": count}
@@ -101,11 +98,11 @@ class Flop(GatedCriterion):
 
     def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
         """Draw hard-concrete gates."""
-        return hard_concrete.sample(parameter, noise, free=self._free) / self._unit
+        return hard_concrete.sample(parameter, noise, free=_is_free(self.config)) / self._unit
 
     def final_gates(self, parameter: Tensor) -> Tensor:
         """Return the mean gates."""
-        return hard_concrete.mean(parameter, free=self._free) / self._unit
+        return hard_concrete.mean(parameter, free=_is_free(self.config)) / self._unit
 
     def test_time_gates(self, parameter: Tensor) -> Tensor:
         """Return the mean gates, 0 for as many of the lowest as are closed on average."""
@@ -125,6 +122,10 @@ class Flop(GatedCriterion):
         if step < schedule.last_descent_step:
             return [torch.ones_like(group, dtype=torch.bool) for group in scores]
         return super().select(scores, groups, schedule, step)
+
+
+def _is_free(pruning: PruningConfig) -> bool:
+    return pruning.gate_range == "free"
 
 
 def wanted(moment: Moment, rise_fraction: float) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +19,9 @@ from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
 from scale_prune.preflight.inputs import CHECKS, Reading
 from scale_prune.preflight.job import Job
-from scale_prune.preflight.rehearsal import rehearse
+from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
 from scale_prune.preflight.sections import about_needs, about_run, check_disk
+from scale_prune.preflight.timing import about_time
 from scale_prune.pruning import sketch_units
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,14 +49,17 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
             check(reading)
     lines = [*about_run(reading)]
     if reading.groups and reading.ds_config:
+        shape = _shape(reading)
         try:
-            job = _job(reading)
+            job = _job(reading, rehearse(**shape))
         except RuntimeError as error:  # code that looks at numbers, or a block that is too long
             lines.append(f"memory is not known, the model does not run on fake tensors: {' '.join(str(error).split())}")
         else:
             lines += about_needs(reading, job)
             with mistakes.noted():
                 check_disk(reading, job)
+                if "--measure" in argv:
+                    lines += about_time(reading, job, partial(seconds_of_passes, **shape))
     if speaks:
         print("\n".join(lines))
         for mistake in dict.fromkeys(mistakes):  # two checks may meet the same one
@@ -62,21 +67,25 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
     return 2 if mistakes else 0
 
 
-def _job(reading: Reading) -> Job:
+def _shape(reading: Reading) -> dict[str, Any]:
+    """Return what a micro batch of the run is, as `rehearse` takes it."""
+    training = reading.config.training
+    return {
+        "model_config": reading.model_config,
+        "dtype": DTYPES[precision(reading.ds_config)],
+        "batch": int(reading.ds_config["train_micro_batch_size_per_gpu"]),
+        "block": reading.config.data.block_size,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "trust_remote_code": training.trust_remote_code,
+        "prepare": partial(sketch_units, pruning=with_defaults(reading.config.pruning)),
+    }
+
+
+def _job(reading: Reading, shown: Rehearsal) -> Job:
     """Return what the needs follow from."""
-    assert reading.model_config is not None
     training, ds_config = reading.config.training, reading.ds_config
     pruning = with_defaults(reading.config.pruning)
     criterion, has_teacher = CRITERIA[pruning.criterion], reading.config.distillation.teacher is not None
-    shown = rehearse(
-        reading.model_config,
-        dtype=DTYPES[precision(ds_config)],
-        batch=int(ds_config["train_micro_batch_size_per_gpu"]),
-        block=reading.config.data.block_size,
-        gradient_checkpointing=training.gradient_checkpointing,
-        trust_remote_code=training.trust_remote_code,
-        prepare=partial(sketch_units, pruning=pruning),
-    )
     return Job(
         numels=shown.numels,
         buffers=shown.buffers,

@@ -1,9 +1,10 @@
-"""One training step of a model on fake tensors: shapes and lifetimes as in the real one, no numbers, no memory.
+"""One training step of a model: on fake tensors, with shapes and lifetimes but no numbers; or in earnest, for its time.
 
 Shape letters: B rows of a micro batch, T tokens in a row.
 """
 
 import copy
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,14 +62,9 @@ def rehearse(
         trust_remote_code: run code that comes with the model.
         prepare: what is done to the model before it is trained; called on fake tensors.
     """
-    model_config = copy.deepcopy(model_config)
-    if classifies(model_config):
-        model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
     with FakeTensorMode():
-        model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _built(model_config, dtype, gradient_checkpointing, trust_remote_code)
         prepare(model)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         activations, logits = _peak_of_a_step(model, batch, block)
     return Rehearsal(
         numels=tuple(parameter.numel() for parameter in model.parameters()),
@@ -78,19 +74,75 @@ def rehearse(
     )
 
 
+def seconds_of_passes(
+    device: torch.device,
+    *,
+    model_config: PretrainedConfig,
+    dtype: torch.dtype,
+    batch: int,
+    block: int,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    prepare: Callable[[PreTrainedModel], object] = lambda model: None,
+) -> tuple[float, float]:
+    """Measure one forward pass, and one forward and backward pass, of the dense model with random weights on a device.
+
+    Gradients are dropped one by one, as ZeRO-3 takes them away. The other arguments are those of `rehearse`.
+    """
+    with device:
+        model = _built(model_config, dtype, gradient_checkpointing, trust_remote_code)
+        prepare(model)
+        _drop_gradients(model)
+        seconds = []
+        for back in (False, True, False, True):  # the first two warm up
+            started = _now(device)
+            with torch.set_grad_enabled(back):
+                loss, _ = _forward(model.train(), batch, block)
+            if back:
+                loss.backward()
+            seconds.append(_now(device) - started)
+    return seconds[2], seconds[3]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _built(
+    model_config: PretrainedConfig, dtype: torch.dtype, gradient_checkpointing: bool, trust_remote_code: bool
+) -> PreTrainedModel:
+    model_config = copy.deepcopy(model_config)
+    if classifies(model_config):
+        model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
+    model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _forward(model: PreTrainedModel, batch: int, block: int) -> tuple[Tensor, int]:
+    """Return the loss, and the bytes of the logits, which are gone: as in a run, only the loss is kept."""
+    input_ids = torch.zeros(batch, block, dtype=torch.int64)
+    labels = input_ids[:, 0] if classifies(model.config) else input_ids
+    output = model(input_ids=input_ids, labels=labels, use_cache=False)
+    return output.loss, output.logits.nbytes
+
+
+def _drop_gradients(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+
 def _peak_of_a_step(model: PreTrainedModel, batch: int, block: int) -> tuple[int, int]:
     """Return the most bytes that live at one time in a step, besides parameters and buffers; and of the logits."""
     live = _LiveBytes()
     model.train()
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    _drop_gradients(model)
     live.leave_out([*model.parameters(), *model.buffers()])
-    input_ids = torch.zeros(batch, block, dtype=torch.int64)
     with live:
-        labels = input_ids[:, 0] if classifies(model.config) else input_ids
-        output = model(input_ids=input_ids, labels=labels, use_cache=False)
-        loss, logits = output.loss, output.logits.nbytes
-        del output  # as in a run, where only the loss is kept
+        loss, logits = _forward(model, batch, block)
         loss.backward()
     return live.peak, logits
 

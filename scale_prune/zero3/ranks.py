@@ -5,6 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from deepspeed.accelerator import get_accelerator
+
 from scale_prune.system import LOST_CONTACT
 from scale_prune.zero3.runtime import Runtime, is_lost_contact, remove_shared_memory
 
@@ -14,6 +17,12 @@ COLLECTIVE_TIMEOUT = 1800.0
 def launched_as() -> tuple[int, int]:
     """Return this process's rank and the number of ranks, as the launcher says; a process by itself is 0 of 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device() -> tuple[torch.device, int]:
+    """Return the device that a rank of this machine computes on, and its free bytes; no other rank is asked."""
+    accelerator = get_accelerator()
+    return torch.device(accelerator.current_device_name()), int(accelerator.available_memory())
 
 
 @contextmanager

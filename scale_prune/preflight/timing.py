@@ -1,0 +1,90 @@
+"""How long a run would take, from one step's passes that are measured on this machine.
+
+What moves between ranks, the optimizer and evaluations come on top; that steps get faster when units leave is not taken
+off.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from scale_prune.criteria import CRITERIA
+from scale_prune.preflight.inputs import Reading
+from scale_prune.preflight.job import Job
+from scale_prune.preflight.round_needs import round_operations, trial_passes, trials
+from scale_prune.system import markdown_table
+from scale_prune.zero3 import own_device
+
+GIB = 2**30
+SIDE = 2048  # of the matrices whose product is measured
+
+
+def about_time(reading: Reading, job: Job, measure: Callable[[torch.device], tuple[float, float]]) -> Iterator[str]:
+    """Yield the seconds of a run by part, of the rank that does the most.
+
+    Args:
+        reading: the inputs of the run.
+        job: the same, in numbers.
+        measure: returns the seconds of a forward pass of a micro batch on a device, and of a forward and backward pass.
+
+    Raises:
+        ValueError: a rank's passes with the whole model do not fit into this machine's memory.
+    """
+    device, free = own_device()
+    needed = job.num_parameters * job.width + job.buffers + job.activations
+    if needed > free:
+        raise ValueError(
+            f"--measure makes one pass of the whole model, {needed / GIB:.1f} GiB with its activations; {device} "
+            f"has {free / GIB:.1f} free; give a smaller --micro_batch_size, --gradient_checkpointing, or leave it out"
+        )
+    forward, both = measure(device)
+    seconds = _of_steps(reading, job, forward, both) | _of_a_round(reading, job, forward, both, _rate(device))
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    )
+    yield ""
+    yield f"time of a rank like {name}: {forward:.3g} s a forward pass, {both:.3g} s with its backward pass; without"
+    yield "the optimizer, what moves between ranks, and evaluations; all steps as long as the first"
+    yield ""
+    seconds |= {"**sum**": sum(seconds.values())}
+    yield from markdown_table(
+        ["what takes time", "seconds"], [[part, f"{spent:,.1f}"] for part, spent in seconds.items()]
+    )
+
+
+def _of_steps(reading: Reading, job: Job, forward: float, both: float) -> dict[str, float]:
+    training, heard = reading.config.training, forward * job.has_teacher
+    own = forward if CRITERIA[job.pruning.criterion].freezes else heard  # of the dense model
+    return {
+        f"{steps:,} steps {when}": steps * job.accumulation * (both + more)
+        for steps, when, more in ((training.max_steps, "with pruning", own), (training.recovery_steps, "after", heard))
+        if steps
+    }
+
+
+def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: float) -> dict[str, float]:
+    """Return the seconds of all rounds; what is not a pass by its arithmetic, at the rate of a product in float32."""
+    tokens = job.calibration_steps * int(job.ds_config["train_batch_size"]) * reading.config.data.block_size
+    operations = round_operations(job, tokens)
+    reads_back = "output_grad" in CRITERIA[job.pruning.criterion].needs
+    passes = (
+        {
+            "calibration, passes": job.calibration_steps * job.accumulation * (forward + both * reads_back),
+            "budget, passes": trials(job) * trial_passes(job, tokens) * forward / job.rounds,
+        }
+        if operations
+        else {}
+    )
+    every = {part: passes.get(part, count / rate) for part, count in operations.items()}
+    return {f"{job.rounds} rounds, {part}": job.rounds * spent for part, spent in every.items() if spent}
+
+
+def _rate(device: torch.device) -> float:
+    """Return the operations a second of a product of float32 matrices."""
+    one = torch.ones(SIDE, SIDE, device=device)
+    float((one @ one).sum())  # warms up
+    started = time.perf_counter()
+    float((one @ one).sum())  # the number has to be there
+    return 2 * SIDE**3 / (time.perf_counter() - started)
