@@ -182,7 +182,7 @@ class ExplicitGates:
 def test_gates_equal_autograd_through_the_loss_and_its_penalties(
     criterion: str, gate_range: str, accumulation: int
 ) -> None:
-    settings = {"update_every": STEPS, "gate_l1": 0.3, "gate_range": gate_range}
+    settings: dict[str, Any] = {"update_every": STEPS, "gate_l1": 0.3, "gate_range": gate_range}
     pruner = start(criterion, warmup_fraction=0.0, accumulation=accumulation, **settings)
     explicit = ExplicitGates(pruner, learning_rate=1e-3)
     micro_batches = training_batches(
