@@ -107,7 +107,9 @@ def _check_in_a_loop(config: PruningConfig) -> None:
         )
     if CRITERIA[config.criterion].freezes:
         raise ValueError(f"criterion {config.criterion} learns on frozen weights, which only launch/prune.py has")
-    if words := [name for name in ("table", "max_parameters", "max_flops") if getattr(config, name) is not None]:
+    if words := [
+        name for name in ("table", "max_parameters", "max_flops", "latency_target") if getattr(config, name) is not None
+    ]:
         raise ValueError(f"{', '.join(words)}: only launch/prune.py knows them; give remaining")
 
 

@@ -159,6 +159,38 @@ def test_what_was_measured_decides_all_rounds(budget: str, work: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_widths_in_time_lose_least_among_those_that_are_fast_enough(seed: int) -> None:
+    table, random = a_table(seed), Random(seed)
+    seconds = [sorted(random.random() for _ in own) for own in table.kept]
+    dense = 0.5 + sum(own[-1] for own in seconds)
+    every = list(product(*(range(len(own)) for own in table.kept)))
+    for fraction in (0.95, 0.8, 0.65):
+        fast = [levels for levels in every if 0.5 + total(levels, seconds) <= fraction * dense * (1 - 1e-3)]
+        if not fast:
+            continue
+        widths = table.widths_in_time(seconds, 0.5, fraction)
+        places = [own.index(width) for own, width in zip(table.kept, widths, strict=True)]
+        assert 0.5 + total(places, seconds) <= fraction * dense
+        least = min(total(levels, [[*own] for own in table.losses]) for levels in fast)
+        assert total(places, [[*own] for own in table.losses]) <= least + 1e-9
+    with pytest.raises(ValueError, match=r"--latency_target 0\.05 cannot be reached"):
+        table.widths_in_time(seconds, 0.5, 0.05)
+
+
+@pytest.mark.distributed
+def test_a_target_of_time_is_kept_on_all_ranks(tmp_path: Path) -> None:
+    work = make_work(tmp_path, "llama", intermediate_size=2048)  # whose products take longer than to begin them
+    settings = {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "repair": "none"}
+    first = pruned(work, "first", 2, **settings, latency_target=0.6)["rounds"][0]
+    assert first["widths"] == first["searched"]
+    levels = [own["kept"] for own in first["table"].values()]
+    assert all(width in own for width, own in zip(first["widths"], levels, strict=True))
+    assert 0.2 < sum(first["widths"]) / sum(own[-1] for own in levels) < 0.7
+    again = pruned(work, "again", 1, config=work / "first" / "recipe.yaml")["rounds"][0]
+    assert len(again["searched"]) == len(levels)
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_groups_give_units_to_others_of_their_kind(seed: int) -> None:
     table, widths = a_table(), [9, 2, 31]
     new = switched(widths, table, torch.Generator().manual_seed(seed))
@@ -176,6 +208,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
     ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),
+    ({"latency_target": 0.5, "max_flops": 10}, "--max_flops and --latency_target say the same"),
+    ({"latency_target": 0.5, "remaining": 0.6}, "--latency_target and --remaining say the same"),
+    ({"latency_target": 0.5, "budget": "redundancy"}, "--latency_target 0.5 chooses among levels that are measured"),
     ({"targets": "mlp,embedding"}, "an embedding is factorized, by --criterion flop or factorize"),
     ({"layout": "gguf"}, "--layout gguf has no place for different numbers of heads"),
     ({"layout": "nemotron_nas"}, "'nemotron_nas' has no place for different numbers of heads"),

@@ -167,6 +167,13 @@ class PruningConfig(Settings):
         otherwise="what remaining leaves",
         compared=IGNORED,
     )
+    latency_target: float | None = setting(
+        "time that products with matrices of weights take at the end at most, measured on the machine of the run, as a "
+        "fraction of the dense model's; with budget measured or search, in the place of remaining",
+        within=Range(0, 1, "()"),
+        otherwise="what remaining leaves",
+        compared=IGNORED,
+    )
     remaining: float = setting(
         "fraction of the neurons that is kept at the end, of the targets' parameters where not only neurons leave; 1 "
         "is plain fine-tuning",

@@ -5,6 +5,7 @@ Losses of groups are taken to add up. What is chosen is then a knapsack with one
 Source: Puzzle (arXiv 2411.19146), which scores blocks one by one and chooses by a mixed-integer program.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,6 +17,7 @@ from scale_prune.core.groups import UnitGroup
 
 TRIAL_TOKENS = 4096  # at least, if the calibration text has as many: what every trial reads
 GENERATIONS, OFFSPRING = 20, 4  # of a search
+TICKS = 20_000  # that the dense model's time is cut into, for the knapsack
 LEVELS = 8  # of a group; of heads as many as there are, if they are fewer
 
 
@@ -111,6 +113,29 @@ class LevelTable:
             widths[index] += more
             left -= more * self.costs[index]
         return widths
+
+    def widths_in_time(self, seconds: Sequence[Sequence[float]], others: float, fraction: float) -> list[int]:
+        """Return the levels of each group that lose least within a time.
+
+        Args:
+            seconds: of each group's levels.
+            others: of what has no levels.
+            fraction: of the dense model's time that is allowed, in (0, 1).
+
+        Raises:
+            ValueError: not even the lowest levels are fast enough.
+        """
+        dense = others + sum(own[-1] for own in seconds)
+        least = (others + sum(min(own) for own in seconds)) / dense
+        if least > fraction:
+            raise ValueError(
+                f"--latency_target {fraction} cannot be reached: with an eighth of every group the matrices still take "
+                f"{least:.3f} of the dense model's time here; give more, or more --targets"
+            )
+        ticks = [[math.ceil(each / dense * TICKS) for each in own] for own in seconds]
+        allowed = math.floor((fraction - others / dense) * TICKS)
+        places = best_levels(ticks, self.losses, max(allowed, sum(map(min, ticks))))
+        return [own[place] for own, place in zip(self.kept, places, strict=True)]
 
 
 def switched(widths: Sequence[int], table: LevelTable, generator: torch.Generator) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a user can afford, in other words than `--remaining`: parameters, operations; and tables of earlier runs."""
+"""What a user can afford, in other words than `--remaining`: parameters, operations, time; tables of earlier runs."""
 
 import json
 from collections.abc import Sequence
@@ -37,12 +37,16 @@ def afforded(
     Raises:
         ValueError: it is said twice; or nothing has to be removed, or more than everything.
     """
-    words = {name: each for name in sizes if (each := getattr(pruning, name)) is not None}
+    words = {name: each for name in (*sizes, "latency_target") if (each := getattr(pruning, name)) is not None}
     if not words:
         return pruning
-    given = [*words, *(["remaining"] if "remaining" in explicit else [])]
+    same_run = pruning.remaining == pruning.latency_target  # its own settings, read again
+    given = [*words, *(["remaining"] if "remaining" in explicit and not same_run else [])]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in given)} say the same in other words; give one of them")
+    if pruning.latency_target is not None:
+        # What remains is known when levels have been measured; the way there goes by this fraction.
+        return replace(pruning, remaining=pruning.latency_target)
     (name, limit), whole = next(iter(words.items())), sizes[next(iter(words))]
     if name == "max_flops" and EMBEDDING in pruning.target_names:
         raise ValueError(f"--max_flops counts matrices, --targets {pruning.targets} tables as well; give --remaining")

@@ -32,7 +32,7 @@ def round_memory(job: Job) -> dict[str, int]:
     return {
         "Gram matrices": FP32 * int(_busiest(job, lambda width: width**2 + of_gradients)),
         "solving, or a block of sums": max(3 * exact * widest**2, 2 * FP32 * min(ROWS_AT_ONCE, widest) * widest),
-        "what is taken over": FP32 * int(_busiest(job, lambda width: _kept(job, width) * (width - _kept(job, width)))),
+        "what is taken over": 2 * FP32 * max(_kept(job, width) * (width - _kept(job, width)) for width in widths),
         "activations": job.activations if _gradient_features(job) and not job.trains else 0,
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),
     }

@@ -152,16 +152,27 @@ def _removed_after(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def portions_of(groups: Sequence[UnitGroup], world_size: int, num_bytes: float) -> list[range]:
+def portions_of(groups: Sequence[UnitGroup], world_size: int, num_bytes: float) -> list[list[int]]:
     """Return the numbers of the groups whose Gram matrices fit into so many bytes of every rank at a time.
 
     A rank keeps one of each portion at least. While it solves for one, there are three more, in float64 of twice the
-    size.
+    size. What the model computes last comes first, so that the repair of a portion changes nothing for those after it.
     """
     widest = max(group.num_features + 1 for group in groups)
     while_solving = 3 * (2 if widest <= WIDEST_IN_DOUBLE else 1)
-    at_once = max(int(num_bytes / (4 * widest**2)) - while_solving, 1) * world_size
-    return [range(first, min(first + at_once, len(groups))) for first in range(0, len(groups), at_once)]
+    of_a_rank = max(int(num_bytes / (4 * widest**2)) - while_solving, 1)
+    depth = {index: (group.layer, group.kind == "neuron") for index, group in enumerate(groups)}
+    return side_by_side(sorted(depth, key=lambda index: depth[index], reverse=True), world_size, of_a_rank)
+
+
+def side_by_side(numbers: Sequence[int], world_size: int, of_a_rank: int = 1) -> list[list[int]]:
+    """Cut numbers of groups, in their order, into parts of which no rank keeps more than so many."""
+    parts: list[list[int]] = [[]]
+    for number in numbers:
+        if sum(other % world_size == number % world_size for other in parts[-1]) == of_a_rank:
+            parts.append([])
+        parts[-1].append(number)
+    return parts
 
 
 def keeper_of(group: int, backend: ShardBackend) -> int:
@@ -200,8 +211,8 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor, 
     backend, groups = calibration.backend, calibration.groups
     scores: dict[int, Tensor] = {}
     failed = torch.zeros(len(groups), device=backend.device)
-    for side_by_side in torch.tensor(calibration.portion).split(backend.world_size):
-        weights = {index: _output_weight(backend, groups[index], index) for index in side_by_side.tolist()}
+    for together in side_by_side(calibration.portion, backend.world_size):
+        weights = {index: _output_weight(backend, groups[index], index) for index in together}
         for index, weight in weights.items():
             if weight is not None:
                 try:

@@ -107,7 +107,9 @@ def measure_levels(run: Run, trials: Trials) -> LevelTable:
 
 
 def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
-    """Improve on the table's widths at the run's target by trying all groups together. A collective.
+    """Improve on the table's widths at the run's target, or within its time, by trying all groups together.
+
+    A collective.
 
     In each generation OFFSPRING variants of the best widths so far are tried; the best of them and it goes on.
 
@@ -115,7 +117,7 @@ def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
     layers that are alike and train the candidates.
     """
     generator = torch.Generator().manual_seed(run.config.training.seed)
-    widths = table.widths(run.config.pruning.remaining)
+    widths = [*run.student.pruner.scoring.criterion.widths] or table.widths(run.config.pruning.remaining)
     least = trials.loss(widths)
     run.monitor.say(f"search: divergence {least:.4f} by the table")
     for generation in range(GENERATIONS):

@@ -5,16 +5,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from scale_prune.core import remaining_fraction
 from scale_prune.core.level_table import LevelTable
 from scale_prune.criteria import learns_from_gradients
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
-from scale_prune.pruning.calibration import portions_of
+from scale_prune.pruning.calibration import portions_of, side_by_side
 from scale_prune.run.budgeting import TABLE, Trials, measure_levels, search_widths
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
+from scale_prune.run.level_times import level_times
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
@@ -58,10 +59,10 @@ def _choose_and_repair(run: Run, step: int) -> None:
     criterion.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
     compares = pruning.budget == "redundancy" and not criterion.redundancy
     tries = pruning.budget in ("measured", "search") and not run.progress.rounds
-    portions = _portions(run) if repairs or "gram" in needs else [range(0)]  # one reading, without any matrix
+    portions = _portions(run) if repairs or "gram" in needs else [[]]  # one reading, without any matrix
     calibration = None
     if compares or (tries and repairs) or (chooses and needs & {"gram", "activity"}):
-        to_choose = portions if len(portions) == 1 or "gram" in needs else [range(0)]
+        to_choose = portions if len(portions) == 1 or "gram" in needs else [[]]
         calibration = take_calibration(pruner, _readings(run, to_choose, chooses=True, compares=compares))
     elif repairs and not chooses:
         write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
@@ -72,12 +73,22 @@ def _choose_and_repair(run: Run, step: int) -> None:
         choose(pruner, step)
     if repairs:
         again = [calibration] if calibration is not None and len(portions) == 1 else _readings(run, portions)
-        takeovers: dict[int, Tensor] = {}
         for each in again:
             with run.progress.seconds.measure("repair"):
-                takeovers |= takeovers_of(each, pruner.masks, str(pruning.repair), pruning.repair_damping)
-        with run.progress.seconds.measure("repair"):
-            repair_weights(student.backend, student.groups, pruner.masks, takeovers)
+                _repair(run, each)
+
+
+def _repair(run: Run, calibration: Calibration) -> None:
+    """Repair a calibration's groups, of every rank one at a time, and let go of their Gram matrices. A collective."""
+    student, pruning = run.student, run.config.pruning
+    for together in side_by_side(calibration.portion, run.runtime.world_size):
+        masks = [
+            mask if index in together else torch.ones_like(mask) for index, mask in enumerate(student.pruner.masks)
+        ]
+        takeovers = takeovers_of(calibration, masks, str(pruning.repair), pruning.repair_damping)
+        repair_weights(student.backend, student.groups, masks, takeovers)
+        for index in together:
+            calibration.grams.pop(index, None)
 
 
 @contextmanager
@@ -108,6 +119,7 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
     student, budget = run.student, run.config.pruning.budget
     criterion = student.pruner.scoring.criterion
     if criterion.table is not None and budget == "measured":
+        _keep_in_time(run)
         return
     with run.progress.seconds.measure("budget"):
         student.engine.eval()
@@ -116,10 +128,25 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
             criterion.table = measure_levels(run, trials)
             if run.runtime.is_main:
                 write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
+        _keep_in_time(run)
         if budget == "search":
             criterion.widths = search_widths(run, trials, criterion.table)
         student.engine.empty_partition_cache()
         student.engine.train()
+
+
+def _keep_in_time(run: Run) -> None:
+    """Take the widths that lose least within --latency_target, if there is one. A collective."""
+    criterion, target = run.student.pruner.scoring.criterion, run.config.pruning.latency_target
+    if target is None:
+        return
+    assert criterion.table is not None
+    seconds, others = level_times(run, criterion.table.kept)
+    criterion.widths = criterion.table.widths_in_time(seconds, others, target)
+    places = [own.index(width) for own, width in zip(criterion.table.kept, criterion.widths, strict=True)]
+    taken = others + sum(own[place] for own, place in zip(seconds, places, strict=True))
+    dense = others + sum(own[-1] for own in seconds)
+    run.monitor.say(f"matrices take {taken / dense:.3f} of the dense model's time, {1000 * dense:.3g} ms a block here")
 
 
 def _given_table(run: Run) -> LevelTable | None:
@@ -127,14 +154,14 @@ def _given_table(run: Run) -> LevelTable | None:
     return read_table(path, run.student.groups) if (path := run.config.pruning.table) is not None else None
 
 
-def _portions(run: Run) -> list[range]:
+def _portions(run: Run) -> list[list[int]]:
     """Return the groups whose Gram matrices are kept at a time: all, if half of the free memory has room for them.
 
     Trials need them all.
     """
     groups = run.student.groups
     if run.config.pruning.budget in ("measured", "search") and not run.progress.rounds:
-        return [range(len(groups))]
+        return [[*range(len(groups))]]
     portions = portions_of(groups, run.runtime.world_size, run.runtime.free_memory() / 2)
     if len(portions) > 1:
         run.monitor.say(
