@@ -16,14 +16,18 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
+from torch.nn import functional
+from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase
 
+from scale_prune.config import Config
+from scale_prune.data import calibration_steps, prepare, training_batches
 from scale_prune.system import markdown_table
 from scale_prune.system.tensor_files import INDEX, TensorFiles
 
@@ -34,7 +38,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"n_layer": 3, "n_embd": 64, "n_head": 4, "rotary_dim": 16},
 }
 GIB = 2**30
-EVERY = 0.2  # seconds between two looks at the memory
+KINDS = {
+    "Pss": "largest share, GiB",
+    "Pss_Anon": "of its own",
+    "Pss_Shmem": "of shared memory",
+    "Pss_File": "of files",
+    "VmHWM": "resident at most",
+}
+EVERY = 5.0  # seconds between two looks at the memory, each of which walks through all pages of a rank
 
 
 def main() -> None:
@@ -56,7 +67,7 @@ def main() -> None:
     peaks = watched([str(word) for word in command])
     print(f"{time.perf_counter() - started:.0f} s\n\n{memory_table(peaks)}\n")
     print(parts_table(json.loads((output / "report.json").read_text(encoding="utf-8"))))
-    print(f"\n{compare_rows(model, output)}\n{copy_rate(output / 'pruned')}")
+    print(f"\n{compare_rows(model, output)}\n{compare_repair(model, output)}\n{copy_rate(output / 'pruned')}")
 
 
 def parse() -> argparse.Namespace:
@@ -122,19 +133,17 @@ def memory_of_ranks() -> Iterator[tuple[int, dict[str, int]]]:
                 line.split("=", 1) for line in (folder / "environ").read_text().split("\0") if "=" in line
             )
             told = [line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:]]
+            told += [line.split() for line in (folder / "status").read_text().splitlines() if line.startswith("VmHWM")]
         except (OSError, ValueError):
             continue  # it has ended
         sizes = {words[0].rstrip(":"): 1024 * int(words[1]) for words in told}
         if "RANK" in environment:
-            yield int(environment["RANK"]), {kind: sizes[kind] for kind in ("Pss", "Pss_Anon", "Pss_Shmem", "Pss_File")}
+            yield int(environment["RANK"]), {kind: sizes[kind] for kind in KINDS}
 
 
 def memory_table(peaks: dict[int, dict[str, int]]) -> str:
-    rows = [
-        [str(rank), *(f"{peaks[rank][kind] / GIB:.2f}" for kind in ("Pss", "Pss_Anon", "Pss_Shmem", "Pss_File"))]
-        for rank in sorted(peaks)
-    ]
-    header = ["rank", "peak GiB", "of it its own", "shared memory", "files"]
+    rows = [[str(rank), *(f"{peaks[rank][kind] / GIB:.2f}" for kind in KINDS)] for rank in sorted(peaks)]
+    header = ["rank", *KINDS.values()]
     return "\n".join(markdown_table(header, rows))
 
 
@@ -157,6 +166,58 @@ def compare_rows(model: Path, output: Path) -> str:
         name = f"{layer}.mlp.fc_in.weight"
         assert torch.equal(pruned.read(name), dense.read(name)[units]), name
     return f"rows of fc_in in {layers[0]} and {layers[-1]}: those of the dense model, bit by bit"
+
+
+@torch.no_grad()
+def compare_repair(model: Path, output: Path) -> str:
+    """Repair the first layer once more, by itself and by other formulas, and compare what it writes with the export.
+
+    GPT-J's attention stands beside its MLP, so that of the first layer the embedding is all that is read. With fewer
+    tokens T than neurons least squares is solved by T x T matrices, of activations without their means: the bias takes
+    these over.
+    """
+    config = Config.from_flat(yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8")))
+    if config.pruning.repair != "least_squares":
+        return f"repair: {config.pruning.repair}"
+    dense, pruned, first = TensorFiles(model), TensorFiles(output / "pruned"), "transformer.h.0"
+    rows = calibration_rows(config, AutoTokenizer.from_pretrained(model))
+    x = functional.embedding(rows.flatten(), dense.read("transformer.wte.weight"))
+    x = functional.layer_norm(x, x.shape[-1:], *(dense.read(f"{first}.ln_1.{name}") for name in ("weight", "bias")))
+    x = functional.linear(x, *(dense.read(f"{first}.mlp.fc_in.{name}") for name in ("weight", "bias")))
+    h, out = functional.gelu(x, approximate="tanh").double(), dense.read(f"{first}.mlp.fc_out.weight").double()
+    kept = json.loads((output / "kept.json").read_text(encoding="utf-8"))
+    keep = torch.zeros(h.shape[1], dtype=torch.bool)
+    keep[next(own for name, own in kept.items() if name.startswith(f"{first}."))] = True
+    damping = config.pruning.repair_damping * h.square().sum(0).mean()
+    centered = h - h.mean(0)
+    products = centered[:, keep] @ centered[:, keep].T + damping * torch.eye(len(h))
+    takeover = centered[:, keep].T @ torch.linalg.solve(products, centered[:, ~keep])
+    gain = out[:, ~keep] @ takeover.T
+    found = pruned.read(f"{first}.mlp.fc_out.weight").double() - out[:, keep]
+    left = h @ out.T - h[:, keep] @ (out[:, keep] + found).T
+    left -= left.mean(0)
+    lost = centered[:, ~keep] @ out[:, ~keep].T
+    apart, still = float((found - gain).norm() / gain.norm()), float(left.norm() / lost.norm())
+    return (
+        f"repair of {first}: {apart:.4f} of its gain apart from that by other formulas; {still:.4f} of the "
+        f"output's error is left on these {len(h)} tokens"
+    )
+
+
+def calibration_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the blocks that a run is calibrated on."""
+    blocks, size = prepare(config.data, "train", tokenizer), config.training.train_batch_size
+    assert size is not None
+    batches = training_batches(
+        blocks,
+        batch_size=size,
+        micro_batch_size=size,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        seed=config.training.seed,
+    )
+    return torch.cat([rows for (rows,) in islice(batches, calibration_steps(config, size))])
 
 
 def copy_rate(folder: Path) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.core import similarity
-from scale_prune.core.similarity import Similarity, mean_absolute_cosine
+from scale_prune.core.similarity import Similarity, mean_absolute_cosine, similarity_of_live
 
 UNITS, TOKENS = 11, 23
 KINDS = ("batch", "running")
@@ -70,6 +70,20 @@ def test_batch_is_the_weighted_mean_of_the_samples_similarities(live: Tensor) ->
     one, two, three = (torch.tensor(naive(activations(seed), live)) for seed in range(3))
     expected = 0.7 * (0.7 * one + 0.3 * two) + 0.3 * three
     torch.testing.assert_close(found[live], expected[live], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 1024])
+@pytest.mark.parametrize(("first", "last"), [(0, UNITS), (0, 4), (3, 9), (5, 5), (7, UNITS)])
+@pytest.mark.parametrize("live", [torch.ones(UNITS, dtype=torch.bool), some_live(0), torch.arange(UNITS) == 8])
+def test_removed_units_and_the_other_half_of_pairs_need_no_products(
+    live: Tensor, first: int, last: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "ROWS_AT_ONCE", rows_at_once)
+    h = activations(0)
+    h[:, 8] = 0.0
+    found = similarity_of_live(h, live, first, last)
+    expected = torch.tensor(naive(h, live))[first:last]
+    torch.testing.assert_close(found[live[first:last]], expected[live[first:last]], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("live", [torch.ones(UNITS, dtype=torch.bool), some_live(0)])

@@ -72,10 +72,10 @@ class Similarity:
             self._squares = read("squares", 0, self.num_units).to(values.device)
 
     def _batch(self, h: Tensor, live: Tensor) -> Tensor:
+        if self.values is not None:
+            return torch.lerp(self.values, similarity_of_live(h, live, self.first, self.last), self.weight)
         squares = h.square().sum(0)
-        rows = [mean_absolute_cosine(h[:, b].T @ h, squares, live, b.start) for b in self._blocks()]
-        newest = torch.cat(rows)
-        return newest if self.values is None else torch.lerp(self.values, newest, self.weight)
+        return torch.cat([mean_absolute_cosine(h[:, b].T @ h, squares, live, b.start) for b in self._blocks()])
 
     def _running(self, h: Tensor, live: Tensor) -> Tensor:
         weight = self.weight
@@ -94,6 +94,39 @@ class Similarity:
     def _blocks(self) -> list[slice]:
         edges = range(self.first, self.last, ROWS_AT_ONCE)
         return [slice(edge, min(edge + ROWS_AT_ONCE, self.last)) for edge in edges]
+
+
+def similarity_of_live(h: Tensor, live: Tensor, first: int, last: int) -> Tensor:
+    """Average |cosine| of the units [first, last) to the other live units; of removed ones it is left open.
+
+    Removed units are left out of the products, and of two live units in [first, last) the product is taken once.
+
+    Args:
+        h: (T, N) activations.
+        live: (N,) bool, units that remain.
+        first: first unit that is owned here.
+        last: one past the last.
+
+    Returns:
+        (R,) in [0, 1].
+    """
+    units = h[:, live]
+    norms = units.norm(dim=0)
+    units = units * torch.where(norms > 0, 1.0 / norms, 0.0)
+    start, stop = int(live[:first].sum()), int(live[:last].sum())
+    sums = units.new_zeros(units.shape[1])
+    for edge in range(start, stop, ROWS_AT_ONCE):
+        block = slice(edge, min(edge + ROWS_AT_ONCE, stop))
+        rows = units[:, block].T
+        cosines = (rows @ units[:, edge:stop]).abs()
+        cosines.diagonal().zero_()
+        sums[block] += cosines.sum(1)
+        sums[block.stop : stop] += cosines[:, len(rows) :].sum(0)
+        for elsewhere in (units[:, :start], units[:, stop:]):
+            sums[block] += (rows @ elsewhere).abs().sum(1)
+    found = h.new_zeros(last - first)
+    found[live[first:last]] = sums[start:stop] / max(units.shape[1] - 1, 1)
+    return found
 
 
 def mean_absolute_cosine(products: Tensor, squares: Tensor, live: Tensor, first: int) -> Tensor:
