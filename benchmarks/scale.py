@@ -192,15 +192,15 @@ def compare_repair(model: Path, output: Path) -> str:
     centered = h - h.mean(0)
     products = centered[:, keep] @ centered[:, keep].T + damping * torch.eye(len(h))
     takeover = centered[:, keep].T @ torch.linalg.solve(products, centered[:, ~keep])
-    gain = out[:, ~keep] @ takeover.T
-    found = pruned.read(f"{first}.mlp.fc_out.weight").double() - out[:, keep]
-    left = h @ out.T - h[:, keep] @ (out[:, keep] + found).T
-    left -= left.mean(0)
-    lost = centered[:, ~keep] @ out[:, ~keep].T
-    apart, still = float((found - gain).norm() / gain.norm()), float(left.norm() / lost.norm())
+    expected, found = out[:, keep] + out[:, ~keep] @ takeover.T, pruned.read(f"{first}.mlp.fc_out.weight")
+    rounded = expected.to(found.dtype).double()
+    gain = (expected - out[:, keep]).norm()
+    apart, rounding = float((found - rounded).norm() / gain), float((rounded - expected).norm() / gain)
+    left = centered @ out.T - centered[:, keep] @ found.double().T
+    still = float(left.norm() / (centered[:, ~keep] @ out[:, ~keep].T).norm())
     return (
-        f"repair of {first}: {apart:.4f} of its gain apart from that by other formulas; {still:.4f} of the "
-        f"output's error is left on these {len(h)} tokens"
+        f"repair of {first}: {apart:.4f} of its gain apart from that by other formulas, whose rounding is "
+        f"{rounding:.4f} of it; {still:.4f} of the output's error is left on these {len(h)} tokens"
     )
 
 

@@ -210,7 +210,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),
     ({"latency_target": 0.5, "max_flops": 10}, "--max_flops and --latency_target say the same"),
     ({"latency_target": 0.5, "remaining": 0.6}, "--latency_target and --remaining say the same"),
-    ({"latency_target": 0.5, "budget": "redundancy"}, "--latency_target 0.5 chooses among levels that are measured"),
+    (
+        {"latency_target": 0.5, "budget": "redundancy"},
+        "--latency_target 0.5 is for --budget measured or search, not redundancy",
+    ),
     ({"targets": "mlp,embedding"}, "an embedding is factorized, by --criterion flop or factorize"),
     ({"layout": "gguf"}, "--layout gguf has no place for different numbers of heads"),
     ({"layout": "nemotron_nas"}, "'nemotron_nas' has no place for different numbers of heads"),

@@ -53,6 +53,7 @@ OUT_OF_RANGE = [
     ("max_steps", -1, "at least 0"),
     ("max_parameters", 0, "at least 1"),
     ("max_flops", 0, "at least 1"),
+    ("latency_target", 1.0, "in (0, 1)"),
     ("recovery_steps", -1, "at least 0"),
     ("train_batch_size", 0, "in [1, 1000000]"),
     ("micro_batch_size", 0, "in [1, 1000000]"),

@@ -22,7 +22,7 @@ class UnsolvableError(ValueError):
 
 
 OUTPUT_DAMPING = 1.0  # of the Gram matrices of gradients, as a fraction of the mean of their diagonals
-WIDEST_IN_DOUBLE = 8192  # features; wider matrices are solved in float32, which halves 2 GiB at N = 16,384
+WIDEST_IN_DOUBLE = 8192  # features; wider matrices are inverted in float32, which halves 2 GiB at N = 16,384
 
 
 def gram_root(gram: Tensor, features: int, damping: float) -> Tensor:
@@ -86,9 +86,9 @@ def least_squares(gram: Tensor, keep: Tensor, damping: float) -> Tensor:
         UnsolvableError: the matrix is not finite, or not positive definite.
     """
     staying = torch.cat([keep, keep.new_ones(len(gram) - len(keep))])
-    gram = _damped(gram, len(keep), damping)
-    factor = _cholesky(gram[staying][:, staying])
-    return torch.cholesky_solve(gram[staying][:, ~staying], factor).float()
+    among_kept = gram[staying][:, staying].double()  # of any width: float32 adds what the text does not ask for
+    _damp(among_kept.diagonal()[: int(keep.sum())], gram.diagonal()[: len(keep)].double(), damping)
+    return torch.cholesky_solve(gram[staying][:, ~staying].double(), _cholesky(among_kept)).float()
 
 
 def mean_takeover(gram: Tensor, keep: Tensor) -> Tensor:
@@ -164,9 +164,14 @@ def _damped(gram: Tensor, features: int, damping: float) -> Tensor:
     """Return a copy to solve with; features that were never active get a diagonal of their own."""
     damped = gram.to(torch.float64 if len(gram) <= WIDEST_IN_DOUBLE else torch.float32, copy=True)
     diagonal = damped.diagonal()[:features]
-    diagonal += damping * diagonal.mean()
-    diagonal.masked_fill_(diagonal == 0, 1.0)
+    _damp(diagonal, diagonal, damping)
     return damped
+
+
+def _damp(diagonal: Tensor, of_all: Tensor, damping: float) -> None:
+    """Add a fraction of the mean of all units' diagonal to that of some; what is 0 even then becomes 1."""
+    diagonal += damping * of_all.mean()
+    diagonal.masked_fill_(diagonal == 0, 1.0)
 
 
 def _cholesky(gram: Tensor) -> Tensor:

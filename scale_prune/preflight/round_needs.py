@@ -22,7 +22,8 @@ def solves(job: Job) -> bool:
 def round_memory(job: Job) -> dict[str, int]:
     """Return the bytes that a round adds on the rank that keeps the most groups, by purpose.
 
-    While a group is solved for there are about three matrices of its size, in float64 where it is not too wide.
+    While a group is ranked there are about three matrices of its size, in float64 where it is not too wide; while it is
+    solved for two of what stays, and two of what goes, in float64.
     """
     if not solves(job):
         return {}
@@ -31,7 +32,11 @@ def round_memory(job: Job) -> dict[str, int]:
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
     return {
         "Gram matrices": FP32 * int(_busiest(job, lambda width: width**2 + of_gradients)),
-        "solving, or a block of sums": max(3 * exact * widest**2, 2 * FP32 * min(ROWS_AT_ONCE, widest) * widest),
+        "solving, or a block of sums": max(
+            3 * exact * widest**2 if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
+            4 * FP32 * _kept(job, widest) * widest,
+            2 * FP32 * min(ROWS_AT_ONCE, widest) * widest,
+        ),
         "what is taken over": 2 * FP32 * max(_kept(job, width) * (width - _kept(job, width)) for width in widths),
         "activations": job.activations if _gradient_features(job) and not job.trains else 0,
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),

@@ -72,13 +72,9 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
             f"--budget {pruning.budget} is measured where neurons leave at once, not under masks; give --rounds 1 or "
             "more"
         )
-    if pruning.table is not None and pruning.budget not in ("measured", "search"):
-        raise ValueError(f"--table {pruning.table} is for --budget measured or search, not {pruning.budget}")
-    if pruning.latency_target is not None and pruning.budget not in ("measured", "search"):
-        raise ValueError(
-            f"--latency_target {pruning.latency_target} chooses among levels that are measured; give --budget measured "
-            f"or search with it, not {pruning.budget}, or --remaining"
-        )
+    for name in ("table", "latency_target"):
+        if (given := getattr(pruning, name)) is not None and pruning.budget not in ("measured", "search"):
+            raise ValueError(f"--{name} {given} is for --budget measured or search, not {pruning.budget}")
     if "gram" in criterion.needs and not pruning.rounds:
         raise ValueError(f"{name} ranks neurons that leave at once, not under masks; give --rounds 1 or more")
     steps = schedule_of(pruning, max_steps).descent_steps

@@ -155,11 +155,12 @@ def _removed_after(handles: Sequence[Any]) -> Iterator[None]:
 def portions_of(groups: Sequence[UnitGroup], world_size: int, num_bytes: float) -> list[list[int]]:
     """Return the numbers of the groups whose Gram matrices fit into so many bytes of every rank at a time.
 
-    A rank keeps one of each portion at least. While it solves for one, there are three more, in float64 of twice the
-    size. What the model computes last comes first, so that the repair of a portion changes nothing for those after it.
+    A rank keeps one of each portion at least. While it solves for one, there are three more in float64, of twice the
+    size, two where it is wide. What the model computes last comes first, so that the repair of a portion changes nothing
+    for those after it.
     """
     widest = max(group.num_features + 1 for group in groups)
-    while_solving = 3 * (2 if widest <= WIDEST_IN_DOUBLE else 1)
+    while_solving = 6 if widest <= WIDEST_IN_DOUBLE else 4
     of_a_rank = max(int(num_bytes / (4 * widest**2)) - while_solving, 1)
     depth = {index: (group.layer, group.kind == "neuron") for index, group in enumerate(groups)}
     return side_by_side(sorted(depth, key=lambda index: depth[index], reverse=True), world_size, of_a_rank)

@@ -9,6 +9,7 @@ from scale_prune.core import top_mask
 from scale_prune.core.level_table import GENERATIONS, OFFSPRING, TRIAL_TOKENS, LevelTable, levels_of, switched
 from scale_prune.pruning import Calibration, takeovers_of
 from scale_prune.run.calibrating import calibration_text
+from scale_prune.run.level_times import level_times
 from scale_prune.run.run import Run
 from scale_prune.zero3 import tried
 
@@ -104,6 +105,20 @@ def measure_levels(run: Run, trials: Trials) -> LevelTable:
         losses.append([*own, 0.0])
         run.monitor.say(f"{group.name}: {', '.join(f'{loss:.4f}' for loss in own)}")
     return LevelTable.of(groups, losses)
+
+
+def keep_in_time(run: Run) -> None:
+    """Take the widths that lose least within --latency_target, if there is one. A collective."""
+    criterion, target = run.student.pruner.scoring.criterion, run.config.pruning.latency_target
+    if target is None:
+        return
+    assert criterion.table is not None
+    seconds, others = level_times(run, criterion.table.kept)
+    criterion.widths = criterion.table.widths_in_time(seconds, others, target)
+    places = [own.index(width) for own, width in zip(criterion.table.kept, criterion.widths, strict=True)]
+    taken = others + sum(own[place] for own, place in zip(seconds, places, strict=True))
+    dense = others + sum(own[-1] for own in seconds)
+    run.monitor.say(f"matrices take {taken / dense:.3f} of the dense model's time, {1000 * dense:.3g} ms a block here")
 
 
 def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:

@@ -13,9 +13,8 @@ from scale_prune.criteria import learns_from_gradients
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
-from scale_prune.run.budgeting import TABLE, Trials, measure_levels, search_widths
+from scale_prune.run.budgeting import TABLE, Trials, keep_in_time, measure_levels, search_widths
 from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
-from scale_prune.run.level_times import level_times
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
@@ -119,7 +118,7 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
     student, budget = run.student, run.config.pruning.budget
     criterion = student.pruner.scoring.criterion
     if criterion.table is not None and budget == "measured":
-        _keep_in_time(run)
+        keep_in_time(run)
         return
     with run.progress.seconds.measure("budget"):
         student.engine.eval()
@@ -128,25 +127,11 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
             criterion.table = measure_levels(run, trials)
             if run.runtime.is_main:
                 write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
-        _keep_in_time(run)
+        keep_in_time(run)
         if budget == "search":
             criterion.widths = search_widths(run, trials, criterion.table)
         student.engine.empty_partition_cache()
         student.engine.train()
-
-
-def _keep_in_time(run: Run) -> None:
-    """Take the widths that lose least within --latency_target, if there is one. A collective."""
-    criterion, target = run.student.pruner.scoring.criterion, run.config.pruning.latency_target
-    if target is None:
-        return
-    assert criterion.table is not None
-    seconds, others = level_times(run, criterion.table.kept)
-    criterion.widths = criterion.table.widths_in_time(seconds, others, target)
-    places = [own.index(width) for own, width in zip(criterion.table.kept, criterion.widths, strict=True)]
-    taken = others + sum(own[place] for own, place in zip(seconds, places, strict=True))
-    dense = others + sum(own[-1] for own in seconds)
-    run.monitor.say(f"matrices take {taken / dense:.3f} of the dense model's time, {1000 * dense:.3g} ms a block here")
 
 
 def _given_table(run: Run) -> LevelTable | None:

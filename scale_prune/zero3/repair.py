@@ -32,8 +32,8 @@ def repair_weights(
         masks: (N,) bool a group, True = stays.
         takeovers: (K, P) or (K + 1, P) by number of the group, on the rank that keeps the group.
     """
-    for name, whole in _repaired(backend, groups, masks, takeovers, _whole):
-        _set(backend, name, whole)
+    for shard, values in _repaired(backend, groups, masks, takeovers, _whole):
+        shard.write(MASTER, values) if backend.trains else shard.write_working(values)
     if backend.trains:
         write_working_copy(backend)
 
@@ -58,9 +58,8 @@ def tried(
     before = {name: Shard(backend.parameters[name]).working().clone() for name in names if name in backend.parameters}
     try:
         if takeovers is not None:
-            for name, whole in _repaired(backend, groups, masks, takeovers, _working):
-                shard = Shard(backend.parameters[name])
-                shard.write_working(whole.flatten()[shard.start : shard.start + shard.count])
+            for shard, values in _repaired(backend, groups, masks, takeovers, _working):
+                shard.write_working(values)
         for group, mask in changed:
             backend.mask_working_copy(group, mask)
         yield
@@ -75,8 +74,11 @@ def _repaired(
     masks: Sequence[Tensor],
     takeovers: Mapping[int, Tensor],
     whole: Callable[[Zero3Backend, str], Tensor],
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield what becomes of the weights, and biases, that read the groups which lose units. A collective."""
+) -> Iterator[tuple[Shard, Tensor]]:
+    """Yield what becomes of this rank's slices of the weights, and biases, that read the groups which lose units.
+
+    A collective.
+    """
     for index, (group, units) in enumerate(zip(groups, masks, strict=True)):
         if units.all():
             continue
@@ -86,10 +88,21 @@ def _repaired(
         takeover = takeover.to(backend.device).contiguous()  # a solver leaves columns behind one another
         dist.broadcast(takeover, keeper_of(index, backend))
         member = next(member for member in group.members if member.role == "out")
-        weight = whole(backend, member.name)
+        weight, shard = whole(backend, member.name), Shard(backend.parameters[member.name])
         if has_bias:
-            yield bias, whole(backend, bias) + bias_taken_over(weight, takeover, mask, member.dim)
-        yield member.name, taken_over(weight, takeover, mask, member.dim)
+            of_bias = Shard(backend.parameters[bias])
+            repaired = whole(backend, bias) + bias_taken_over(weight, takeover, mask, member.dim)
+            yield of_bias, repaired[of_bias.start : of_bias.start + of_bias.count]
+        yield shard, _own_slice(shard, weight, takeover, mask, member.dim)
+
+
+def _own_slice(shard: Shard, weight: Tensor, takeover: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """Return what becomes of this rank's slice of a weight; where units are columns, its own rows are all it takes."""
+    first, last, width = 0, len(weight), weight.shape[1]
+    if dim == 1:
+        first, last = shard.start // width, -(-(shard.start + shard.count) // width)
+    start = shard.start - first * width
+    return taken_over(weight[first:last], takeover, keep, dim).flatten()[start : start + shard.count]
 
 
 def _bias(group: UnitGroup) -> str:
@@ -110,15 +123,3 @@ def _whole(backend: Zero3Backend, name: str) -> Tensor:
         full: Tensor = safe_get_full_fp32_param(param)
         return full
     return _working(backend, name)
-
-
-def _set(backend: Zero3Backend, name: str, whole: Tensor) -> None:
-    """Write a parameter's new values into this rank's slice. Without an optimizer a collective."""
-    param: Any = backend.parameters[name]
-    if backend.trains:
-        shard = Shard(param)
-        shard.write(MASTER, whole.flatten()[shard.start : shard.start + shard.count])
-        return
-    with GatheredParameters([param], modifier_rank=0):
-        if backend.rank == 0:
-            param.data.copy_(whole)
