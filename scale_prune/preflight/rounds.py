@@ -72,9 +72,9 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
             f"--budget {pruning.budget} is measured where neurons leave at once, not under masks; give --rounds 1 or "
             "more"
         )
-    for name in ("table", "latency_target"):
-        if (given := getattr(pruning, name)) is not None and pruning.budget not in ("measured", "search"):
-            raise ValueError(f"--{name} {given} is for --budget measured or search, not {pruning.budget}")
+    for flag in ("table", "latency_target"):
+        if (given := getattr(pruning, flag)) is not None and pruning.budget not in ("measured", "search"):
+            raise ValueError(f"--{flag} {given} is for --budget measured or search, not {pruning.budget}")
     if "gram" in criterion.needs and not pruning.rounds:
         raise ValueError(f"{name} ranks neurons that leave at once, not under masks; give --rounds 1 or more")
     steps = schedule_of(pruning, max_steps).descent_steps

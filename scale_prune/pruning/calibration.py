@@ -156,8 +156,8 @@ def portions_of(groups: Sequence[UnitGroup], world_size: int, num_bytes: float) 
     """Return the numbers of the groups whose Gram matrices fit into so many bytes of every rank at a time.
 
     A rank keeps one of each portion at least. While it solves for one, there are three more in float64, of twice the
-    size, two where it is wide. What the model computes last comes first, so that the repair of a portion changes nothing
-    for those after it.
+    size, two where it is wide. What the model computes last comes first, so that the repair of a portion changes
+    nothing for those after it.
     """
     widest = max(group.num_features + 1 for group in groups)
     while_solving = 6 if widest <= WIDEST_IN_DOUBLE else 4
