@@ -71,8 +71,8 @@ def main() -> None:
     peaks = watched([str(word) for word in command])
     print(f"{time.perf_counter() - started:.0f} s\n\n{memory_table(peaks)}\n")
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    if report["accelerator"] is not None:
-        print(f"peak GiB of GPU memory: {', '.join(f'{peak / GIB:.2f}' for peak in report['peak_memory_bytes'])}\n")
+    reported = [round(peak / GIB, 2) for peak in report["peak_memory_bytes"]]
+    print(f"peak GiB by the report, of the GPU where there is one: {reported}\n")
     print(parts_table(report))
     print(f"\n{compare_rows(model, output)}\n{copy_rate(output / 'pruned')}")
 
