@@ -9,6 +9,7 @@ GB for GPT-J's shape. Remove the folder afterwards.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch.nn import functional
-from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from scale_prune.config import Config
 from scale_prune.data import calibration_steps, prepare, training_batches
@@ -33,9 +34,23 @@ from scale_prune.system.tensor_files import INDEX, TensorFiles
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
-    "gptj": {"n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64},
-    "700m": {"n_layer": 18, "n_embd": 1536, "n_head": 16, "rotary_dim": 64},
-    "tiny": {"n_layer": 3, "n_embd": 64, "n_head": 4, "rotary_dim": 16},
+    "gptj": {"model_type": "gptj", "n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64},
+    "700m": {"model_type": "gptj", "n_layer": 18, "n_embd": 1536, "n_head": 16, "rotary_dim": 64},
+    "tiny": {"model_type": "gptj", "n_layer": 3, "n_embd": 64, "n_head": 4, "rotary_dim": 16},
+    "gpt-neo-1.3b": {
+        "model_type": "gpt_neo",
+        "hidden_size": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "attention_types": [[["global", "local"], 12]],
+    },
+    "tiny-neo": {
+        "model_type": "gpt_neo",
+        "hidden_size": 64,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+    },
 }
 GIB = 2**30
 KINDS = {
@@ -60,24 +75,31 @@ def main() -> None:
         args.ranks,
         ROOT / "launch/prune.py",
         "--ds_config",
-        "zero3_cpu",
+        args.ds_config,
         *flags,
     ]
     started = time.perf_counter()
     peaks = watched([str(word) for word in command])
     print(f"{time.perf_counter() - started:.0f} s\n\n{memory_table(peaks)}\n")
-    print(parts_table(json.loads((output / "report.json").read_text(encoding="utf-8"))))
-    print(f"\n{compare_rows(model, output)}\n{compare_repair(model, output)}\n{copy_rate(output / 'pruned')}")
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    reported = [round(peak / GIB, 2) for peak in report["peak_memory_bytes"]]
+    print(f"peak GiB by the report, of the GPU where there is one: {reported}\n")
+    print(parts_table(report))
+    print(f"\n{compare_rows(model, output)}")
+    if SHAPES[args.shape]["model_type"] == "gptj":
+        print(compare_repair(model, output))
+    print(copy_rate(output / "pruned"))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, type=Path, help="folder of the model and the run")
     parser.add_argument("--shape", default="gptj", choices=SHAPES)
-    parser.add_argument("--tokenizer", required=True, type=Path, help="folder of a tokenizer of at most 50,400 tokens")
+    parser.add_argument("--tokenizer", required=True, type=Path, help="folder of a tokenizer of at most 50,257 tokens")
     parser.add_argument("--train_file", required=True, type=Path)
     parser.add_argument("--validation_file", required=True, type=Path)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ds_config", default="zero3_cpu")
     parser.add_argument("flags", nargs="*", help="of launch/prune.py, after --")
     return parser.parse_args()
 
@@ -87,9 +109,15 @@ def make_model(folder: Path, shape: str, tokenizer: Path) -> None:
     if (folder / INDEX).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = GPTJConfig(**SHAPES[shape], architectures=["GPTJForCausalLM"], dtype="bfloat16")
+    config = AutoConfig.for_model(**SHAPES[shape], dtype="bfloat16")
     with torch.device("meta"):
-        state = GPTJForCausalLM(config).state_dict()
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (config.tie_word_embeddings and "lm_head" in name)
+    }
     weight_map = {}
     for number, (_, names) in enumerate(groupby(state, key=lambda name: ".".join(name.split(".")[:3]))):
         tensors = {name: random_tensor(name, tuple(state[name].shape)) for name in names}
@@ -163,9 +191,9 @@ def compare_rows(model: Path, output: Path) -> str:
     )
     for layer in (layers[0], layers[-1]):
         units = torch.tensor(next(own for name, own in kept.items() if name.startswith(f"{layer}.")))
-        name = f"{layer}.mlp.fc_in.weight"
+        name = next(name for name in pruned.names if re.fullmatch(rf"{layer}\.mlp\.(fc_in|c_fc)\.weight", name))
         assert torch.equal(pruned.read(name), dense.read(name)[units]), name
-    return f"rows of fc_in in {layers[0]} and {layers[-1]}: those of the dense model, bit by bit"
+    return f"rows that make neurons in {layers[0]} and {layers[-1]}: those of the dense model, bit by bit"
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         timeout: seconds after which the ranks are ended.
 
     Returns:
-        What it returned, in order of rank.
+        What it returned, in order of rank, tensors on the CPU.
 
     Raises:
         AssertionError: a rank raised, which ends the others, or the time is over; with the ranks' tracebacks.
@@ -55,7 +55,7 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         first_first = sorted(Path(folder).glob("*.txt"), key=lambda path: path.stat().st_mtime_ns)
         tracebacks = [path.read_text() for path in first_first]
         assert ended, "\n".join([f"not all ranks came to their end, exit codes {_codes(processes)}", *tracebacks])
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+        return [torch.load(Path(folder) / f"{rank}.pt", "cpu", weights_only=False) for rank in range(world_size)]
 
 
 def start_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[BaseProcess]:
@@ -73,7 +73,8 @@ def start_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args
 def start_server() -> ForkServerContext:
     """Let the server of ranks start, if it has not, and return without waiting for it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    # A process that has begun with CUDA cannot be forked, and an import may begin with it.
+    context.set_forkserver_preload(PRELOADED if os.environ["DS_ACCELERATOR"] == "cpu" else [])
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])  # it looks nowhere else
     ensure_running()

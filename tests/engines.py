@@ -81,7 +81,7 @@ def logits(engine: Any, block: int = 1) -> Tensor:
     """Evaluate between two steps."""
     engine.eval()
     with torch.no_grad():
-        found: Tensor = engine(input_ids=BLOCKS.block(block)[None], use_cache=False).logits.float()
+        found: Tensor = engine(input_ids=BLOCKS.block(block)[None].to(engine.device), use_cache=False).logits.float()
     engine.empty_partition_cache()
     engine.train()
     return found

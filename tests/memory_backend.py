@@ -239,7 +239,8 @@ def train(
         first_step=pruner.step,
     )
     for _, micro_batches in zip(range(steps), batches, strict=False):
-        for input_ids in micro_batches:
+        for micro_batch in micro_batches:
+            input_ids = micro_batch.to(backend.device)
             loss = engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
             engine.backward(loss)
             pruner.after_backward()
@@ -252,7 +253,7 @@ def members_by_unit(tensors: Callable[[str], Any], groups: Iterable[UnitGroup]) 
     """Return for each group the (N,) sums of absolute values by unit, of full tensors by parameter name."""
     return [
         sum(
-            (tensors(m.name).detach().double().abs().movedim(m.dim, 0).reshape(group.num_units, -1).sum(1))
+            (tensors(m.name).detach().cpu().double().abs().movedim(m.dim, 0).reshape(group.num_units, -1).sum(1))
             for m in group.members
         )
         + torch.zeros(group.num_units)

@@ -46,6 +46,7 @@ pytestmark = pytest.mark.distributed
 BIASES_GATHERED = 30
 BY_GATES_FIRST = ("soft_movement", "neuron_l0")  # the budget holds only at the target
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+ALONE = pytest.param(1, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def masks_hold(path: Path, settings: PruningConfig, config: dict[str, Any]) -> d
 
     def check() -> None:
         statuses.update(engine.module.get_parameter(name).ds_status.name for name in members)
-        masks.append(torch.cat(pruner.masks))
+        masks.append(torch.cat(pruner.masks).cpu())
         assert torch.equal(torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~masks[-1])
         momenta.append(torch.cat(members_by_unit(partial(momentum, engine), pruner.groups)))
         for mask, old in zip(masks[-2:-1], momenta[-2:-1], strict=True):
@@ -91,7 +92,7 @@ def masks_hold(path: Path, settings: PruningConfig, config: dict[str, Any]) -> d
     return {"masks": torch.stack(masks), "targets": targets, "statuses": statuses, "scope": pruner.config.scope}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [ALONE, 2, 3])
 def test_masks_are_the_same_on_all_ranks_and_hold_in_what_the_forward_pass_uses(world_size: int, folder: Path) -> None:
     cases = [
         ("gpt_neo", pruning("gum"), ds_config(accumulation=6 // world_size, persistence=ALL_GATHERED)),
@@ -176,7 +177,7 @@ def assert_same_units(masks: Tensor, others: Tensor, scores: Tensor) -> None:
     assert masks.sum() == others.sum()
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 3))])
+@pytest.mark.parametrize("world_size", [ALONE, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_keeps_the_same_neurons_by_every_criterion(world_size: int, folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
     # A step has 42 tokens: all of them are sampled, some, or fewer than there are rows.
@@ -210,17 +211,18 @@ def first_totals(path: Path, config: dict[str, Any], criterion: str) -> tuple[fl
     allow_fp16()
     engine, pruner = start(path, config, pruning(criterion, warmup_fraction=0.0))
     engine.train()
-    ids = BLOCKS.block(0)[None]
+    ids = BLOCKS.block(0)[None].to(engine.device)
     engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
     pruner.after_backward()
     return float(engine.optimizer.loss_scale), pruner.scoring.total
 
 
-def test_gradients_are_read_unscaled(folder: Path) -> None:
+@pytest.mark.parametrize("world_size", [ALONE, 2])
+def test_gradients_are_read_unscaled(world_size: int, folder: Path) -> None:
     path = saved_model(folder, "gpt_neo")
     criteria = ("movement", "sensitivity", "neuron_l0", "flop_agp")
     cases = [(path, config, criterion) for criterion in criteria for config in (ds_config(), half(10), half(2))]
-    for rank in run_ranks(call_each, 2, first_totals, cases):
+    for rank in run_ranks(call_each, world_size, first_totals, cases):
         for (_, exact), *scaled in zip(*[iter(rank)] * 3, strict=True):
             assert [scale for scale, _ in scaled] == [1024.0, 4.0]
             assert exact.any()
@@ -236,14 +238,17 @@ def overflow(path: Path, scale_power: int) -> dict[str, Any]:
 
     def check() -> None:
         history.append((engine.was_step_applied(), pruner.scoring.state, pruner.observations.similarity.clone()))
-        assert torch.equal(torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~torch.cat(pruner.masks))
+        assert torch.equal(
+            torch.cat(zeros(gathered(engine, members).get, pruner.groups)), ~torch.cat(pruner.masks).cpu()
+        )
 
     train(engine, pruner, BLOCKS, STEPS, after=check)
     return {"history": history, "widths": pruner.widths}
 
 
-def test_a_step_that_overflows_changes_no_score(folder: Path) -> None:
-    for rank in run_ranks(overflow, 2, saved_model(folder, "gpt_neo"), 20):
+@pytest.mark.parametrize("world_size", [ALONE, 2])
+def test_a_step_that_overflows_changes_no_score(world_size: int, folder: Path) -> None:
+    for rank in run_ranks(overflow, world_size, saved_model(folder, "gpt_neo"), 20):
         for (_, before, alike_before), (applied, after, alike) in pairwise(rank["history"]):
             same = all(torch.equal(value, after[name]) for name, value in before.items())
             assert applied != same

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def _slices_read_by_their_ranks() -> Iterator[None]:
         renamed = {rename_source_key(name, changes, [], prefix, known)[0]: place for name, place in stored.items()}
         return _read_slices(model, renamed), known.keys() - renamed.keys()
 
-    with _in_transformers(load_state_dict=list_and_open, _load_state_dict_into_zero3_model=read_slices):
+    with _replaced(modeling_utils, load_state_dict=list_and_open, _load_state_dict_into_zero3_model=read_slices):
         yield
 
 
@@ -128,28 +129,28 @@ def _elements(file: Any, name: str, start: int, count: int) -> Tensor:
 def _ties_compared_whole() -> Iterator[None]:
     """Let a checkpoint's own output stay untied, as plain `from_pretrained` does where it is not the embedding.
 
-    transformers 5 ties the two only if their values are equal, and of partitioned parameters it would compare two empty
-    tensors. The comparison is a collective.
+    transformers ties the two only if `torch.equal` finds them so, by itself or behind a function of its own, and of
+    partitioned parameters it would compare two empty tensors. The comparison is a collective.
     """
-    compare = modeling_utils._tied_params_are_equal
+    compare = torch.equal
 
     def compare_whole(source: Tensor, target: Tensor) -> bool:
         with GatheredParameters([source, target]):
             return compare(source, target)
 
-    with _in_transformers(_tied_params_are_equal=compare_whole):
+    with _replaced(torch, equal=compare_whole):
         yield
 
 
 @contextmanager
-def _in_transformers(**functions: Any) -> Iterator[None]:
-    """Put functions in the place of those of the same names by which transformers loads a model."""
-    before = {name: getattr(modeling_utils, name) for name in functions}
+def _replaced(module: ModuleType, **functions: Any) -> Iterator[None]:
+    """Put functions in the place of those of the same names in a module."""
+    before = {name: getattr(module, name) for name in functions}
     try:
-        vars(modeling_utils).update(functions)
+        vars(module).update(functions)
         yield
     finally:
-        vars(modeling_utils).update(before)
+        vars(module).update(before)
 
 
 def _may_begin(model: PreTrainedModel, name: str) -> bool:
