@@ -89,6 +89,14 @@ def test_the_memory_of_components_is_known(targets: str, work: Path, capsys: pyt
     assert "memory is not known" not in printed
 
 
+def test_how_little_memory_a_round_can_do_with_is_said(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for ranks, said in ((1, True), (LAYERS, False)):
+        assert dry(work, criterion="obs", max_steps=0, world_size=ranks, train_batch_size=4 * ranks) == (0, [])
+        printed = capsys.readouterr().out
+        assert (f"the text is read up to {LAYERS} times" in printed) == said
+        assert ("keeps one of its Gram matrices at a time" in printed) == said
+
+
 @pytest.mark.parametrize("settings", [{"criterion": "kfac", "rounds": 2}, {"criterion": "ddp", "recovery_steps": 5}])
 def test_the_time_follows_from_measured_passes(
     settings: dict[str, Any], work: Path, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,8 @@ from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
 
+GRAM_MATRICES = "Gram matrices"
+
 
 def solves(job: Job) -> bool:
     """Tell whether Gram matrices are made."""
@@ -31,7 +33,7 @@ def round_memory(job: Job) -> dict[str, int]:
     widest, of_gradients = max(widths), _gradient_features(job)
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
     return {
-        "Gram matrices": FP32 * int(_busiest(job, lambda width: width**2 + of_gradients)),
+        GRAM_MATRICES: FP32 * int(_busiest(job, lambda width: width**2 + of_gradients)),
         "solving, or a block of sums": max(
             3 * exact * widest**2 if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
             4 * FP32 * _kept(job, widest) * widest,
@@ -41,6 +43,11 @@ def round_memory(job: Job) -> dict[str, int]:
         "activations": job.activations if _gradient_features(job) and not job.trains else 0,
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),
     }
+
+
+def one_gram_matrix(job: Job) -> int:
+    """Return the bytes of the Gram matrices of the widest group, which a rank keeps at least."""
+    return FP32 * max((group.num_features + 1) ** 2 + _gradient_features(job) for group in job.groups)
 
 
 def whitening_memory(job: Job) -> dict[str, int]:

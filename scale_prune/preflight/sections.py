@@ -11,7 +11,7 @@ from scale_prune.criteria import CRITERIA, Flop, schedule_of, with_defaults
 from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
 from scale_prune.preflight.inputs import Reading, unused_settings
 from scale_prune.preflight.job import Job
-from scale_prune.preflight.round_needs import round_bytes, round_operations
+from scale_prune.preflight.round_needs import GRAM_MATRICES, one_gram_matrix, round_bytes, round_operations
 from scale_prune.preflight.rounds import calibration_warning
 from scale_prune.system import markdown_table
 
@@ -160,12 +160,26 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     if line := calibration_warning(job.pruning, job.groups):
         yield line
     if received_bytes := round_bytes(job, tokens):
+        yield from _portions(job)
         received = [[name, _size(size)] for name, size in received_bytes.items() if size]
         counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
         yield ""
         yield from markdown_table(["bytes that a rank receives in a round", ""], received)
         yield ""
         yield from markdown_table(["arithmetic of the busiest rank in a round", "TFLOP"], counted)
+
+
+def _portions(job: Job) -> Iterator[str]:
+    """Say how little memory a round can do with, where a rank keeps several Gram matrices."""
+    place, gram = job.place(), GRAM_MATRICES
+    parts = {part.name: part.size for part in memory(job)["round"] if part.place == place}
+    readings, one = -(-len(job.groups) // job.world_size), one_gram_matrix(job)
+    if readings > 1 and gram in parts:
+        least = sum(parts.values()) - parts[gram] + one
+        yield (
+            f"a rank with little memory keeps one of its {gram} at a time: {_size(least)} of {place} memory in a round "
+            f"in the place of {_size(sum(parts.values()))}, and the text is read up to {readings} times"
+        )
 
 
 def check_disk(reading: Reading, job: Job) -> None:
