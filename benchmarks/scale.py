@@ -210,7 +210,8 @@ def compare_repair(model: Path, output: Path) -> str:
     dense, pruned, first = TensorFiles(model), TensorFiles(output / "pruned"), "transformer.h.0"
     rows = calibration_rows(config, AutoTokenizer.from_pretrained(model))
     x = functional.embedding(rows.flatten(), dense.read("transformer.wte.weight"))
-    x = functional.layer_norm(x, x.shape[-1:], *(dense.read(f"{first}.ln_1.{name}") for name in ("weight", "bias")))
+    scale, shift = (dense.read(f"{first}.ln_1.{name}") for name in ("weight", "bias"))
+    x = functional.layer_norm(x, x.shape[-1:], scale, shift)
     x = functional.linear(x, *(dense.read(f"{first}.mlp.fc_in.{name}") for name in ("weight", "bias")))
     h, out = functional.gelu(x, approximate="tanh").double(), dense.read(f"{first}.mlp.fc_out.weight").double()
     kept = json.loads((output / "kept.json").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from scale_prune.run.run import Run
 from scale_prune.zero3 import of_all_ranks
 
 REPEATS = 5  # of which the fastest counts
-Matrix = tuple[int, int]  # features that are read, and made
+Matrix = tuple[int, ...]  # features that are read, and made
 
 
 def level_times(run: Run, kept: Sequence[Sequence[int]]) -> tuple[list[list[float]], float]:
