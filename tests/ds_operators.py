@@ -1,9 +1,19 @@
-"""DeepSpeed's operators for CPUs, loaded once for all ranks; the first time they are compiled, which takes minutes."""
+"""DeepSpeed's operators for CPUs. Importing this loads what every rank needs; as a program it compiles them all.
+
+Compiling takes minutes the first time, which launch/test.sh begins with, beside what needs no ranks.
+"""
 
 from contextlib import suppress
 
 from deepspeed.accelerator import get_accelerator
 
-for name in ("ShareMemCommBuilder", "CPUAdamBuilder"):
+
+def load(builder: str) -> None:
+    """Load an operator, and compile it where that was not done before."""
     with suppress(Exception):  # the ranks that need it say why
-        get_accelerator().create_op_builder(name).load(verbose=False)
+        get_accelerator().create_op_builder(builder).load(verbose=False)
+
+
+load("ShareMemCommBuilder")
+if __name__ == "__main__":
+    load("CPUAdamBuilder")

@@ -26,7 +26,7 @@ MEASURED = {
     "max_steps": 0,
     "remaining": 0.6,
     "calibration_tokens": 384,
-    "train_batch_size": 6,
+    "train_batch_size": 12,
 }
 
 
@@ -181,6 +181,7 @@ def test_widths_in_time_lose_least_among_those_that_are_fast_enough(seed: int) -
 def test_a_target_of_time_is_kept_on_all_ranks(tmp_path: Path) -> None:
     work = make_work(tmp_path, "llama", intermediate_size=2048)  # whose products take longer than to begin them
     settings = {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "repair": "none"}
+    settings |= {"train_batch_size": 64}  # of which a trial takes four
     first = pruned(work, "first", 2, **settings, latency_target=0.6)["rounds"][0]
     assert first["widths"] == first["searched"]
     levels = [own["kept"] for own in first["table"].values()]
