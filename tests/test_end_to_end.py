@@ -91,6 +91,9 @@ def test_the_report_keeps_its_contract(report: dict[str, Any], finished: Path) -
     assert sum(report["seconds"][part] for part in parts) <= report["seconds"]["total"]
     assert len(report["peak_memory_bytes"]) == 2
     assert all(2**26 < peak < 2**34 for peak in report["peak_memory_bytes"])
+    shares = 4 * math.ceil(LAYERS * WIDTH / 2)  # one number a unit, half of which a rank of two has not
+    assert shares <= report["received_bytes"]["reduce_scatter"] <= 2 * shares
+    assert 0 < report["received_bytes"]["all_gather"] <= 2 * shares
     assert report["settings"]["learning_rate"] == report["ds_config"]["optimizer"]["params"]["lr"]
     assert (
         torch.__version__.split("+")[0] == report["versions"]["torch"].split("+")[0]

@@ -24,6 +24,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
     for step in range(progress.step + 1, last + 1):
         batch = next(steps)
         step_begun, own_loss = time.monotonic(), 0.0
+        run.student.backend.received.clear()
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             loss = loss_of(run, micro_batch)
             with progress.seconds.measure("forward_backward"):
@@ -37,6 +38,8 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
                 engine.step()
             if pruning:
                 pruner.after_step()
+        if pruning:
+            progress.count_received(run.student.backend.received)
         progress.count_step(batch.tokens, time.monotonic() - step_begun)
         rate = (progress.tokens - tokens_before) / (time.monotonic() - begun)
         run.monitor.progress(step, loss=mean_loss, remaining=pruner.remaining, tokens_per_second=rate)

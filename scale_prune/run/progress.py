@@ -1,6 +1,7 @@
 """How far a run has come, and where its time went."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ class Progress:
         resumed_at: steps after which the run has gone on from a checkpoint.
         seconds: wall-clock seconds by part of the work.
         history: of each evaluation of the student the step, the stage, the perplexity, and what remained.
+        received: bytes that this rank has received for pruning's sake in the steps that prune, by collective, and under
+            "steps" how many these were.
         rounds: of each round in which units left for good, what remained and what it cost.
     """
 
@@ -26,6 +29,7 @@ class Progress:
         self.step_seconds: list[float] = []
         self.resumed_at: list[int] = []
         self.seconds = Seconds()
+        self.received: Counter[str] = Counter()
         self.rounds: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self._started = time.monotonic()
@@ -35,11 +39,22 @@ class Progress:
         """Wall-clock seconds since the start, those before a checkpoint included."""
         return time.monotonic() - self._started
 
+    @property
+    def received_bytes(self) -> dict[str, float]:
+        """Bytes that this rank receives for pruning's sake in a step that prunes, a mean, by collective."""
+        steps = self.received["steps"]
+        return {name: total / steps for name, total in self.received.items() if name != "steps"} if steps else {}
+
     def count_step(self, tokens: int, seconds: float) -> None:
         """Take note of a step that was made."""
         self.step += 1
         self.tokens += tokens
         self.step_seconds.append(seconds)
+
+    def count_received(self, received: Mapping[str, int]) -> None:
+        """Take note of what a step that prunes has received."""
+        self.received.update(received)
+        self.received["steps"] += 1
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the step."""
@@ -49,6 +64,7 @@ class Progress:
             "tokens": self.tokens,
             "step_seconds": self.step_seconds,
             "resumed_at": self.resumed_at,
+            "received": dict(self.received),
             "rounds": self.rounds,
             "history": self.history,
         }
@@ -66,6 +82,7 @@ class Progress:
         self.step_seconds = [*state.get("step_seconds", [])]
         self.resumed_at = [*state["resumed_at"], step]
         self.seconds.update(state["seconds"])
+        self.received.update(state.get("received", {}))
         self.rounds = [*state.get("rounds", [])]
         self.history = [*state.get("history", [])]
         self._started -= state["total_seconds"]

@@ -63,6 +63,7 @@ def _progress(progress: Progress) -> dict[str, Any]:
         "tokens": progress.tokens,
         "step_seconds": tenths(progress.step_seconds),
         "resumed_at": progress.resumed_at,
+        "received_bytes": progress.received_bytes,
         "rounds": progress.rounds,
         "history": progress.history,
     }

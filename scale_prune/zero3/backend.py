@@ -1,5 +1,6 @@
 """A DeepSpeed ZeRO-3 engine as pruning sees it: slices of parameters and gradients, masks on the working copy."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,33 +21,39 @@ class Collectives:
     Attributes:
         rank: this one.
         world_size: how many there are, W.
+        received: bytes that this rank did not have and was handed, by collective.
     """
 
     def __init__(self) -> None:
         self.rank: int = dist.get_rank()
         self.world_size: int = dist.get_world_size()
+        self.received: Counter[str] = Counter()
 
     def reduce(self, values: Tensor, rank: int) -> Tensor:
         """Add up a tensor over ranks, in place; the sum is that of `rank`, the others' must not be used."""
         dist.reduce(values, rank)
+        self.received["reduce"] += values.nbytes * (self.rank == rank) * (self.world_size > 1)
         return values
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Add up (W * n,) over ranks and return this rank's n numbers."""
         own = values.new_empty(len(values) // self.world_size)
         dist.reduce_scatter_tensor(own, values)
+        self.received["reduce_scatter"] += values.nbytes - own.nbytes
         return own
 
     def gather_on(self, values: Tensor, rank: int) -> Tensor:
         """Join the ranks' (n, ...) tensors along the first axis on one rank; the others get none."""
         parts = [torch.empty_like(values) for _ in range(self.world_size)] if self.rank == rank else None
         dist.gather(values.contiguous(), parts, rank)
+        self.received["gather"] += values.nbytes * (self.world_size - 1) * (self.rank == rank)
         return torch.cat(parts) if parts else values.new_empty(0, *values.shape[1:])
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Join the ranks' (n, ...) tensors along the first axis."""
         joined = values.new_empty(len(values) * self.world_size, *values.shape[1:])
         dist.all_gather_into_tensor(joined, values.contiguous())
+        self.received["all_gather"] += joined.nbytes - values.nbytes
         return joined
 
 
