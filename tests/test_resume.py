@@ -109,6 +109,7 @@ def test_the_same_ranks_go_on_bit_for_bit(step: int, whole: Path, work: Path) ->
     expected = losses(whole)
     assert losses(output) == {made: loss for made, loss in expected.items() if made > step}
     assert report_of(output)["resumed_at"] == [step]
+    assert report_of(output)["received_bytes"] == report_of(whole)["received_bytes"] != {}
     assert report_of(output)["seconds"]["total"] > report_of(output)["seconds"]["step"]
 
 
