@@ -180,14 +180,14 @@ def test_widths_in_time_lose_least_among_those_that_are_fast_enough(seed: int) -
 @pytest.mark.distributed
 def test_a_target_of_time_is_kept_on_all_ranks(tmp_path: Path) -> None:
     work = make_work(tmp_path, "llama", intermediate_size=2048)  # whose products take longer than to begin them
-    settings = {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "repair": "none"}
-    settings |= {"train_batch_size": 64}  # of which a trial takes four
-    first = pruned(work, "first", 2, **settings, latency_target=0.6)["rounds"][0]
+    settings = {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "repair": "none", "latency_target": 0.6}
+    batch = {"train_batch_size": 64}  # of which a trial takes four
+    first = pruned(work, "first", 2, **settings, **batch)["rounds"][0]
     assert first["widths"] == first["searched"]
     levels = [own["kept"] for own in first["table"].values()]
     assert all(width in own for width, own in zip(first["widths"], levels, strict=True))
     assert 0.2 < sum(first["widths"]) / sum(own[-1] for own in levels) < 0.7
-    again = pruned(work, "again", 1, config=work / "first" / "recipe.yaml")["rounds"][0]
+    again = pruned(work, "again", 1, config=work / "first" / "recipe.yaml", **batch)["rounds"][0]
     assert len(again["searched"]) == len(levels)
 
 

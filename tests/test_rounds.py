@@ -205,6 +205,7 @@ def test_whitened_factors_are_alike_on_any_number_of_ranks(work: Path) -> None:
 
 def test_whitened_factors_train_and_go_on(work: Path) -> None:
     settings = {"criterion": "flop", "factors": "whitened", "targets": "mlp,embedding", "max_steps": 6, "save_every": 3}
+    settings |= {"calibration_tokens": 384}
     whole, again = work / "whitened", work / "whitened again"
     run(2, arguments(work, whole, **settings))
     run(2, arguments(work, again, **settings | {"resume": whole / "checkpoints" / "step-00000003"}))
