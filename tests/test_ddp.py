@@ -124,7 +124,7 @@ def test_gates_have_their_gradient_on_any_number_of_ranks_and_weights_have_none(
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_work(tmp_path_factory.mktemp("work"), "llama", **GROUPED_HEADS)
+    return make_work(tmp_path_factory.mktemp("work"), "llama", **GROUPED_HEADS, attention_dropout=0.3)
 
 
 @pytest.mark.distributed

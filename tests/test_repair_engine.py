@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from scale_prune.models import unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.run.calibrating import recomputing
 from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, repair_weights, training_engine
 
 DAMPING, ROWS = 1e-3, 12
@@ -44,24 +45,26 @@ def repaired(folder: str, repair: str, trains: bool) -> dict[str, Any]:
     return {"grams": calibration.grams, "logits": logits, "weights": dict(backend.named_tensors())}
 
 
-def output_grams(folder: str, trains: bool, checkpointing: bool) -> dict[int, Tensor]:
-    """Return the Gram matrices of the gradients of what the projections put out, of the sum of tokens' losses."""
+def there_and_back(folder: str, trains: bool, checkpointing: bool) -> tuple[dict[int, Tensor], dict[int, Tensor], int]:
+    """Return Gram matrices of activations and of the gradients of tokens' losses, and how often a projection ran."""
     config = ds_config()
     model = load_model(folder, config)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = training_engine(model, config) if trains else inference_engine(model, config)
     backend = Zero3Backend(engine)
-    calibration = Calibration(backend, unit_groups(engine.module))
+    calibration, runs = Calibration(backend, unit_groups(engine.module)), list[None]()
+    last = engine.module.get_submodule(calibration.groups[-1].output)
+    last.register_forward_pre_hook(lambda module, args: runs.append(None))
     embedded: list[Tensor] = []
     engine.module.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
-    engine.train()
+    engine.eval()
     rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
-    with calibration.watching_gradients():
+    with calibration.watching(), calibration.watching_gradients(), recomputing(engine.module):
         for part in rows.chunk(backend.world_size)[backend.rank].split(2):
             loss = engine.module(input_ids=part, labels=part, use_cache=False).loss
             torch.autograd.grad(loss * 2 * 6, embedded.pop())
-    return calibration.output_grams
+    return calibration.grams, calibration.output_grams, len(runs)
 
 
 @pytest.mark.distributed
@@ -69,19 +72,25 @@ def output_grams(folder: str, trains: bool, checkpointing: bool) -> dict[int, Te
 def test_gradients_are_those_of_plain_autograd(tmp_path: Path, model_type: str) -> None:
     folder = str(saved_model(tmp_path, model_type))
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    caught: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     for index, group in enumerate(unit_groups(model)):
         module = model.get_submodule(group.output)
-        module.register_forward_hook(lambda _, args, output, index=index: caught.update({index: output}))
+        module.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output}))
+        module.register_forward_hook(lambda _, args, output, index=index: inputs.update({index: args[0].detach()}))
     rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=rows, labels=rows, use_cache=False).loss * ROWS * 6
-    gradients = torch.autograd.grad(loss, list(caught.values()))
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
     for world_size, trains, checkpointing in ((1, False, False), (2, True, True), (3, False, True)):
-        ranks = run_ranks(output_grams, world_size, folder, trains, checkpointing)
+        ranks = run_ranks(there_and_back, world_size, folder, trains, checkpointing)
         for index, gradient in enumerate(gradients):
-            by_token = gradient.reshape(-1, gradient.shape[-1])
-            expected, size = by_token.T @ by_token, float(by_token.square().sum())
-            torch.testing.assert_close(ranks[index % world_size][index], expected, rtol=1e-3, atol=1e-5 * size)
+            grams, output_grams, runs = ranks[index % world_size]
+            assert runs == ROWS // 2 // world_size * (1 + checkpointing), "it was not recomputed"
+            for values, by_group in ((gradient, output_grams), (inputs[index], grams)):
+                by_token = values.reshape(-1, values.shape[-1])
+                expected, size = by_token.T @ by_token, float(by_token.square().sum())
+                found = by_group[index][: len(expected), : len(expected)]  # the last feature is the bias's 1
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * size)
 
 
 def redundancy(folder: str) -> list[float]:

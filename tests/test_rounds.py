@@ -1,6 +1,7 @@
 """Units that leave in rounds, and pruning without training, through the command on real ranks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import pytest
 import torch
 from command import arguments, errors_of, make_work, outcome, outcomes, report_of
 from distributed import run_ranks
+from memory_backend import DROPOUTS
 from safetensors.torch import load_file
 from test_resume import assert_same_run, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,6 +44,14 @@ def run(world_size: int, flags: list[str]) -> None:
     assert [code for code, _ in codes] == [0] * world_size, codes
 
 
+def with_dropout(work: Path) -> Path:
+    if not (folder := work / "with dropout").exists():
+        shutil.copytree(work / "model", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(DROPOUTS["gpt_neo"], 0.3)))
+    return folder
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = load_file(output / "pruned" / "model.safetensors")
     return found
@@ -51,10 +61,11 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     "criterion", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("obs", "flap", "sensitivity")), "kfac"]
 )
 def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion: str, work: Path) -> None:
-    outputs = []
+    """Also a model with dropout, which every rank would draw otherwise."""
+    outputs, model = [], with_dropout(work)
     for world_size, passes in ((1, 1), (2, 1), (2, 3), (3, 2)):
         outputs.append(work / f"{criterion}-{world_size}-{passes}")
-        settings = UNTRAINED | {"criterion": criterion, "gradient_accumulation_steps": passes}
+        settings = UNTRAINED | {"model": model, "criterion": criterion, "gradient_accumulation_steps": passes}
         run(world_size, arguments(work, outputs[-1], **settings))
     for output in outputs[1:]:
         assert json.loads((output / "kept.json").read_text()) == json.loads((outputs[0] / "kept.json").read_text())

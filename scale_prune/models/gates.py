@@ -87,6 +87,11 @@ class Gates:
             for gate in self.gates:
                 gate.open = False
 
+    def train(self) -> None:
+        """Let what the gates sit on use those of training, while the rest of the model may be in evaluation."""
+        for holder in self.holders:
+            holder.training = True
+
     def remove(self) -> None:
         """Leave the model without gates."""
         self.put_on(None, None)

@@ -85,10 +85,11 @@ def round_bytes(job: Job, tokens: int) -> dict[str, int]:
         return {}
     widths, weights = [group.num_features + 1 for group in job.groups], _output_weights(job)
     passes = job.calibration_steps * job.accumulation
-    with_gradients, features = (3, _gradient_features(job)) if _gradient_features(job) else (1, 0)
+    features = _gradient_features(job)
+    there_and_back = 2 if features else 1
     chooses = "gram" in CRITERIA[job.pruning.criterion].needs
     received = {
-        "calibration, parameters": passes * job.num_parameters * job.width * with_gradients,
+        "calibration, parameters": passes * job.num_parameters * job.width * there_and_back,
         "calibration, Gram matrices": passes * FP32 * sum(width**2 + features for width in widths),
         "budget, parameters": trials(job) * trial_passes(job, tokens) * job.num_parameters * job.width,
         "choice, weights": sum(weights) * job.width if chooses else 0,
@@ -109,9 +110,10 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
         return {}
     widths = [group.num_features + 1 for group in job.groups]
     features = _gradient_features(job)
+    of_a_token = 6 if features else 2  # there, there once more where activations are recomputed, and back
     in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
     return {
-        "calibration, passes": (6 if features else 2) * job.num_parameters * tokens / job.world_size,
+        "calibration, passes": of_a_token * job.num_parameters * tokens / job.world_size,
         "calibration, Gram matrices": 2 * tokens * sum(width**2 + features for width in widths) / job.world_size,
         "budget, passes": trials(job) * trial_passes(job, tokens) * 2 * job.num_parameters * in_trial,
         "choice": _busiest(job, lambda width: 4 * width**3) if "gram" in CRITERIA[job.pruning.criterion].needs else 0,

@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 1024  # of a Gram matrix, on their way to the rank that keeps it:
 
 
 class Calibration:
-    """Watches forward passes without gradients, between `watching` and its end.
+    """Watches forward passes, between `watching` and its end.
 
     Args:
         backend: the model, and this rank's place among the others.
@@ -66,7 +66,7 @@ class Calibration:
         self.activities: list[Tensor] = []
         if activity is not None:
             self.activities = [activity(torch.empty(0, group.num_units, device=backend.device)) for group in groups]
-        self._real = torch.empty(0)
+        self._real, self._seen = torch.empty(0), set[int]()  # of a pass
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -94,9 +94,13 @@ class Calibration:
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._real = real_tokens(args, kwargs).flatten()
+        self._seen.clear()
 
     def _watcher(self, index: int) -> Any:
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if index in self._seen:  # recomputed on the way back
+                return
+            self._seen.add(index)
             h = rearrange(args[0].detach(), "... unit -> (...) unit")[self._real.to(args[0].device)].float()
             if self._activity is not None:
                 self.activities[index] += self._activity(by_unit(h, self.groups[index]))
@@ -120,7 +124,7 @@ class Calibration:
         def compare(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosines = cosine_similarity(before.float(), after.float(), dim=-1).flatten()
+            cosines = cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).flatten()
             real = cosines[self._real.to(cosines.device)]
             self._cosines[index] += torch.stack([real.sum(), real.new_tensor(float(len(real)))])
 

@@ -1,12 +1,16 @@
 """The calibration text, and a model that reads it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scale_prune.data import Inputs
 from scale_prune.models import linear_inputs
@@ -21,6 +25,26 @@ def calibration_text(engine: Any, inputs: Inputs, task: Task) -> Iterator[MicroB
         yield from step.micro_batches
 
 
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Let the layers that checkpoint their activations do so in evaluation too, where there is no dropout.
+
+    What is run in the body is recomputed in its backward pass, wherever that is.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and not layer.training
+    ]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 @torch.no_grad()
 def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
     """Let a model read the calibration text, the same for every number of ranks, and be watched. A collective."""
@@ -32,16 +56,16 @@ def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task)
     engine.train()
 
 
-def read_gradients(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
-    """Let a model read the calibration text, and watch the gradients of what its projections put out. A collective.
+def read_back(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
+    """Do the same, and watch the gradients of what its projections put out, in one pass and back. A collective.
 
     Gradients of parameters are not made, so that an engine without an optimizer is enough.
     """
     embedded: list[Tensor] = []
     embedding = engine.module.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-    engine.train()  # where activations are checkpointed
-    with calibration.watching_gradients():
+    engine.eval()
+    with calibration.watching(), calibration.watching_gradients(), recomputing(engine.module):
         for micro_batch in calibration_text(engine, inputs, task):
             batch = micro_batch.to(engine.device)
             # Of what the engine itself returns DeepSpeed lets no gradient through but by engine.backward.
@@ -49,6 +73,7 @@ def read_gradients(engine: Any, calibration: Calibration, inputs: Inputs, task: 
             torch.autograd.grad(mean_loss * batch["labels"].numel(), embedded.pop())
     handle.remove()
     engine.empty_partition_cache()
+    engine.train()
 
 
 def whitening_roots(model: PreTrainedModel, inputs: Inputs, task: Task) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.criteria import KL_WEIGHT
+from scale_prune.run.calibrating import recomputing
 from scale_prune.run.run import Run
 from scale_prune.tasks import MicroBatch
 from scale_prune.zero3 import gradients_finite
@@ -32,10 +33,10 @@ def _gated_loss(run: Run, inputs: dict[str, Tensor]) -> Tensor:
     engine, gating = run.student.engine, run.student.pruner.gating
     assert gating is not None
     with run.progress.seconds.measure("teacher"), torch.no_grad(), gating.gates.all_open():
-        engine.eval()
+        engine.eval()  # no dropout, in the gated pass neither
         dense = engine(**{**inputs, **run.task.options, "labels": None}).logits
-        engine.train()
-    with run.progress.seconds.measure("forward_backward"):
+    gating.gates.train()
+    with run.progress.seconds.measure("forward_backward"), recomputing(engine.module):
         output = engine(**inputs, **run.task.options)
         loss: Tensor = output.loss + KL_WEIGHT * run.task.divergence(output.logits, dense, inputs["labels"], 1.0)
         return loss

@@ -14,7 +14,7 @@ from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
 from scale_prune.run.budgeting import TABLE, Trials, keep_in_time, measure_levels, search_widths
-from scale_prune.run.calibrating import calibration_text, read_gradients, read_text
+from scale_prune.run.calibrating import calibration_text, read_back, read_text, recomputing
 from scale_prune.run.losses import loss_of
 from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
@@ -175,9 +175,8 @@ def _readings(
             student.backend, student.groups, activity=activity, redundancy=compares, portion=portion
         )
         with run.progress.seconds.measure("calibration"):
-            read_text(student.engine, calibration, run.inputs, run.task)
-            if chooses and "output_grad" in criterion.needs:
-                read_gradients(student.engine, calibration, run.inputs, run.task)
+            read = read_back if chooses and "output_grad" in criterion.needs else read_text
+            read(student.engine, calibration, run.inputs, run.task)
         if compares:
             criterion.redundancy = calibration.redundancy()
         activity, compares = None, False
@@ -191,8 +190,11 @@ def _observe_gradients(run: Run) -> None:
     """Let the criterion see the gradients of the calibration text, of which no step follows. A collective."""
     engine, pruner = run.student.engine, run.student.pruner
     engine.train()
+    engine.module.eval()  # no dropout
     for micro_batch in calibration_text(engine, run.inputs, run.task):
-        engine.backward(loss_of(run, micro_batch))
+        with recomputing(engine.module):
+            loss = loss_of(run, micro_batch)
+        engine.backward(loss)
         pruner.after_backward()
         engine.step()
         pruner.after_step()
