@@ -60,6 +60,7 @@ KINDS = {
     "Pss_File": "of files",
     "VmHWM": "resident at most",
 }
+TOLERATED = 1.15  # of the memory that the dry run foretells
 EVERY = 5.0  # seconds between two looks at the memory, each of which walks through all pages of a rank
 
 
@@ -78,17 +79,23 @@ def main() -> None:
         args.ds_config,
         *flags,
     ]
-    started = time.perf_counter()
-    peaks = watched([str(word) for word in command])
+    started, words = time.perf_counter(), [str(word) for word in command]
+    peaks = watched(words)
     print(f"{time.perf_counter() - started:.0f} s\n\n{memory_table(peaks)}\n")
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     reported = [round(peak / GIB, 2) for peak in report["peak_memory_bytes"]]
     print(f"peak GiB by the report, of the GPU where there is one: {reported}\n")
     print(parts_table(report))
+    on_gpu = torch.cuda.is_available()
+    most = max(report["peak_memory_bytes"]) if on_gpu else max(own["Pss"] for own in peaks.values())
+    bound = foretold(words[words.index("--ds_config") :], args.ranks, report["rounds"])
+    print(f"\nmemory of a rank: {most / GIB:.2f} GiB, {most / bound:.2f} of what the dry run foretells")
     print(f"\n{compare_rows(model, output)}")
     if SHAPES[args.shape]["model_type"] == "gptj":
         print(compare_repair(model, output))
     print(copy_rate(output / "pruned"))
+    if most > TOLERATED * bound:
+        sys.exit(f"more than {TOLERATED} of it")
 
 
 def parse() -> argparse.Namespace:
@@ -173,6 +180,25 @@ def memory_table(peaks: dict[int, dict[str, int]]) -> str:
     rows = [[str(rank), *(f"{peaks[rank][kind] / GIB:.2f}" for kind in KINDS)] for rank in sorted(peaks)]
     header = ["rank", *KINDS.values()]
     return "\n".join(markdown_table(header, rows))
+
+
+def foretold(flags: list[str], ranks: int, rounds: list[dict[str, int]]) -> float:
+    """Return the bytes of a rank that the dry run tells of a run that kept so many Gram matrices at a time."""
+    dry = [sys.executable, str(ROOT / "launch/prune.py"), "--dry_run", "--world_size", str(ranks), *flags]
+    told = subprocess.run(dry, stdout=subprocess.PIPE, text=True, check=True).stdout
+    peak = size_of(told.partition("peak of a rank: ")[2])
+    kept = max((each.get("gram_matrices", 0) for each in rounds), default=0)
+    if found := re.search(r"one of its Gram matrices at a time: (.*) of .* in the place of (.*), .* to (\d+) t", told):
+        least, whole, matrices = size_of(found[1]), size_of(found[2]), int(found[3])
+        if kept < matrices:
+            return least + (kept - 1) * (whole - least) / (matrices - 1)
+    return peak
+
+
+def size_of(text: str) -> float:
+    """Return the bytes that a text like "1.50 GiB of ..." begins with."""
+    number, unit = text.split()[:2]
+    return float(number.replace(",", "")) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
 
 
 def parts_table(report: dict[str, object]) -> str:

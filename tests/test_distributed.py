@@ -1,5 +1,9 @@
 """The helper that the distributed tests stand on: a rank that fails or hangs is a failed test, not a silent one."""
 
+import os
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -42,3 +46,17 @@ def test_a_rank_that_raises_ends_the_others_and_is_quoted() -> None:
 def test_ranks_that_hang_are_ended() -> None:
     with pytest.raises(AssertionError, match=r"not all ranks came to their end, exit codes \[-15, -15\]"):
         run_ranks(hang, 2, timeout=5)
+
+
+def test_a_port_that_another_run_has_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        place["MASTER_PORT"] = str(port)
+        program = [sys.executable, "-c", "from scale_prune.zero3 import joined\nwith joined(0): pass"]
+        done = subprocess.run(program, env=os.environ | place, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert f"error: port {port}, where the ranks are to meet, is taken on this machine" in done.stderr
+    assert "Traceback" not in done.stderr

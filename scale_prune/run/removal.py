@@ -34,9 +34,9 @@ def remove(run: Run, step: int, *, finished: bool) -> None:
         RuntimeError: masks did not take hold.
     """
     student, pruner = run.student, run.student.pruner
-    with _noted(run):
+    with _noted(run) as note:
         if pruner.pruning:
-            _choose_and_repair(run, step)
+            note["gram_matrices"] = _choose_and_repair(run, step)
             pruner.put_masks_on()
         if finished:
             run.measure("masked")
@@ -45,8 +45,8 @@ def remove(run: Run, step: int, *, finished: bool) -> None:
         run.measure("compacted")
 
 
-def _choose_and_repair(run: Run, step: int) -> None:
-    """Leave the weights repaired and the masks chosen, but not put on."""
+def _choose_and_repair(run: Run, step: int) -> int:
+    """Leave the weights repaired and the masks chosen, but not put on; return how many matrices a rank kept at once."""
     student, pruner, pruning = run.student, run.student.pruner, run.config.pruning
     repairs, chooses = pruning.repair != "none", bool(pruning.rounds)
     criterion = pruner.scoring.criterion
@@ -75,6 +75,7 @@ def _choose_and_repair(run: Run, step: int) -> None:
         for each in again:
             with run.progress.seconds.measure("repair"):
                 _repair(run, each)
+    return max(-(-len(portion) // run.runtime.world_size) for portion in portions)
 
 
 def _repair(run: Run, calibration: Calibration) -> None:
@@ -91,14 +92,14 @@ def _repair(run: Run, calibration: Calibration) -> None:
 
 
 @contextmanager
-def _noted(run: Run) -> Iterator[None]:
-    """Note in the progress what the body leaves and costs, where units leave in rounds."""
+def _noted(run: Run) -> Iterator[dict[str, Any]]:
+    """Note in the progress what the body leaves and costs, and what it says, where units leave in rounds."""
 
     def seconds() -> dict[str, float]:
         return {**run.progress.seconds, **run.student.pruner.seconds}
 
-    before, criterion = seconds(), run.student.pruner.scoring.criterion
-    yield
+    before, criterion, said = seconds(), run.student.pruner.scoring.criterion, dict[str, Any]()
+    yield said
     table = criterion.table.told() if criterion.table is not None else None
     measured = {"redundancy": list(criterion.redundancy), "table": table, "searched": list(criterion.widths)}
     if run.config.pruning.rounds and run.student.pruner.pruning:
@@ -106,7 +107,7 @@ def _noted(run: Run) -> Iterator[None]:
         widths = [group.num_units for group in run.student.groups]
         remaining = remaining_fraction(run.student.groups, widths)
         round_: dict[str, Any] = {"step": run.progress.step, "remaining": remaining, "widths": widths}
-        round_ |= {name: each for name, each in measured.items() if each}
+        round_ |= {name: each for name, each in {**said, **measured}.items() if each}
         round_ |= {"seconds": {part: each for part, each in spent.items() if each and part != "evaluation"}}
         run.progress.rounds.append(round_)
         what = "neurons" if {group.kind for group in run.student.groups} == {"neuron"} else "targets' parameters"

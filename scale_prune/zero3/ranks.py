@@ -53,7 +53,15 @@ def lost_contact(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason, port = " ".join(str(error).split())[:300], os.environ.get("MASTER_PORT", "")
+        if "EADDRINUSE" in reason:  # whose shared memory has this port in its name
+            print(
+                f"error: port {port}, where the ranks are to meet, is taken on this machine, by another run perhaps; "
+                f"give the launcher another one, as in deepspeed --master_port {int(port) + 1}",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(2)
         print(
             f"error: rank {rank} has lost contact with the other ranks, one of which has died or cannot be reached; "
             f"--resume goes on from the newest checkpoint. {reason}",
