@@ -9,6 +9,7 @@ GB for GPT-J's shape. Remove the folder afterwards.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -186,7 +187,8 @@ def foretold(flags: list[str], ranks: int, rounds: list[dict[str, int]]) -> floa
     """Return the bytes of a rank that the dry run tells of a run that kept so many Gram matrices at a time."""
     dry = [sys.executable, str(ROOT / "launch/prune.py"), "--dry_run", "--world_size", str(ranks), *flags]
     told = subprocess.run(dry, stdout=subprocess.PIPE, text=True, check=True).stdout
-    peak = size_of(told.partition("peak of a rank: ")[2])
+    keeps_freed = torch.cuda.is_available() or "MALLOC_MMAP_THRESHOLD_" in os.environ  # as launch/setup.sh sets it
+    peak = size_of(told.partition("peak of a rank: " if keeps_freed else "phases add up; ")[2])
     kept = max((each.get("gram_matrices", 0) for each in rounds), default=0)
     if found := re.search(r"one of its Gram matrices at a time: (.*) of .* in the place of (.*), .* to (\d+) t", told):
         least, whole, matrices = size_of(found[1]), size_of(found[2]), int(found[3])
