@@ -112,7 +112,10 @@ def compaction(path: Path, config: dict[str, Any], output: Path) -> dict[str, An
     again = attach(engine, pruning("magnitude", remaining=0.5, warmup_fraction=0.0), total_steps=2)
     train(engine, again, BLOCKS, 2)
     snapshots["masked again"] = snapshot(engine)
+    hooks, (old,) = len(engine.module._forward_pre_hooks), engine.optimizer.fp16_partitioned_groups_flat
     engine = compact(again, make_engine)
+    assert len(engine.module._forward_pre_hooks) == hooks
+    assert old is None or not old.untyped_storage().nbytes(), "the old weights are still there"
     snapshots["compacted again"] = snapshot(engine)
     keep_training(engine, 0)
     return {

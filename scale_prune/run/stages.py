@@ -1,6 +1,5 @@
 """The stages of a run: prune, compact, recover, export, and load the result again."""
 
-import gc
 from typing import Any
 
 from scale_prune.checkpoint import Checkpoint
@@ -11,7 +10,7 @@ from scale_prune.run.removal import remove
 from scale_prune.run.report import write_kept
 from scale_prune.run.results import results
 from scale_prune.run.run import Run
-from scale_prune.zero3 import inference_engine, load_model, num_parameters, release
+from scale_prune.zero3 import give_back, inference_engine, load_model, num_parameters, release
 
 
 def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def _reload(run: Run) -> int:
     run.student.let_go()
     if run.teacher is not None:
         run.teacher.let_go()
-    gc.collect()
+    give_back()
     folder = run.folder / "pruned"
     # The code of such a folder is ours; a base model's own code runs only where the user trusts it.
     trusted = run.config.output.layout not in ("uniform", "pad") or run.config.training.trust_remote_code

@@ -22,6 +22,7 @@ from scale_prune.zero3 import (
     Zero3Backend,
     check_maskable,
     compact_engine,
+    give_back,
     inference_engine,
     load_model,
     num_parameters,
@@ -131,6 +132,7 @@ class Student:
                 before, self.pruner = self.pruner, self._make_pruner()
                 self.dense.leave_to_next(before)
                 carry_over(before, self.pruner)
+            give_back()
 
     def let_go(self) -> None:
         """Free the memory of the engine; its model cannot be used any more. A collective."""

@@ -1,9 +1,11 @@
 """What every command does around its work: who am I, join the others, and leave them, also where they are gone."""
 
+import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -23,6 +25,14 @@ def own_device() -> tuple[torch.device, int]:
     """Return the device that a rank of this machine computes on, and its free bytes; no other rank is asked."""
     accelerator = get_accelerator()
     return torch.device(accelerator.current_device_name()), int(accelerator.available_memory())
+
+
+def give_back() -> None:
+    """Give the system back what nothing holds any more: engines, which hold themselves, and what glibc keeps."""
+    gc.collect()
+    get_accelerator().empty_cache()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

@@ -55,12 +55,14 @@ def compact_engine(
     slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
     smaller = _smaller_parameters(backend, reduced)
     ds_config = backend.engine._config._param_dict  # `engine.config` may be the path of a file
+    before = _working_copy(backend)
     take_apart(backend)
     compacted = []
     for group in groups:
         own = {member.name: smaller.pop(member.name) for member in group.members}
         compacted.append(set_members(backend.module, group, own, int(masks[group.name].sum())))
     engine = make_engine(backend.module) if make_engine else inference_engine(backend.module, ds_config)
+    _free(before, unless_used_by=backend.module)
     backend.let_go()
     if facts:
         restore(Zero3Backend(engine), facts, lambda kind, name, start, count: slices[kind, name])
@@ -133,7 +135,10 @@ def take_apart(backend: Zero3Backend) -> None:
     """Destroy the engine and leave its model for another one, without what would be in that one's way."""
     if backend.trains:
         _free_state(backend.engine.optimizer)
-    backend.engine.destroy()
+    engine = backend.engine
+    engine.destroy()
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):  # left behind, with the old weights
+        hook.remove()
     _forget_engine(backend.module)
 
 
@@ -152,10 +157,29 @@ def _free_state(sharded_optimizer: Any) -> None:
     masters = sharded_optimizer.fp32_partitioned_groups_flat
     moments = [value for state in sharded_optimizer.optimizer.state.values() for value in state.values()]
     for held in (*masters, *filter(torch.is_tensor, moments), sharded_optimizer.grad_partitions_flat_buffer):
-        # What torch.load has put on the CPU cannot be resized: moments out of a checkpoint of the engine.
-        if held is not None and held.data_ptr() not in working and held.untyped_storage().resizable():
-            held.untyped_storage().resize_(0)
-    sharded_optimizer.optimizer.state.clear()
+        if held is not None and held.data_ptr() not in working:
+            _give_back(held)
+
+
+def _working_copy(backend: Zero3Backend) -> list[Tensor]:
+    """Return what an engine that trains keeps its working copy in."""
+    flats = backend.engine.optimizer.fp16_partitioned_groups_flat if backend.trains else []
+    return [flat for flat in flats if flat is not None]
+
+
+def _free(flats: Sequence[Tensor], unless_used_by: nn.Module) -> None:
+    """Give back an old working copy, which caches of DeepSpeed's classes hold, where a new engine has made its own."""
+    sharded: Any = unless_used_by.parameters()
+    used = {param.ds_tensor.untyped_storage().data_ptr() for param in sharded}
+    for flat in flats:
+        if flat.untyped_storage().data_ptr() not in used:
+            _give_back(flat)
+
+
+def _give_back(held: Tensor) -> None:
+    # What torch.load has put on the CPU cannot be resized: moments out of a checkpoint of the engine.
+    if held.untyped_storage().resizable():
+        held.untyped_storage().resize_(0)
 
 
 def _forget_engine(module: nn.Module) -> None:
