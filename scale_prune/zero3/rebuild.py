@@ -7,7 +7,6 @@ holds its new slices of them in memory between the two engines.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import deepspeed
@@ -21,6 +20,7 @@ from scale_prune.zero3.engine_state import facts_of, kinds_of, restore, trained
 from scale_prune.zero3.runtime import inference_engine
 from scale_prune.zero3.shard import MASTER, Shard
 
+GRADIENTS = "gradients"
 Slices = dict[tuple[str, str], Tensor]
 """This rank's slices by (kind, parameter name)."""
 
@@ -102,12 +102,18 @@ def _reductions(
 
 
 def _reduced_slices(backend: Zero3Backend, kinds: Sequence[str], reduced: Mapping[str, _Reduction]) -> Slices:
-    """Copy this rank's slices of masters and moments to the CPU, cut down to the units that stay."""
+    """Move this rank's slices of masters and moments to the CPU, cut down to the units that stay, a kind at a time.
+
+    So there is never more than while training.
+    """
     slices = {}
-    for name, kind in product(trained(backend), kinds):
-        cut = name in reduced
-        own = _cut_slice(backend, name, kind, reduced[name]) if cut else Shard(backend.parameters[name]).read(kind)
-        slices[kind, name] = own.to("cpu", copy=True)
+    _free_state(backend.engine.optimizer, [GRADIENTS])
+    for kind in kinds:
+        for name in trained(backend):
+            cut = name in reduced
+            own = _cut_slice(backend, name, kind, reduced[name]) if cut else Shard(backend.parameters[name]).read(kind)
+            slices[kind, name] = own.to("cpu", copy=True)
+        _free_state(backend.engine.optimizer, [kind])
     return slices
 
 
@@ -151,13 +157,14 @@ def reading(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[Zero3Backen
     backend.let_go()
 
 
-def _free_state(sharded_optimizer: Any) -> None:
+def _free_state(sharded_optimizer: Any, kinds: Sequence[str] | None = None) -> None:
     """Give back masters, moments and gradients, which `destroy` leaves in memory while anything holds the engine."""
     working = {flat.data_ptr() for flat in sharded_optimizer.fp16_partitioned_groups_flat if flat is not None}
-    masters = sharded_optimizer.fp32_partitioned_groups_flat
-    moments = [value for state in sharded_optimizer.optimizer.state.values() for value in state.values()]
-    for held in (*masters, *filter(torch.is_tensor, moments), sharded_optimizer.grad_partitions_flat_buffer):
-        if held is not None and held.data_ptr() not in working:
+    states = [(MASTER, flat) for flat in sharded_optimizer.fp32_partitioned_groups_flat]
+    states += [item for state in sharded_optimizer.optimizer.state.values() for item in state.items()]
+    for kind, held in (*states, (GRADIENTS, sharded_optimizer.grad_partitions_flat_buffer)):
+        wanted = torch.is_tensor(held) and (kinds is None or kind in kinds)
+        if wanted and held.data_ptr() not in working:
             _give_back(held)
 
 
