@@ -245,7 +245,7 @@ def compare_repair(model: Path, output: Path) -> str:
     kept = json.loads((output / "kept.json").read_text(encoding="utf-8"))
     keep = torch.zeros(h.shape[1], dtype=torch.bool)
     keep[next(own for name, own in kept.items() if name.startswith(f"{first}."))] = True
-    damping = config.pruning.repair_damping * h.square().sum(0).mean()
+    damping = config.pruning.damping_of(h.shape[1] + 1) * h.square().sum(0).mean()
     centered = h - h.mean(0)
     products = centered[:, keep] @ centered[:, keep].T + damping * torch.eye(len(h))
     takeover = centered[:, keep].T @ torch.linalg.solve(products, centered[:, ~keep])

@@ -8,6 +8,7 @@ from memory_backend import InMemoryBackend
 from models import VOCABULARY, tiny_model
 from torch import Tensor
 
+from scale_prune.config import PruningConfig
 from scale_prune.core import UnitGroup
 from scale_prune.core.repair import (
     OUTPUT_DAMPING,
@@ -124,6 +125,20 @@ def test_rounds_keep_the_order_of_the_costs_within_the_matrix() -> None:
     assert (coarse >= 0).all()
 
 
+@pytest.mark.parametrize("tokens", [40, 60])
+def test_few_tokens_repair_other_tokens_better_with_the_usual_damping(tokens: int) -> None:
+    """Of activations that have a few large directions and many small ones."""
+    generator, units = torch.Generator().manual_seed(0), 60
+    directions, _ = torch.linalg.qr(torch.randn(units, units, generator=generator))
+    h = torch.randn(4000 + tokens, units, generator=generator) / torch.arange(1, units + 1) @ directions
+    keep, errors = torch.arange(units) % 2 > 0, []
+    for config in (PruningConfig(calibration_tokens=tokens), PruningConfig(repair_damping=1e-3)):
+        takeover = least_squares(h[:tokens].T @ h[:tokens], keep, config.damping_of(units))
+        errors.append(float((h[tokens:, ~keep] - h[tokens:, keep] @ takeover.float()).square().mean()))
+    assert errors[0] < 0.95 * errors[1]
+    assert PruningConfig(calibration_tokens=20 * units).damping_of(units) == PruningConfig().damping_of(units) == 1e-3
+
+
 def test_mean_repair_keeps_the_mean_of_the_output() -> None:
     h, weight = activations(ones=True), a_weight()
     keep = torch.arange(UNITS) % 2 > 0
@@ -158,7 +173,7 @@ def repair_in_memory(backend: InMemoryBackend, groups: Sequence[UnitGroup], mask
     calibration = Calibration(backend, groups)
     with torch.no_grad(), calibration.watching():
         backend.module(input_ids=ROWS)
-    for index, takeover in takeovers_of(calibration, masks, "least_squares", DAMPING).items():
+    for index, takeover in takeovers_of(calibration, masks, "least_squares", lambda features: DAMPING).items():
         group, keep = groups[index], masks[index]
         member = next(member for member in group.members if member.role == "out")
         weight, bias = backend.parameters[member.name].data, backend.parameters.get(f"{group.output}.bias")

@@ -36,7 +36,7 @@ def repaired(folder: str, repair: str, trains: bool) -> dict[str, Any]:
             engine(input_ids=part, use_cache=False)
     masks = [torch.arange(group.num_units) % 2 > 0 for group in groups]
     if repair != "none":
-        takeovers = takeovers_of(calibration, masks, repair, DAMPING)
+        takeovers = takeovers_of(calibration, masks, repair, lambda features: DAMPING)
         repair_weights(backend, groups, masks, takeovers)
     for group, mask in zip(groups, masks, strict=True):
         backend.mask_working_copy(group, mask)

@@ -127,6 +127,9 @@ class TaskConfig(Settings):
             raise ValueError(f"--label_column belongs to --task classification, not to {self.task}")
 
 
+LEAST_DAMPING, MOST_DAMPING, DAMPING_OF_AS_MANY_TOKENS = 0.001, 0.1, 0.3  # as features
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig(Settings):
     """What is pruned, by which criterion, how fast."""
@@ -198,7 +201,11 @@ class PruningConfig(Settings):
         choices=("least_squares", "mean", "none"),
         otherwise="least_squares where neurons leave in rounds, else none",
     )
-    repair_damping: float = setting("added to the diagonal of Gram matrices, as a fraction of its mean", 1e-3, Range(0))
+    repair_damping: float | None = setting(
+        "added to the diagonal of Gram matrices, as a fraction of its mean",
+        within=Range(0),
+        otherwise=f"{LEAST_DAMPING}, up to {MOST_DAMPING} where calibration_tokens are few for the neurons of a layer",
+    )
     calibration_tokens: int = setting(
         "tokens of the training text that a round sees before it chooses and repairs, over all ranks; whitened factors "
         "are made of as many",
@@ -280,6 +287,16 @@ class PruningConfig(Settings):
     def target_names(self) -> tuple[str, ...]:
         """The targets one by one."""
         return tuple(self.targets.split(","))
+
+    def damping_of(self, features: int) -> float:
+        """Return what is added to the diagonal of a Gram matrix of so many features, as a fraction of its mean.
+
+        Fewer tokens leave more noise in it. The constants are what measured best: benchmarks/repair.md.
+        """
+        if self.repair_damping is not None:
+            return self.repair_damping
+        wanted = DAMPING_OF_AS_MANY_TOKENS * (features / self.calibration_tokens) ** 4
+        return min(max(LEAST_DAMPING, wanted), MOST_DAMPING)
 
     @property
     def linear_targets(self) -> tuple[str, ...]:

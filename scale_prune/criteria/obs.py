@@ -20,5 +20,5 @@ class Obs(Criterion):
 
     def rank_units(self, gram: Tensor, weight: Tensor, block: int) -> Tensor:
         """Return the error that each unit adds when it goes, (N,)."""
-        damping = self.config.repair_damping
+        damping = self.config.damping_of(len(gram))
         return elimination_scores(gram, weight, damping=damping, rounds=ELIMINATION_ROUNDS, block=block)

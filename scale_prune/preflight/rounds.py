@@ -125,8 +125,8 @@ def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> 
     solves = pruning.repair == "least_squares" or "gram" in criterion.needs or whitens
     if pruning.remaining == 1 or not solves or pruning.calibration_tokens >= widest:
         return ""
+    damping = f"{pruning.damping_of(widest):.3g}"
     return (
         f"--calibration_tokens {pruning.calibration_tokens} are fewer than the {widest} numbers a token whose products "
-        f"are solved for, so "
-        f"--repair_damping {pruning.repair_damping} decides as much as the text; a few times {widest} are better"
+        f"are solved for, so --repair_damping {damping} decides as much as the text; a few times {widest} are better"
     )

@@ -230,14 +230,16 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor, 
     return scores
 
 
-def takeovers_of(calibration: Calibration, masks: Sequence[Tensor], repair: str, damping: float) -> dict[int, Tensor]:
+def takeovers_of(
+    calibration: Calibration, masks: Sequence[Tensor], repair: str, damping_of: Callable[[int], float]
+) -> dict[int, Tensor]:
     """Solve for what the units that stay take over, in the groups that this rank keeps. A collective.
 
     Args:
         calibration: with Gram matrices.
         masks: (N,) bool a group, True = stays.
         repair: "least_squares", or "mean" where the projections have biases.
-        damping: of `least_squares`.
+        damping_of: of `least_squares`, by the features of the matrix.
 
     Returns:
         (K, P) or (K + 1, P) by number of the group, of K features that stay and P that go.
@@ -248,7 +250,7 @@ def takeovers_of(calibration: Calibration, masks: Sequence[Tensor], repair: str,
 
     def solve(index: int, gram: Tensor) -> Tensor:
         keep = calibration.groups[index].by_feature(masks[index])
-        return mean_takeover(gram, keep) if repair == "mean" else least_squares(gram, keep, damping)
+        return mean_takeover(gram, keep) if repair == "mean" else least_squares(gram, keep, damping_of(len(gram)))
 
     return _solved(calibration, solve, [index for index in calibration.grams if not masks[index].all()])
 

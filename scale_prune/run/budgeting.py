@@ -57,7 +57,7 @@ class Trials:
             self._solved.clear()
         new = [index for index, key in wanted.items() if key not in self._solved]
         asked = [mask if index in new else torch.ones_like(mask) for index, mask in enumerate(masks)]
-        solved = takeovers_of(self.calibration, asked, str(pruning.repair), pruning.repair_damping)
+        solved = takeovers_of(self.calibration, asked, str(pruning.repair), pruning.damping_of)
         self._solved |= {wanted[index]: solved.get(index) for index in new}
         found = {index: self._solved[key] for index, key in wanted.items()}
         return {index: takeover for index, takeover in found.items() if takeover is not None}

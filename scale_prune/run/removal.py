@@ -85,7 +85,7 @@ def _repair(run: Run, calibration: Calibration) -> None:
         masks = [
             mask if index in together else torch.ones_like(mask) for index, mask in enumerate(student.pruner.masks)
         ]
-        takeovers = takeovers_of(calibration, masks, str(pruning.repair), pruning.repair_damping)
+        takeovers = takeovers_of(calibration, masks, str(pruning.repair), pruning.damping_of)
         repair_weights(student.backend, student.groups, masks, takeovers)
         for index in together:
             calibration.grams.pop(index, None)

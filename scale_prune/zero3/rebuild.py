@@ -57,16 +57,13 @@ def compact_engine(
     ds_config = backend.engine._config._param_dict  # `engine.config` may be the path of a file
     before = _working_copy(backend)
     take_apart(backend)
-    compacted = []
-    for group in groups:
-        own = {member.name: smaller.pop(member.name) for member in group.members}
-        compacted.append(set_members(backend.module, group, own, int(masks[group.name].sum())))
+    compacted = tuple(_narrowed(backend, group, smaller, int(masks[group.name].sum())) for group in groups)
     engine = make_engine(backend.module) if make_engine else inference_engine(backend.module, ds_config)
     _free(before, unless_used_by=backend.module)
     backend.let_go()
     if facts:
         restore(Zero3Backend(engine), facts, lambda kind, name, start, count: slices[kind, name])
-    return engine, tuple(compacted)
+    return engine, compacted
 
 
 @dataclass(frozen=True)
@@ -135,6 +132,11 @@ def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, _Reduction]
         param.convert_to_zero_parameters(param_list=[small])
         smaller[name] = small
     return smaller
+
+
+def _narrowed(backend: Zero3Backend, group: UnitGroup, smaller: dict[str, nn.Parameter], num_units: int) -> UnitGroup:
+    own = {member.name: smaller.pop(member.name) for member in group.members}
+    return set_members(backend.module, group, own, num_units)
 
 
 def take_apart(backend: Zero3Backend) -> None:
