@@ -90,10 +90,13 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     most = max(report["peak_memory_bytes"]) if on_gpu else max(own["Pss"] for own in peaks.values())
     bound = foretold(words[words.index("--ds_config") :], args.ranks, report["rounds"])
+    resident = max(own["VmHWM"] for own in peaks.values())
     print(f"\nmemory of a rank: {most / GIB:.2f} GiB, {most / bound:.2f} of what the dry run foretells")
-    print(f"\n{compare_rows(model, output)}")
-    if SHAPES[args.shape]["model_type"] == "gptj":
-        print(compare_repair(model, output))
+    print(f"between the looks, by the kernel: {resident / GIB:.2f} GiB, {resident / bound:.2f} of it")
+    if not report["steps"]:  # weights that were trained are compared with nothing
+        print(f"\n{compare_rows(model, output)}")
+        if SHAPES[args.shape]["model_type"] == "gptj":
+            print(compare_repair(model, output))
     print(copy_rate(output / "pruned"))
     if most > TOLERATED * bound:
         sys.exit(f"more than {TOLERATED} of it")
