@@ -199,7 +199,7 @@ def test_the_smaller_engine_goes_on_where_the_masked_one_was(
 
 # What no other test has on ranks; GPT-NeoX, OPT, ELECTRA and relatives of Llama are only among all, which take 80 s.
 SOME_FAMILIES = ("gemma3_text", "apertus", "phi", "gpt_bigcode", "codegen", "falcon")
-GROUPED = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+GROUPED = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def family_pruned(path: Path, output: Path) -> dict[str, Any]:
