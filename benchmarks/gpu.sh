@@ -49,7 +49,7 @@ prune fp16 30 --ds_config zero3_fp16 "${small[@]}" --max_steps 20 --criterion gu
 
 # GPT-Neo-1.3B's shape, pruned and repaired without training, and the memory that the dry run says.
 shape=(--max_steps 0 --block_size 1024 --train_batch_size 2 --calibration_tokens 32768 --eval_tokens 8192)
-part scale 140 python3 benchmarks/scale.py --work "$work/scale" --shape gpt-neo-1.3b --ranks 1 --ds_config zero3 \
+part scale 170 python3 benchmarks/scale.py --work "$work/scale" --shape gpt-neo-1.3b --ranks 1 --ds_config zero3 \
     --tokenizer "$work/text/untrained" --train_file "$work/text/train.jsonl" \
     --validation_file "$work/text/validation.jsonl" -- "${shape[@]}"
 part dry_run 30 python3 launch/prune.py --dry_run --world_size 1 --ds_config zero3 --precision bf16 \

@@ -99,8 +99,9 @@ def compaction(path: Path, config: dict[str, Any], output: Path) -> dict[str, An
     engine, pruner = start(path, config, settings)
     train(engine, pruner, BLOCKS, STEPS)
     assert torch.equal(logits(engine), snapshots["masked"]["logits"])
-    states = held_state(engine)
+    states, moments = held_state(engine), engine.optimizer.optimizer.state
     engine = compact(pruner, make_engine)
+    assert not moments, "what a checkpoint has brought cannot be resized, and is still there"
     assert [tensor.untyped_storage().nbytes() for tensor in states] == [0] * len(states)
     groups = unit_groups(engine.module)
     snapshots["compacted"] = snapshot(engine)

@@ -127,7 +127,8 @@ class TaskConfig(Settings):
             raise ValueError(f"--label_column belongs to --task classification, not to {self.task}")
 
 
-LEAST_DAMPING, MOST_DAMPING, DAMPING_OF_AS_MANY_TOKENS = 0.001, 0.1, 0.3  # as features
+LEAST_DAMPING, MOST_DAMPING = 0.001, 0.1
+DAMPING_AT_PAR = 0.3  # with as many tokens as features, were there no bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +296,7 @@ class PruningConfig(Settings):
         """
         if self.repair_damping is not None:
             return self.repair_damping
-        wanted = DAMPING_OF_AS_MANY_TOKENS * (features / self.calibration_tokens) ** 4
+        wanted = DAMPING_AT_PAR * (features / self.calibration_tokens) ** 4
         return min(max(LEAST_DAMPING, wanted), MOST_DAMPING)
 
     @property

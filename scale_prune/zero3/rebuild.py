@@ -21,6 +21,7 @@ from scale_prune.zero3.runtime import inference_engine
 from scale_prune.zero3.shard import MASTER, Shard
 
 GRADIENTS = "gradients"
+"""The kind of an engine's averaged gradients, which are freed and never carried over."""
 Slices = dict[tuple[str, str], Tensor]
 """This rank's slices by (kind, parameter name)."""
 
@@ -135,17 +136,20 @@ def _smaller_parameters(backend: Zero3Backend, reduced: Mapping[str, _Reduction]
 
 
 def _narrowed(backend: Zero3Backend, group: UnitGroup, smaller: dict[str, nn.Parameter], num_units: int) -> UnitGroup:
+    """Put a group's smaller parameters into the model, out of `smaller`; return the group as it is then."""
     own = {member.name: smaller.pop(member.name) for member in group.members}
     return set_members(backend.module, group, own, num_units)
 
 
 def take_apart(backend: Zero3Backend) -> None:
     """Destroy the engine and leave its model for another one, without what would be in that one's way."""
-    if backend.trains:
-        _free_state(backend.engine.optimizer)
     engine = backend.engine
+    if backend.trains:
+        _free_state(engine.optimizer)
+        engine.optimizer.optimizer.state.clear()  # what could not be resized
     engine.destroy()
-    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):  # left behind, with the old weights
+    left_behind = engine.module_forward_pre_hook, engine.module_forward_post_hook
+    for hook in filter(None, left_behind):
         hook.remove()
     _forget_engine(backend.module)
 
@@ -186,6 +190,7 @@ def _free(flats: Sequence[Tensor], unless_used_by: nn.Module) -> None:
 
 
 def _give_back(held: Tensor) -> None:
+    """Free a tensor's memory, whoever holds the tensor."""
     # What torch.load has put on the CPU cannot be resized: moments out of a checkpoint of the engine.
     if held.untyped_storage().resizable():
         held.untyped_storage().resize_(0)
