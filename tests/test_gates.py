@@ -14,6 +14,7 @@ from scale_prune.core.groups import remaining_fraction
 from scale_prune.criteria import CRITERIA, GatedCriterion
 from scale_prune.criteria.flop import Flop
 from scale_prune.data.batches import training_batches
+from scale_prune.models import recompute_in_training
 from scale_prune.models.gates import Gates
 from scale_prune.pruning.pruner import Pruner
 
@@ -212,7 +213,7 @@ def test_a_recomputed_forward_has_the_same_gates(criterion: str) -> None:
         pruner = start(criterion, warmup_fraction=0.0)
         model: Any = pruner.backend.module
         if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_in_training(model)
         model.train()
         loss = model(tokens(), labels=tokens(), use_cache=False).loss
         loss.backward()

@@ -11,9 +11,8 @@ from models import VOCABULARY
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scale_prune.models import unit_groups
+from scale_prune.models import recompute_in_training, recomputing, unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
-from scale_prune.run.calibrating import recomputing
 from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, repair_weights, training_engine
 
 DAMPING, ROWS = 1e-3, 12
@@ -50,7 +49,7 @@ def there_and_back(folder: str, trains: bool, checkpointing: bool) -> tuple[dict
     config = ds_config()
     model = load_model(folder, config)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_in_training(model)
     engine = training_engine(model, config) if trains else inference_engine(model, config)
     backend = Zero3Backend(engine)
     calibration, runs = Calibration(backend, unit_groups(engine.module)), list[None]()

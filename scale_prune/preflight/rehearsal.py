@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from scale_prune.models import auto_model, classifies
+from scale_prune.models import auto_model, classifies, recompute_in_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _built(
         model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
     model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_in_training(model)
     return model
 
 

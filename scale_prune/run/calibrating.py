@@ -1,19 +1,15 @@
 """The calibration text, and a model that reads it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scale_prune.data import Inputs
-from scale_prune.models import linear_inputs
+from scale_prune.models import linear_inputs, recomputing
 from scale_prune.pruning import Calibration, roots_of
 from scale_prune.tasks import MicroBatch, Task
 from scale_prune.zero3 import reading
@@ -23,26 +19,6 @@ def calibration_text(engine: Any, inputs: Inputs, task: Task) -> Iterator[MicroB
     """Yield this rank's part of the text that every round is calibrated on: that of the first steps."""
     for step in islice(task.steps(engine.gradient_accumulation_steps(), 0), inputs.calibration_steps):
         yield from step.micro_batches
-
-
-@contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
-    """Let the layers that checkpoint their activations do so in evaluation too, where there is no dropout.
-
-    What is run in the body is recomputed in its backward pass, wherever that is.
-    """
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and not layer.training
-    ]
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @torch.no_grad()

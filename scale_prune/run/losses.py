@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from scale_prune.criteria import KL_WEIGHT
-from scale_prune.run.calibrating import recomputing
+from scale_prune.models import recomputing
+from scale_prune.run.calibrating import calibration_text
 from scale_prune.run.run import Run
 from scale_prune.tasks import MicroBatch
 from scale_prune.zero3 import gradients_finite
@@ -48,6 +49,20 @@ def _teacher_logits(run: Run, inputs: dict[str, Tensor]) -> Tensor | None:
         return None
     with run.progress.seconds.measure("teacher"):
         return run.teacher.logits({**inputs, **run.task.options, "labels": None})
+
+
+def observe_gradients(run: Run) -> None:
+    """Let the criterion see the gradients of the calibration text, of which no step follows. A collective."""
+    engine, pruner = run.student.engine, run.student.pruner
+    engine.train()
+    engine.module.eval()  # no dropout
+    for micro_batch in calibration_text(engine, run.inputs, run.task):
+        with recomputing(engine.module):
+            loss = loss_of(run, micro_batch)
+        engine.backward(loss)
+        pruner.after_backward()
+        engine.step()
+        pruner.after_step()
 
 
 def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:

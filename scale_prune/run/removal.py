@@ -14,8 +14,8 @@ from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
 from scale_prune.run.budgeting import TABLE, Trials, keep_in_time, measure_levels, search_widths
-from scale_prune.run.calibrating import calibration_text, read_back, read_text, recomputing
-from scale_prune.run.losses import loss_of
+from scale_prune.run.calibrating import read_back, read_text
+from scale_prune.run.losses import observe_gradients
 from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
 from scale_prune.zero3 import repair_weights, write_working_copy
@@ -52,7 +52,7 @@ def _choose_and_repair(run: Run, step: int) -> int:
     criterion = pruner.scoring.criterion
     needs = criterion.needs
     if chooses and not run.config.training.max_steps and learns_from_gradients(criterion):
-        _observe_gradients(run)
+        observe_gradients(run)
     first = run.progress.rounds[0] if run.progress.rounds else {}  # what it has measured holds in all rounds
     criterion.redundancy = first.get("redundancy", ())
     criterion.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
@@ -185,17 +185,3 @@ def _readings(
         if portion is not portions[-1]:
             calibration.grams.clear()
             calibration.output_grams.clear()
-
-
-def _observe_gradients(run: Run) -> None:
-    """Let the criterion see the gradients of the calibration text, of which no step follows. A collective."""
-    engine, pruner = run.student.engine, run.student.pruner
-    engine.train()
-    engine.module.eval()  # no dropout
-    for micro_batch in calibration_text(engine, run.inputs, run.task):
-        with recomputing(engine.module):
-            loss = loss_of(run, micro_batch)
-        engine.backward(loss)
-        pruner.after_backward()
-        engine.step()
-        pruner.after_step()

@@ -12,7 +12,7 @@ from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, learns_from_gradients
 from scale_prune.data import Inputs
 from scale_prune.export import plainest
-from scale_prune.models import stored_groups
+from scale_prune.models import recompute_in_training, stored_groups
 from scale_prune.pruning import DenseUnits, Pruner, carry_over, removes_components
 from scale_prune.run.calibrating import whitening_roots
 from scale_prune.system import Seconds
@@ -61,7 +61,7 @@ class Student:
             with reading(model, inputs.ds_config) as backend:
                 self.measured_dense = task.measure(backend.engine, thorough=True)
         if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_in_training(model)
         self._inputs = inputs
         self.generation_config = getattr(model, "generation_config", None)
         self.dense_parameters = num_parameters(model)
