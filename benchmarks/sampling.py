@@ -34,11 +34,12 @@ def main() -> None:
     layers = activations(args)
     samples: dict[str, Score] = {f"{tokens:,} tokens": similar_in(tokens) for tokens in FEWER_TOKENS}
     samples |= {f"compared with one of {part} units": similar_to(part) for part in FEWER_UNITS}
-    rows = [told("similarity", name, [(similarity(h), score(h)) for h, _ in layers]) for name, score in samples.items()]
+    exact = [similarity(h) for h, _ in layers]
+    rows = [told("similarity", name, exact, [score(h) for h, _ in layers]) for name, score in samples.items()]
     exact = [second_order(h, weight) for h, weight in layers]
     for tokens in FEWER_TOKENS:
         fewer = [second_order(some_tokens(h, tokens), weight) for h, weight in layers]
-        rows.append(told("obs", f"{tokens:,} tokens", list(zip(exact, fewer, strict=True))))
+        rows.append(told("obs", f"{tokens:,} tokens", exact, fewer))
     print("\n".join(markdown_table(["score", "by", "mean", "least"], rows, texts=2)))
 
     wide = torch.randn(1024, args.wide)
@@ -103,8 +104,8 @@ def second_order(h: Tensor, weight: Tensor) -> Tensor:
     return elimination_scores(gram, weight, damping=DAMPING, rounds=ROUNDS)
 
 
-def told(score: str, name: str, pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
-    found = [float(spearmanr(whole, sampled).statistic) for whole, sampled in pairs]
+def told(score: str, name: str, exact: list[Tensor], sampled: list[Tensor]) -> list[str]:
+    found = [float(spearmanr(whole, some).statistic) for whole, some in zip(exact, sampled, strict=True)]
     return [score, name, f"{sum(found) / len(found):.3f}", f"{min(found):.3f}"]
 
 
