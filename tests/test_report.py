@@ -3,11 +3,15 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
+from scale_prune.run.quality import Quality
 from scale_prune.run.report import as_markdown, tenths, write_report
+from scale_prune.system import Seconds
+from scale_prune.tasks import Measured
 
 
 def report(exported: float) -> dict[str, Any]:
@@ -92,3 +96,29 @@ def test_tenths_are_means_of_consecutive_parts() -> None:
     assert tenths([]) == []
     assert tenths([3.0, 1.0]) == [3.0, 1.0]
     assert tenths([float(step) for step in range(40)]) == [1.5 + 4 * part for part in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "exported", "agrees"),
+    [
+        (None, 20.01, True),
+        (None, 20.1, False),
+        ("bf16", 20.1, True),  # a model cut to half without repair, padded: 57,214 and 56,907
+        ("bf16", 22.0, False),
+        ("fp16", 20.1, True),
+        ("fp16", 20.5, False),
+    ],
+)
+def test_another_model_than_the_one_that_was_written_is_an_error(
+    precision: str | None, exported: float, agrees: bool
+) -> None:
+    ds_config = {} if precision is None else {precision: {"enabled": True}}
+    task: Any = SimpleNamespace(inputs=SimpleNamespace(ds_config=ds_config))
+    monitor: Any = None
+    quality = Quality(task, monitor, Seconds())
+    quality.stages = {"compacted": Measured(perplexity=20.0), "exported": Measured(perplexity=exported)}
+    if agrees:
+        quality.check_exported(Path("pruned"))
+    else:
+        with pytest.raises(RuntimeError, match="perplexity"):
+            quality.check_exported(Path("pruned"))

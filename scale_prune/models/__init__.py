@@ -15,4 +15,4 @@ from scale_prune.models.families import (
 )
 from scale_prune.models.gates import Gates
 from scale_prune.models.layer_units import head_size, linear_inputs, linear_names, stored_groups, unit_groups
-from scale_prune.models.recomputing import recompute_in_training, recomputing
+from scale_prune.models.recompute import recompute_in_training, recomputing
