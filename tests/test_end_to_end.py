@@ -59,6 +59,8 @@ def finished(work: Path) -> Path:
     output = finish(process)
     assert process.returncode == 0, output
     assert output.count("(dense)") == 1, "only rank 0 speaks"
+    warnings = {line for line in output.splitlines() if "warning" in line.lower()}
+    assert all("hostfile" in line for line in warnings), "somebody warns of what nobody can change"
     words: Any = process.args
     port = words[words.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))

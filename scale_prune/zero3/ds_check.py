@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,12 +25,25 @@ from scale_prune.config import get
 OF_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
 
 
+def quieten() -> None:
+    """Leave warnings and errors, drop DeepSpeed's chatter and torch's notes on collectives that DeepSpeed calls."""
+    chatter = logging.getLogger("DeepSpeed")
+    chatter.setLevel(logging.WARNING)
+    chatter.addFilter(_is_news)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "before it has started" not in record.getMessage()  # said of every scheduler that is made
+
+
 def check(ds_config: dict[str, Any]) -> None:
     """Refuse a complete ds_config that DeepSpeed, the optimizer or the scheduler would not take.
 
     Raises:
         ValueError: one of them would not; the message says which, and why.
     """
+    quieten()
     _check_optimizer(ds_config)
     _check_scheduler(ds_config)
     # Without the total, which is for all ranks: before they have met, DeepSpeed knows of one.

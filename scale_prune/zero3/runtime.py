@@ -1,11 +1,9 @@
 """Processes, engines and models under DeepSpeed."""
 
 import copy
-import logging
 import os
 import resource
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,7 +16,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from scale_prune.zero3.ds_check import refusal
+from scale_prune.zero3.ds_check import quieten, refusal
 
 KIBIBYTE = 1024
 LEAVING_SECONDS = 10.0
@@ -39,7 +37,7 @@ class Runtime:
         Args:
             timeout: seconds that a rank waits for the others in a collective before it fails.
         """
-        _quieten()
+        quieten()
         if "RANK" not in os.environ:
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
             os.environ.update(alone)
@@ -187,11 +185,3 @@ def release(engine: deepspeed.DeepSpeedEngine) -> None:
         param.ds_tensor.data = param.ds_tensor.new_empty(0)
         param.data = param.data.new_empty(0)
     engine.destroy()
-
-
-def _quieten() -> None:
-    """Leave warnings and errors, drop DeepSpeed's chatter and torch's notes on collectives that DeepSpeed calls."""
-    chatter = logging.getLogger("DeepSpeed")
-    chatter.setLevel(logging.WARNING)
-    chatter.addFilter(lambda record: "before it has started" not in record.getMessage())  # at every start of an engine
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
