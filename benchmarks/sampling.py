@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scale_prune.core.repair import elimination_scores
+from scale_prune.core.similarity import similarity_of_live
 from scale_prune.models import unit_groups
 from scale_prune.system import markdown_table, versions
 
@@ -81,10 +82,15 @@ def some_tokens(h: Tensor, tokens: int) -> Tensor:
     return h[torch.randperm(len(h))[:tokens]]
 
 
-def similarity(h: Tensor, others: Tensor | None = None) -> Tensor:
-    """Return (N,) the mean absolute cosine to the other units, all or some of them."""
+def similarity(h: Tensor) -> Tensor:
+    """Return (N,) the mean absolute cosine to all other units."""
+    num_units = h.shape[1]
+    return similarity_of_live(h.float(), torch.ones(num_units, dtype=torch.bool), 0, num_units)
+
+
+def similarity_to(others: Tensor, h: Tensor) -> Tensor:
+    """Return (N,) the mean absolute cosine to some of the units."""
     unit = torch.nn.functional.normalize(h.float(), dim=0)
-    others = torch.arange(unit.shape[1]) if others is None else others
     cosines = (unit[:, others].T @ unit).abs()
     cosines[torch.arange(len(others)), others] = 0.0
     return cosines.mean(0)
@@ -95,7 +101,7 @@ def similar_in(tokens: int) -> Score:
 
 
 def similar_to(part: int) -> Score:
-    return lambda h: similarity(h, torch.randperm(h.shape[1])[: h.shape[1] // part])
+    return lambda h: similarity_to(torch.randperm(h.shape[1])[: h.shape[1] // part], h)
 
 
 def second_order(h: Tensor, weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     python benchmarks/train_base.py --train_file wikitext2_train.txt.gz --validation_file wikitext2_validation.txt.gz \
         --output_dir base-6m --epochs 8
 
-About 5 minutes an epoch on two cores with bfloat16 arithmetic. Restartable: every epoch ends with a checkpoint and the
+5 to 12 minutes an epoch on two cores with bfloat16 arithmetic. Restartable: every epoch ends with a checkpoint and the
 same command goes on from the newest one.
 """
 

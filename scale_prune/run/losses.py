@@ -1,4 +1,4 @@
-"""The loss of a step: of the labels, of a teacher's logits, and over all ranks."""
+"""The loss of a step: of the labels, of a teacher's logits, and over all ranks; and gradients that no step follows."""
 
 import math
 

@@ -2,9 +2,7 @@
 
 import inspect
 import json
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,21 +18,10 @@ from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
 from scale_prune.config import get
+from scale_prune.zero3.quiet import quieten
 
 # What DeepSpeed takes out of the parameters of Adam before it makes one.
 OF_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
-
-
-def quieten() -> None:
-    """Leave warnings and errors, drop DeepSpeed's chatter and torch's notes on collectives that DeepSpeed calls."""
-    chatter = logging.getLogger("DeepSpeed")
-    chatter.setLevel(logging.WARNING)
-    chatter.addFilter(_is_news)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "before it has started" not in record.getMessage()  # said of every scheduler that is made
 
 
 def check(ds_config: dict[str, Any]) -> None:

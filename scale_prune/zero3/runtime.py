@@ -16,7 +16,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from scale_prune.zero3.ds_check import quieten, refusal
+from scale_prune.zero3.ds_check import refusal
+from scale_prune.zero3.quiet import quieten
 
 KIBIBYTE = 1024
 LEAVING_SECONDS = 10.0
