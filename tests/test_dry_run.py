@@ -115,6 +115,28 @@ def test_the_time_follows_from_measured_passes(
     assert ("5 steps after" in seconds) == ("recovery_steps" in settings)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "checkpointing", "part", "forwards"),
+    [("obs", {}, "calibration", 1), ("kfac", {}, "calibration", 0), ("fisher", {}, "gradients", 0)]
+    + [("fisher", {"recovery_steps": 5}, "gradients", 1)],  # what is trained later keeps activations; a round never does
+)
+def test_the_time_of_a_round_is_that_of_its_passes(
+    criterion: str,
+    checkpointing: dict[str, Any],
+    part: str,
+    forwards: int,
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"criterion": criterion, "max_steps": 0, "calibration_tokens": 64 * 500, **checkpointing}
+    assert dry(work, measure=True, world_size=2, **settings) == (0, [])
+    printed = capsys.readouterr().out
+    forward, both = map(float, re.findall(r": ([\d.e-]+) s a forward pass, ([\d.e-]+) s with", printed)[0])
+    seconds = {name: float(spent) for name, spent in rows(printed, "| what takes time |")}
+    a_pass = forwards * forward + (criterion != "obs") * both
+    assert seconds[f"1 rounds, {part}, passes"] == pytest.approx(500 * a_pass, abs=0.06, rel=0.01)
+
+
 def test_a_model_too_large_to_measure_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "own_device", lambda: (torch.device("cpu"), 1000))
     code, (error,) = dry(work, measure=True)
