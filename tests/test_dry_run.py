@@ -117,8 +117,12 @@ def test_the_time_follows_from_measured_passes(
 
 @pytest.mark.parametrize(
     ("criterion", "checkpointing", "part", "forwards"),
-    [("obs", {}, "calibration", 1), ("kfac", {}, "calibration", 0), ("fisher", {}, "gradients", 0)]
-    + [("fisher", {"recovery_steps": 5}, "gradients", 1)],  # what is trained later keeps activations; a round never does
+    [
+        ("obs", {}, "calibration", 1),
+        ("kfac", {}, "calibration", 0),
+        ("fisher", {}, "gradients", 0),
+        ("fisher", {"recovery_steps": 5}, "gradients", 1),  # steps keep their activations, a round never does
+    ],
 )
 def test_the_time_of_a_round_is_that_of_its_passes(
     criterion: str,
