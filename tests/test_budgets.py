@@ -78,8 +78,19 @@ def test_levels_are_eighths_and_of_few_units_all() -> None:
 def test_a_table_is_read_back_as_it_was() -> None:
     assert LevelTable.from_told(json.loads(json.dumps(a_table().told()))) == a_table()
     broken: list[Any] = [[], {"a": {}}, {"a": {"cost": 1, "kept": [1], "loss": []}}]
+    broken += [{"a": {"cost": 1, "kept": [1], "loss": ["0"]}}, {"a": {"cost": 1.0, "kept": [1], "loss": [0.0]}}]
     for told in broken:
         with pytest.raises(ValueError, match="no table of levels"):
+            LevelTable.from_told(told)
+
+
+def test_losses_that_are_not_finite_are_refused() -> None:
+    told = a_table().told()
+    name = min(told)
+    for unknown in (float("nan"), float("inf")):
+        told[name]["loss"][1] = unknown
+        message = rf"with {told[name]['kept'][1]} of the \d+ units of {name} predictions are not finite; give --repair"
+        with pytest.raises(ValueError, match=message):
             LevelTable.from_told(told)
 
 

@@ -47,6 +47,19 @@ class LevelTable:
     kept: tuple[tuple[int, ...], ...]
     losses: tuple[tuple[float, ...], ...]
 
+    def __post_init__(self) -> None:
+        """Refuse losses that cannot be compared.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        for name, kept, losses in zip(self.names, self.kept, self.losses, strict=True):
+            if unknown := [level for level, loss in zip(kept, losses, strict=False) if not math.isfinite(loss)]:
+                raise ValueError(
+                    f"with {unknown[0]} of the {kept[-1]} units of {name} predictions are not finite; give --repair "
+                    "least_squares, --precision fp32 or bf16, or another --budget"
+                )
+
     @classmethod
     def of(cls, groups: Sequence[UnitGroup], losses: Sequence[Sequence[float]]) -> Self:
         """Return the table of groups, of which each has the losses of its `levels_of`."""
@@ -77,9 +90,8 @@ class LevelTable:
         if any(len(own) != len(each) or not own for own, each in zip(table.kept, table.losses, strict=True)):
             raise ValueError("it is no table of levels: a group has not as many losses as levels")
         whole = [*table.costs, *(level for own in table.kept for level in own)]
-        losses_are_numbers = all(type(loss) in (int, float) for own in table.losses for loss in own)
-        if any(type(number) is not int or number < 1 for number in whole) or not losses_are_numbers:
-            raise ValueError("it is no table of levels: costs and levels are whole numbers from 1 on, losses numbers")
+        if any(type(number) is not int or number < 1 for number in whole):
+            raise ValueError("it is no table of levels: costs and levels are whole numbers from 1 on")
         return table
 
     @property
