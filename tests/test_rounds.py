@@ -1,7 +1,10 @@
 """Units that leave in rounds, and pruning without training, through the command on real ranks."""
 
+import gc
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from test_resume import assert_same_run, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scale_prune.pruning import Calibration
 from scale_prune.zero3 import Runtime
 
 pytestmark = pytest.mark.distributed
@@ -76,9 +80,23 @@ def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion:
     assert perplexity["compacted"] == pytest.approx(perplexity["exported"], rel=1e-5)
 
 
+class OnlyOne(Calibration):
+    """Sees to it that the matrices of earlier readings are gone."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        earlier = [each for each in gc.get_objects() if isinstance(each, Calibration) and each is not self]
+        assert not any(each.grams or each.output_grams for each in earlier), "matrices of two portions at a time"
+        with super().watching():
+            yield
+
+
 def outcome_in_little_memory(flags: list[str]) -> tuple[int, str]:
     """Run where a rank has room for one Gram matrix at a time."""
-    with patch.object(Runtime, "free_memory", lambda runtime: 0):
+    with (
+        patch.object(Runtime, "free_memory", lambda runtime: 0),
+        patch("scale_prune.run.removal.Calibration", OnlyOne),
+    ):
         return outcome(flags)
 
 

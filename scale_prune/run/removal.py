@@ -71,7 +71,9 @@ def _choose_and_repair(run: Run, step: int) -> int:
     if chooses:
         choose(pruner, step)
     if repairs:
-        again = [calibration] if calibration is not None and len(portions) == 1 else _readings(run, portions)
+        if len(portions) > 1:
+            calibration = None  # whose last portion of matrices makes room for the first
+        again = [calibration] if calibration is not None else _readings(run, portions)
         for each in again:
             with run.progress.seconds.measure("repair"):
                 _repair(run, each)
