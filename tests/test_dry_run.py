@@ -116,7 +116,7 @@ def test_the_time_follows_from_measured_passes(
 
 
 @pytest.mark.parametrize(
-    ("criterion", "checkpointing", "part", "forwards"),
+    ("criterion", "more", "part", "forwards"),
     [
         ("obs", {}, "calibration", 1),
         ("kfac", {}, "calibration", 0),
@@ -126,13 +126,13 @@ def test_the_time_follows_from_measured_passes(
 )
 def test_the_time_of_a_round_is_that_of_its_passes(
     criterion: str,
-    checkpointing: dict[str, Any],
+    more: dict[str, Any],
     part: str,
     forwards: int,
     work: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = {"criterion": criterion, "max_steps": 0, "calibration_tokens": 64 * 500, **checkpointing}
+    settings = {"criterion": criterion, "max_steps": 0, "calibration_tokens": 64 * 500, **more}
     assert dry(work, measure=True, world_size=2, **settings) == (0, [])
     printed = capsys.readouterr().out
     forward, both = map(float, re.findall(r": ([\d.e-]+) s a forward pass, ([\d.e-]+) s with", printed)[0])
