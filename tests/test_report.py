@@ -105,6 +105,7 @@ def test_tenths_are_means_of_consecutive_parts() -> None:
         (20.0, 20.01, 20.1, False),
         (55985.5, 57214.4, 56907.4, True),  # cut to half without repair, in bf16, padded
         (55985.5, 57214.4, 60907.4, False),
+        (20.0, 30.0, 35.0, False),  # however far apart masked and compacted are
     ],
 )
 def test_another_model_than_the_one_that_was_written_is_an_error(
