@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from scale_prune.run.figure import draw, stairs
 from scale_prune.run.quality import Quality
 from scale_prune.run.report import as_markdown, tenths, write_report
 from scale_prune.system import Seconds
@@ -120,3 +121,13 @@ def test_another_model_than_the_one_that_was_written_is_an_error(
     else:
         with pytest.raises(RuntimeError, match="perplexity"):
             quality.check_exported(Path("pruned"))
+
+
+def test_what_leaves_in_rounds_is_drawn_as_stairs(tmp_path: Path) -> None:
+    measured = [(0, 1.0, 30.0), (8, 0.5, 40.0), (10, 0.5, 35.0)]
+    history = [{"step": step, "remaining": left, "perplexity": found} for step, left, found in measured]
+    rounds = [{"step": step, "remaining": left} for step, left in ((4, 0.75), (8, 0.5))]
+    drawn = report(21.0) | {"history": history, "rounds": rounds}
+    assert stairs(drawn) == ([0, 4, 8, 8, 10], [100, 75, 50, 50, 50])
+    draw(tmp_path, drawn)
+    assert (tmp_path / "report.png").stat().st_size > 1000

@@ -35,9 +35,19 @@ def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("validation perplexity", color="C0")
     beside = axes.twinx()
-    beside.plot(steps, [100 * each["remaining"] for each in points], "s--", color="C1", markersize=4)
+    if trained and report["rounds"]:
+        left_after, remaining = stairs(report)
+        beside.plot(left_after, remaining, "s--", color="C1", markersize=4, drawstyle="steps-post")
+    else:
+        beside.plot(steps, [100 * each["remaining"] for each in points], "s--", color="C1", markersize=4)
     beside.set_ylabel("remaining, %", color="C1")
     beside.set_ylim(0, 105)
+
+
+def stairs(report: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Return the steps after which units left in rounds, or something was measured, and what then remained, in %."""
+    known = sorted([*report["history"], *report["rounds"]], key=lambda each: (each["step"], -each["remaining"]))
+    return [each["step"] for each in known], [100 * each["remaining"] for each in known]
 
 
 def _by_layer(axes: Any, report: Mapping[str, Any]) -> None:
