@@ -19,7 +19,7 @@ from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import svd_factors
 from scale_prune.criteria import CRITERIA
-from scale_prune.export.writing import Export, named_state
+from scale_prune.export.writing import Export
 from scale_prune.models.factorized import put_factors
 from scale_prune.models.families import FAMILIES, Family, auto_model, family_of
 from scale_prune.models.layer_units import linear_names, unit_groups
@@ -123,6 +123,15 @@ def mask_units(model: PreTrainedModel, groups: Sequence[UnitGroup], keep: Mappin
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return float32 (batch, length, vocabulary), of a classifier (batch, classes)."""
     return model(ids, use_cache=False).logits
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of what a checkpoint of a model in one piece holds, tied ones once, by the first name."""
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
 
 
 def export(folder: Path, model: PreTrainedModel, groups: tuple[UnitGroup, ...], layout: str, **settings: Any) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from scale_prune.config.command_line import parse
-from scale_prune.config.ds_config import BUILTIN, effective_learning_rate, load, precision, resolve
+from scale_prune.config.ds_config import BUILTIN, load, precision, resolve
 from scale_prune.config.ds_limits import REFUSED, get
 from scale_prune.config.settings import Config
 
@@ -48,6 +48,13 @@ TRAINER: dict[str, Any] = {
     },
 }
 BARE: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+
+
+def effective_learning_rate(resolved: dict[str, Any]) -> float:
+    """Return the peak learning rate of the weights: the scheduler's where it has one, else the optimizer's."""
+    paths = ("scheduler.params.warmup_max_lr", "scheduler.params.cycle_max_lr", "optimizer.params.lr")
+    rate = next(rate for rate in (get(resolved, path) for path in paths) if rate is not None)
+    return float(max(rate)) if isinstance(rate, list) else float(rate)
 
 
 def resolved(raw: dict[str, Any], world_size: int = 1, hidden_size: int | None = 13, **given: Any) -> dict[str, Any]:

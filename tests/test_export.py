@@ -25,7 +25,7 @@ from models import (
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -47,7 +47,6 @@ from scale_prune.export.layouts import (
     check_layout,
     resolve_layout,
 )
-from scale_prune.export.writing import named_state
 from scale_prune.models.families import FAMILIES, Family, register
 from scale_prune.models.layer_units import unit_groups
 
@@ -268,13 +267,6 @@ def test_other_heads_on_the_same_layers_load_too(tmp_path: Path) -> None:
     torch.testing.assert_close(body(tokens()).last_hidden_state, own, rtol=0, atol=1e-5)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
     assert classifier(tokens()[:1]).logits.shape == (1, 3)
-
-
-def test_persistent_buffers_are_written_and_others_not() -> None:
-    model = nn.Linear(3, 2)
-    model.register_buffer("count", torch.zeros(()))
-    model.register_buffer("scratch", torch.zeros(()), persistent=False)
-    assert [name for name, _ in named_state(model)] == ["weight", "bias", "count"]
 
 
 def test_a_per_layer_model_can_be_pruned_again_to_a_plain_one(tmp_path: Path) -> None:

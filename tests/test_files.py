@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import WIDTHS, compacted, export, logits, tiny_model, tokens
+from models import WIDTHS, compacted, export, logits, named_state, tiny_model, tokens
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from scale_prune.checkpoint.folder import newest_first, set_newer_aside
-from scale_prune.export.writing import named_state
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 

@@ -117,13 +117,6 @@ def resolve(
     return ds_config
 
 
-def effective_learning_rate(resolved: dict[str, Any]) -> float:
-    """Return the peak learning rate of the weights: the scheduler's where it has one, else the optimizer's."""
-    paths = ("scheduler.params.warmup_max_lr", "scheduler.params.cycle_max_lr", "optimizer.params.lr")
-    rate = next(rate for rate in (get(resolved, path) for path in paths) if rate is not None)
-    return float(max(rate)) if isinstance(rate, list) else float(rate)
-
-
 def precision(ds_config: dict[str, Any]) -> str | None:
     """Return "bf16" or "fp16" where the ds_config turns it on, else None."""
     return next((name for name in ("bf16", "fp16") if get(ds_config, f"{name}.enabled") is True), None)

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from scale_prune.core import UnitGroup
@@ -19,22 +19,6 @@ from scale_prune.system import complete_or_absent
 from scale_prune.system.tensor_files import Portions, name_portions, write_portions
 
 FILE_BYTES = 2**30
-
-
-def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a checkpoint of a model in one piece holds: parameters and persistent buffers, tied ones once.
-
-    Args:
-        model: the model.
-
-    Yields:
-        The state-dict name, of tied tensors the first one's, and the tensor, not copied.
-    """
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
 
 
 @dataclass(frozen=True, kw_only=True)
