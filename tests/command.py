@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
 def outcome(flags: list[str]) -> tuple[int, str]:
     """Return the exit code and what was written to stderr, of the command on this rank."""
     return outcome_of(main, *flags)
+
+
+def said_by(flags: list[str]) -> str:
+    """Run the command on this rank to its end, and return what it wrote to stdout."""
+    with redirect_stdout(StringIO()) as written:
+        main(flags)
+    return written.getvalue()
 
 
 def outcomes(cases: list[list[str]]) -> list[tuple[int, str]]:

@@ -134,9 +134,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_measured_table_is_alike_on_any_number_of_ranks_and_serves_other_sizes(
-    work: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_measured_table_is_alike_on_any_number_of_ranks_and_serves_other_sizes(work: Path) -> None:
     one, two = pruned(work, "one", 1, **MEASURED), pruned(work, "two", 2, **MEASURED)
     tables = [json.loads((work / name / "table.json").read_text()) for name in ("one", "two")]
     for name, own in tables[0].items():
@@ -155,7 +153,6 @@ def test_a_measured_table_is_alike_on_any_number_of_ranks_and_serves_other_sizes
     assert limit - 200 < fewer["parameters"]["pruned"] <= limit
     smaller, dense = load_file(work / "fewer" / "pruned" / "model.safetensors"), one["parameters"]["dense"]
     assert sum(tensor.numel() for tensor in smaller.values()) <= limit < dense
-    assert "per-layer attribute" not in capfd.readouterr().err, "transformers warns of what nobody can change"
 
 
 @pytest.mark.distributed

@@ -7,15 +7,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from command import arguments, errors_of, make_work, outcome, outcomes, report_of
+from command import arguments, errors_of, make_work, outcome, outcomes, report_of, said_by
 from distributed import run_ranks
 from memory_backend import steady_model
 from safetensors.torch import load_file
@@ -26,7 +24,6 @@ from scale_prune.checkpoint.choice import filled_from
 from scale_prune.checkpoint.folder import Checkpoint
 from scale_prune.checkpoint.run_state import check_model_and_text
 from scale_prune.commands import evaluate
-from scale_prune.commands.prune import main
 from scale_prune.config.settings import Config
 from scale_prune.data import Inputs
 from scale_prune.preflight.inputs import Reading
@@ -251,13 +248,6 @@ def copy_of(whole: Path, output: Path) -> Path:
     shutil.copytree(whole / "checkpoints", output / "checkpoints")
     shutil.copy(whole / "recipe.yaml", output)
     return output
-
-
-def said_by(flags: list[str]) -> str:
-    """Run the command to its end, and return what it wrote to stdout."""
-    with redirect_stdout(StringIO()) as written:
-        main(flags)
-    return written.getvalue()
 
 
 def flip_a_bit(path: Path) -> None:

@@ -20,6 +20,8 @@ from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
 from scale_prune.zero3 import repair_weights, write_working_copy
 
+FAR = 1.1  # times what is to remain, by gates
+
 
 def remove(run: Run, step: int, *, finished: bool) -> None:
     """Choose the units that leave after a step, repair what stays, and rebuild the engine around it. A collective.
@@ -39,10 +41,21 @@ def remove(run: Run, step: int, *, finished: bool) -> None:
             note["gram_matrices"] = _choose_and_repair(run, step)
             pruner.put_masks_on()
         if finished:
+            _say_what_gates_lack(run)
             run.measure("masked")
         student.compact(run.progress.seconds, finished=finished)
     if finished:
         run.measure("compacted")
+
+
+def _say_what_gates_lack(run: Run) -> None:
+    """Say where gates were far from what they were to come to, and units were cut that they had left open."""
+    gating, target = run.student.pruner.gating, run.student.pruner.schedule.target
+    if gating is not None and gating.expected > FAR * target:
+        run.monitor.say(
+            f"the gates came to {gating.expected:.1%} of the units, not {target:.1%}, and what they left open was cut: "
+            "give more --max_steps"
+        )
 
 
 def _choose_and_repair(run: Run, step: int) -> int:
