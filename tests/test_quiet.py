@@ -15,6 +15,7 @@ def test_only_news_are_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytes
     for speaker in (TRANSFORMERS, DEEPSPEED):
         monkeypatch.setattr(speaker, "handlers", [caplog.handler])
         monkeypatch.setattr(speaker, "filters", [])
+        monkeypatch.setattr(speaker, "propagate", False)
         caplog.set_level(logging.WARNING, logger=speaker.name)
     config = LlamaConfig(num_hidden_layers=2)
     config.allow_global_per_layer_attribute_access = True
