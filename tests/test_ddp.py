@@ -144,7 +144,7 @@ def test_any_number_of_ranks_and_passes_learns_the_same_gates(work: Path) -> Non
 @pytest.mark.distributed
 def test_weights_stay_as_they_are_but_for_the_gates(work: Path) -> None:
     said, _ = run_ranks(said_by, 2, arguments(work, work / "frozen", **SETTINGS | {"targets": "mlp"}))
-    assert "the gates came to 100.0% of the units, not 60.0%, and what they left open was cut" in said
+    assert "the gates came to 100.0%, not 60.0%, and what they left open was cut" in said
     kept = json.loads((work / "frozen" / "kept.json").read_text())
     dense, smaller = (
         load_file(folder / "model.safetensors") for folder in (work / "model", work / "frozen" / "pruned")

@@ -35,11 +35,10 @@ def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("validation perplexity", color="C0")
     beside = axes.twinx()
-    if trained and report["rounds"]:
-        left_after, remaining = stairs(report)
-        beside.plot(left_after, remaining, "s--", color="C1", markersize=4, drawstyle="steps-post")
-    else:
-        beside.plot(steps, [100 * each["remaining"] for each in points], "s--", color="C1", markersize=4)
+    by_stairs = trained and bool(report["rounds"])
+    places, remaining = stairs(report) if by_stairs else (steps, [100 * each["remaining"] for each in points])
+    style = "steps-post" if by_stairs else "default"
+    beside.plot(places, remaining, "s--", color="C1", markersize=4, drawstyle=style)
     beside.set_ylabel("remaining, %", color="C1")
     beside.set_ylim(0, 105)
 

@@ -53,8 +53,8 @@ def _say_what_gates_lack(run: Run) -> None:
     gating, target = run.student.pruner.gating, run.student.pruner.schedule.target
     if gating is not None and gating.expected > FAR * target:
         run.monitor.say(
-            f"the gates came to {gating.expected:.1%} of the units, not {target:.1%}, and what they left open was cut: "
-            "give more --max_steps"
+            f"the gates came to {gating.expected:.1%}, not {target:.1%}, and what they left open was cut: give more "
+            "--max_steps"
         )
 
 
