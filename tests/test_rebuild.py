@@ -105,7 +105,12 @@ def compaction(path: Path, config: dict[str, Any], output: Path) -> dict[str, An
     assert [tensor.untyped_storage().nbytes() for tensor in states] == [0] * len(states)
     groups = unit_groups(engine.module)
     snapshots["compacted"] = snapshot(engine)
+    engine.module.register_buffer("count", torch.ones(()))
+    engine.module.register_buffer("scratch", torch.ones(()), persistent=False)
     exported = dict(Zero3Backend(engine).named_tensors())
+    assert exported.pop("count") == 1
+    assert "scratch" not in exported
+    del engine.module.count, engine.module.scratch
     save(engine, output)
     keep_training(engine, STEPS)
     snapshots["compacted, later"] = snapshot(engine)
