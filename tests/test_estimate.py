@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from scale_prune.models.layer_units import unit_groups
 from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
+from scale_prune.preflight.round_needs import round_bytes, round_operations
 
 BLOCK = 13
 DS_CONFIG: dict[str, Any] = {
@@ -110,6 +112,20 @@ def test_states_have_the_bytes_that_zero_keeps() -> None:
     assert [found[name, "GPU"] / job.shards for name in STATES] == [4, 4, 4, 8]
     half = sizes(job_of(ds_config=DS_CONFIG | {"bf16": {"enabled": True}}), "optimizer step")
     assert [half[name, "GPU"] / job.shards for name in STATES] == [2, 4, 2, 8]
+
+
+def test_gradients_that_no_step_follows_are_those_of_neurons_weights_alone() -> None:
+    for criterion, of_weights, activations in (("fisher", 0, True), ("sensitivity", 1, True), ("obs", 0, False)):
+        job = job_of(pruning=pruning(criterion, rounds=1, repair="none"), trains=False)
+        found, members = sizes(job, "forward"), [member for group in job.groups for member in group.members]
+        own = sum(job.shard_of(prod(member.shape)) for member in members)
+        assert found.get(("gradients", "GPU"), 0) == 4 * own * of_weights
+        assert (("activations", "GPU") in found) == activations
+        assert not {("master", "GPU"), ("optimizer", "GPU")} & found.keys()
+        received = {name: size for name, size in round_bytes(job, 1000).items() if size}
+        assert ("gradients, parameters" in received) == activations
+        assert received.get("gradients, of weights", 0) == of_weights * job.calibration_steps * 4 * own
+        assert bool(round_operations(job, 1000)["gradients, passes"]) == activations
 
 
 def test_offload_moves_states_to_the_host() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scale_prune.config import DEFAULT, Mistakes, parse, precision
-from scale_prune.criteria import AUTO, CRITERIA, learns_from_gradients, with_defaults
+from scale_prune.criteria import AUTO, CRITERIA, with_defaults
 from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
 from scale_prune.preflight.inputs import CHECKS, Reading
@@ -96,7 +96,7 @@ def _job(reading: Reading, shown: Rehearsal) -> Job:
         ds_config=ds_config,
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
-        trains=(training.max_steps > 0 and not criterion.freezes) or learns_from_gradients(criterion),
+        trains=training.max_steps > 0 and not criterion.freezes,
         calibration_steps=calibration_steps(reading.config, int(ds_config["train_batch_size"])),
         has_teacher=has_teacher,
     )

@@ -78,9 +78,14 @@ def _phases(job: Job) -> dict[str, list[Part]]:
     """Return what each phase adds to what an engine and its pruner hold all the time."""
     device = job.place()
     if not job.trains:
-        activations = job.activations if CRITERIA[job.pruning.criterion].freezes else 0
+        freezes = CRITERIA[job.pruning.criterion].freezes
         return {
-            "forward": [Part("gathered parameters", device, _gathered(job)), Part("activations", device, activations)]
+            "forward": [
+                Part("gathered parameters", device, _gathered(job)),
+                Part("activations", device, job.activations * (freezes or job.observes)),
+                Part("gradients", device, FP32 * job.num_observed),
+                Part("temporaries", device, _observing(job)),
+            ]
         }
     passing = [Part("gathered parameters", device, _gathered(job)), Part("activations", device, job.activations)]
     return {
@@ -138,7 +143,7 @@ def _buffers(job: Job) -> list[Part]:
     bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET) if contiguous else 0
     return [
         Part("buffers of the model", job.place(), job.buffers),
-        Part("reduce bucket", job.place(), bucket * job.width),
+        Part("reduce bucket", job.place(), bucket * job.width * job.trains),
     ]
 
 
@@ -246,6 +251,12 @@ def _scoring(job: Job) -> int:
     """
     members = [prod(member.shape) for group in job.groups for member in group.members]
     return 3 * FP32 * job.shard_of(max(members))
+
+
+def _observing(job: Job) -> int:
+    """Return the bytes of the largest gradient that no step follows, in float32, padded and cut; and its share's."""
+    members = [prod(member.shape) for group in job.groups for member in group.members]
+    return max(2 * FP32 * max(members), _scoring(job)) if job.num_observed else 0
 
 
 def _stepping(job: Job) -> int:

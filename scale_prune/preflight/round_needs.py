@@ -13,6 +13,8 @@ from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
 
 GRAM_MATRICES = "Gram matrices"
+THERE, THERE_AND_BACK = 2, 6
+"""Operations of a pass, a token and a parameter; on the way back what is recomputed is run once more."""
 
 
 def solves(job: Job) -> bool:
@@ -81,14 +83,24 @@ def round_bytes(job: Job, tokens: int) -> dict[str, int]:
         job: the run.
         tokens: of the calibration text, over all ranks.
     """
-    if not solves(job):
-        return {}
-    widths, weights = [group.num_features + 1 for group in job.groups], _output_weights(job)
     passes = job.calibration_steps * job.accumulation
+    received = {
+        "gradients, parameters": passes * 2 * job.num_parameters * job.width * job.observes,
+        "gradients, of weights": passes * FP32 * job.num_observed * job.world_size,
+        "gradients, shares": job.calibration_steps * FP32 * job.layout.padded * job.observes,
+    }
+    if solves(job):
+        received |= _bytes_of_matrices(job, tokens, passes)
+    return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
+
+
+def _bytes_of_matrices(job: Job, tokens: int, passes: int) -> dict[str, int]:
+    """Return how many bytes of all ranks' move for the sake of Gram matrices, by purpose."""
+    widths, weights = [group.num_features + 1 for group in job.groups], _output_weights(job)
     features = _gradient_features(job)
     there_and_back = 2 if features else 1
     chooses = "gram" in CRITERIA[job.pruning.criterion].needs
-    received = {
+    return {
         "calibration, parameters": passes * job.num_parameters * job.width * there_and_back,
         "calibration, Gram matrices": passes * FP32 * sum(width**2 + features for width in widths),
         "budget, parameters": trials(job) * trial_passes(job, tokens) * job.num_parameters * job.width,
@@ -96,7 +108,6 @@ def round_bytes(job: Job, tokens: int) -> dict[str, int]:
         "repair, what is taken over": FP32 * sum(_kept(job, width) * (width - _kept(job, width)) for width in widths),
         "repair, weights": FP32 * sum(weights),
     }
-    return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
 
 
 def round_operations(job: Job, tokens: int) -> dict[str, float]:
@@ -106,11 +117,16 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
         job: the run.
         tokens: of the calibration text, over all ranks.
     """
-    if not solves(job):
-        return {}
+    of_a_token = THERE_AND_BACK * job.num_parameters * job.observes + THERE * job.num_observed * job.world_size
+    counted = {"gradients, passes": of_a_token * tokens / job.world_size}
+    return counted | (_operations_of_matrices(job, tokens) if solves(job) else {})
+
+
+def _operations_of_matrices(job: Job, tokens: int) -> dict[str, float]:
+    """Return the multiplications and additions for the sake of Gram matrices, by purpose."""
     widths = [group.num_features + 1 for group in job.groups]
     features = _gradient_features(job)
-    of_a_token = 6 if features else 2  # there, there once more where activations are recomputed, and back
+    of_a_token = THERE_AND_BACK if features else THERE
     in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
     return {
         "calibration, passes": of_a_token * job.num_parameters * tokens / job.world_size,

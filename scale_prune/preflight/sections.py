@@ -159,9 +159,8 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     yield f"rounds: {job.rounds}, repair {job.pruning.repair}; each reads {tokens:,} tokens of the training text"
     if line := calibration_warning(job.pruning, job.groups):
         yield line
-    if received_bytes := round_bytes(job, tokens):
+    if received := [[name, _size(size)] for name, size in round_bytes(job, tokens).items() if size]:
         yield from _portions(job)
-        received = [[name, _size(size)] for name, size in received_bytes.items() if size]
         counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
         yield ""
         yield from markdown_table(["bytes that a rank receives in a round", ""], received)
@@ -172,7 +171,7 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
 def _portions(job: Job) -> Iterator[str]:
     """Say how little memory a round can do with, where a rank keeps several Gram matrices."""
     place, gram = job.place(), GRAM_MATRICES
-    parts = {part.name: part.size for part in memory(job)["round"] if part.place == place}
+    parts = {part.name: part.size for part in memory(job).get("round", []) if part.place == place}
     readings, one = -(-len(job.groups) // job.world_size), one_gram_matrix(job)
     if readings > 1 and gram in parts:
         least = sum(parts.values()) - parts[gram] + one

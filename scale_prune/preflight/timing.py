@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from scale_prune.criteria import CRITERIA, learns_from_gradients
+from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.inputs import Reading
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.round_needs import round_operations, trial_passes, trials
@@ -73,11 +73,10 @@ def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: f
     there_and_back = both if training.gradient_checkpointing else both + forward  # these passes always recompute
     passes = {
         "calibration, passes": micro_batches * (there_and_back if "output_grad" in criterion.needs else forward),
+        "gradients, passes": micro_batches * there_and_back * job.observes,
         "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.rounds, 1),
     }
     every = {part: passes.get(part, count / rate) for part, count in operations.items()}
-    if not training.max_steps and learns_from_gradients(criterion):
-        every["gradients, passes"] = micro_batches * there_and_back
     return {f"{job.rounds} rounds, {part}": job.rounds * spent for part, spent in every.items() if spent}
 
 

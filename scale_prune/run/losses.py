@@ -16,7 +16,7 @@ from scale_prune.zero3 import gradients_finite
 def loss_of(run: Run, micro_batch: MicroBatch) -> Tensor:
     """Return the loss of a micro batch, times its weight; with a teacher also that of its logits. A collective."""
     inputs = micro_batch.to(run.runtime.device)
-    if run.student.is_frozen:
+    if run.student.is_frozen and run.student.pruner.gating is not None:
         return _gated_loss(run, inputs) * micro_batch.weight
     teacher_logits = _teacher_logits(run, inputs)
     with run.progress.seconds.measure("forward_backward"):
@@ -54,8 +54,8 @@ def _teacher_logits(run: Run, inputs: dict[str, Tensor]) -> Tensor | None:
 def observe_gradients(run: Run) -> None:
     """Let the criterion see the gradients of the calibration text, of which no step follows. A collective."""
     engine, pruner = run.student.engine, run.student.pruner
-    engine.train()
-    engine.module.eval()  # no dropout
+    engine.module.enable_input_require_grads()  # where no weight has a gradient, activations are to have one
+    engine.eval()  # no dropout
     for micro_batch in calibration_text(engine, run.inputs, run.task):
         with recomputing(engine.module):
             loss = loss_of(run, micro_batch)
@@ -63,6 +63,10 @@ def observe_gradients(run: Run) -> None:
         pruner.after_backward()
         engine.step()
         pruner.after_step()
+    engine.module.disable_input_require_grads()
+    engine.gradients.clear()  # matrices of products may come in their place
+    engine.empty_partition_cache()
+    engine.train()
 
 
 def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:

@@ -1,8 +1,8 @@
 """The model that learns and is pruned, with what makes its steps."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from scale_prune.zero3 import (
     prepare_units,
     reading,
     release,
-    resting_engine,
     training_engine,
 )
 
@@ -76,7 +75,8 @@ class Student:
         if pruning.rounds:  # after which the groups go on counting in the dense model as they do now
             self.groups = tuple(replace(group, matrix_cost=group.dense_cost) for group in self.groups)
         self.dense, self.finished = DenseUnits(self.groups), False
-        self.engine = self._maker(finished=False)(model)
+        self._trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+        self.engine = self._engine_around(model, finished=False)
         self.backend = Zero3Backend(self.engine)
         if self.backend.trains:  # otherwise masks are there to stay
             check_maskable(self.engine.module, self.groups)
@@ -89,7 +89,7 @@ class Student:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether only gates learn, and the weights do not."""
+        """Whether the weights do not learn, but there are gradients."""
         return isinstance(self.engine, FrozenEngine)
 
     @property
@@ -124,8 +124,9 @@ class Student:
         with seconds.measure("compaction"):
             gates, masks = self.pruner.take_gates_off(), self.pruner.masking.by_name
             trained = self._inputs.config.training.max_steps > 0 and not self.is_frozen
+            make_engine = partial(self._engine_around, finished=finished)
             self.engine, self.groups = compact_engine(
-                self.backend, self.groups, masks, self._maker(finished=finished), gates, anew=finished and not trained
+                self.backend, self.groups, masks, make_engine, gates, anew=finished and not trained
             )
             self.backend = Zero3Backend(self.engine)
             if not finished:
@@ -145,27 +146,20 @@ class Student:
         steps, seed = self._inputs.pruning_steps, config.training.seed
         return Pruner(self.backend, self.groups, config.pruning, total_steps=steps, seed=seed)
 
-    def _maker(self, *, finished: bool) -> Callable[[nn.Module], Any]:
-        """Return what builds the engine that goes on: one that trains, or that only reads where nothing is trained."""
-        training, criterion = self._inputs.config.training, CRITERIA[self._inputs.config.pruning.criterion]
-        if criterion.freezes and self._inputs.config.pruning.remaining < 1:
-            return partial(self._frozen, finished=finished)
-        if training.max_steps or (finished and training.recovery_steps):
-            make = training_engine
-        else:
-            make = resting_engine if learns_from_gradients(criterion) and not finished else inference_engine
-        return partial(make, ds_config=self._inputs.ds_config)
-
-    def _frozen(self, module: nn.Module, *, finished: bool) -> Any:
-        """Return the engine of a criterion that leaves weights as they are until its units have left."""
-        ds_config = self._inputs.ds_config
-        if not finished:
-            self._trainable = {name for name, param in module.named_parameters() if param.requires_grad}
-            return FrozenEngine(module, ds_config)
+    def _engine_around(self, module: nn.Module, *, finished: bool) -> Any:
+        """Build the engine that goes on: one that trains, one whose weights are frozen, or one that only reads."""
+        training, pruning, ds_config = self._inputs.config.training, self._inputs.config.pruning, self._inputs.ds_config
+        criterion, prunes = CRITERIA[pruning.criterion], pruning.remaining < 1
+        freezes = criterion.freezes and prunes
         for name, param in module.named_parameters():
             param.requires_grad_(name in self._trainable)
-        trains = self._inputs.config.training.recovery_steps
-        return training_engine(module, ds_config) if trains else inference_engine(module, ds_config)
+        if (training.max_steps and not freezes) or (training.recovery_steps and finished):
+            return training_engine(module, ds_config)
+        if finished or not (freezes or (learns_from_gradients(criterion) and prunes)):
+            return inference_engine(module, ds_config)
+        members = chain.from_iterable(group.members for group in self.groups)
+        shares = criterion.roles if "grad" in criterion.needs else ()
+        return FrozenEngine(module, ds_config, [member.name for member in members if member.role in shares])
 
 
 def _load_dense(inputs: Inputs, task: Task) -> PreTrainedModel:

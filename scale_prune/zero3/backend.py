@@ -61,7 +61,8 @@ class Zero3Backend(Collectives):
     """The shards of one engine on this rank; see `scale_prune.pruning.backend.ShardBackend`.
 
     Args:
-        engine: a DeepSpeed engine with ZeRO stage 3; without an optimizer the working copy is the master as well.
+        engine: a DeepSpeed engine with ZeRO stage 3, or a `FrozenEngine`; without an optimizer the working copy is the
+            master as well.
 
     Attributes:
         trains: whether the engine has an optimizer.
@@ -86,7 +87,7 @@ class Zero3Backend(Collectives):
     @property
     def loss_scale(self) -> float:
         """What the loss of this step was multiplied by, in fp16; else 1."""
-        return float(self.engine.optimizer.loss_scale) if self.trains else 1.0
+        return float(self.engine.optimizer.loss_scale if self.trains else getattr(self.engine, "loss_scaled_by", 1.0))
 
     def at_boundary(self) -> bool:
         """Tell whether the coming step will be an optimizer step."""
@@ -102,13 +103,12 @@ class Zero3Backend(Collectives):
 
     def master(self, member: Member, *, grad: bool) -> ShardView:
         """Return this rank's slice of the float32 master, with the unscaled gradient if `grad`. No communication."""
-        if not self.trains:
-            return self.working(member)
         shard, gradient = Shard(self.parameters[member.name]), None
         if grad:
-            gradient = shard.gradient().float()
+            gradient = shard.gradient().float() if self.trains else self.engine.gradients[member.name]
             gradient = gradient if self.loss_scale == 1.0 else gradient / self.loss_scale
-        return ShardView(member, shard.start, shard.read(MASTER), gradient)
+        weight = shard.read(MASTER) if self.trains else self.working(member).weight
+        return ShardView(member, shard.start, weight, gradient)
 
     def working(self, member: Member) -> ShardView:
         """Return this rank's slice of the working copy. No communication."""

@@ -165,13 +165,6 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.De
     return engine
 
 
-def resting_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """Build an engine whose steps change no weight, for the sake of the gradients."""
-    optimizer = {**ds_config["optimizer"], "params": {**ds_config["optimizer"]["params"], "lr": 0.0}}
-    config = {key: value for key, value in ds_config.items() if key != "scheduler"} | {"optimizer": optimizer}
-    return training_engine(model, config)
-
-
 def inference_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """Build an engine that only runs forward passes over shards: no optimizer, no gradients."""
     config = {key: value for key, value in ds_config.items() if key not in ("optimizer", "scheduler")}
