@@ -13,12 +13,14 @@ from models import VOCABULARY
 from safetensors.torch import load_file
 from test_resume import assert_same_run, losses
 
-from scale_prune.config import PruningConfig
+from scale_prune.config import PruningConfig, get, parse
 from scale_prune.core import Schedule
 from scale_prune.core.retention import center, retention, retention_gradient
+from scale_prune.criteria import CRITERIA
 from scale_prune.criteria.base import Moment
 from scale_prune.criteria.ddp import Ddp
 from scale_prune.models import Gates, unit_groups
+from scale_prune.preflight.inputs import read_inputs
 from scale_prune.zero3 import FrozenEngine, load_model
 
 HEADS = ("mlp", "attention")
@@ -139,6 +141,12 @@ def test_any_number_of_ranks_and_passes_learns_the_same_gates(work: Path) -> Non
         assert (report["heads"], report["widths"]) == (reports[0]["heads"], reports[0]["widths"])
     assert sum(reports[0]["heads"]) == int(0.6 * 9)
     assert sum(reports[0]["widths"]) == int(0.6 * 3 * 17)
+
+
+def test_where_nothing_is_to_leave_weights_learn_at_the_rates_of_all_steps(work: Path) -> None:
+    flags = arguments(work, work / "plain", **SETTINGS | {"remaining": 1.0})
+    found = read_inputs(*parse(flags, criteria=(*CRITERIA,)), 1)
+    assert get(found.ds_config, "scheduler.params.total_num_steps") == SETTINGS["max_steps"]
 
 
 @pytest.mark.distributed

@@ -11,6 +11,8 @@ import torch
 from deepspeed import comm as dist
 from distributed import run_ranks
 
+from scale_prune.zero3 import Runtime
+
 pytestmark = pytest.mark.distributed
 
 
@@ -46,6 +48,17 @@ def test_a_rank_that_raises_ends_the_others_and_is_quoted() -> None:
 def test_ranks_that_hang_are_ended() -> None:
     with pytest.raises(AssertionError, match=r"not all ranks came to their end, exit codes \[-15, -15\]"):
         run_ranks(hang, 2, timeout=5)
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_of_a_host_without_gpus_share_its_memory(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    runtime.device = torch.device("cpu")
+    monkeypatch.setattr(Runtime, "gather_numbers", lambda self, number: [number])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = runtime.free_memory()
+    monkeypatch.setenv(launcher, "4")
+    assert runtime.free_memory() == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_a_port_that_another_run_has_taken_is_named() -> None:

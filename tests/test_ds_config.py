@@ -13,6 +13,7 @@ from scale_prune.config.command_line import parse
 from scale_prune.config.ds_config import BUILTIN, load, precision, resolve
 from scale_prune.config.ds_limits import REFUSED, get
 from scale_prune.config.settings import Config
+from scale_prune.zero3 import ds_check
 
 ROOT = Path(__file__).resolve().parents[1]
 CRITERIA = ("gum", "magnitude", "movement", "random", "sensitivity", "soft_movement")
@@ -311,6 +312,12 @@ def test_a_flag_that_agrees_with_the_file_is_no_contradiction() -> None:
 def test_what_pruning_cannot_work_with_is_refused(change: dict[str, Any], piece: str) -> None:
     with pytest.raises(ValueError, match=re.escape(piece)):
         resolved(changed(TRAINER, **change))
+
+
+def test_a_scheduler_that_no_checkpoint_could_hold_is_refused() -> None:
+    by_milestones = {"type": "MultiStepLR", "params": {"milestones": [100, 200]}}
+    with pytest.raises(ValueError, match=r'"scheduler.type": "MultiStepLR": .* keeps a Counter, which a checkpoint'):
+        ds_check.check(resolved(changed(TRAINER, scheduler=by_milestones)))
 
 
 @pytest.mark.parametrize("path", REFUSED)

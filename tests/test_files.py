@@ -2,8 +2,12 @@
 
 import gc
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scale_prune.checkpoint.folder import newest_first, set_newer_aside
+from scale_prune.checkpoint.folder import newest_first, save, set_newer_aside
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 
@@ -102,6 +106,24 @@ def test_what_somebody_else_has_put_beside_stays(tmp_path: Path) -> None:
             (partial / "result").write_text("now")
     write_atomically(tmp_path / "file.json", "now")
     assert tree(tmp_path) == theirs | {"new/result": "now", "old/result": "now", "file.json": "now"}
+
+
+def test_a_checkpoint_that_somebody_reads_while_it_is_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*args: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("Directory not empty")
+
+    alone: Any = SimpleNamespace(
+        rank=0, world_size=1, is_main=True, gather_numbers=lambda number: [number], gather_texts=lambda text: [text]
+    )
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (1, 2, 3):
+        state = {"step": step, "perplexities": {"dense": math.inf}}
+        written = save(tmp_path, state=state, slices=[], runtime=alone, keep=1)
+        assert json.loads((written / "state.json").read_text()) == state
+        assert newest_first(tmp_path) == [written]
 
 
 def test_checkpoints_that_were_abandoned_stay_however_often(tmp_path: Path) -> None:

@@ -128,6 +128,23 @@ def test_a_gates_gradient_is_that_of_the_weights_behind_it(criterion: str, accum
     assert pruner.scoring.total.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("criterion", GATED)
+def test_a_gate_that_overflows_in_fp16_has_no_gradient(criterion: str) -> None:
+    pruner = start(criterion, warmup_fraction=0.0)
+    backend: Any = pruner.backend
+    backend.loss_scale = 2.0
+    backend.module.train()
+    ids = BLOCKS.block(0)[None]
+    loss = backend(input_ids=ids, labels=ids, use_cache=False).loss
+    backend.backward(loss)
+    gates: Any = pruner.gating
+    next(gate for gate in gates.gates.gates if gate.training is not None).training.grad[0] = torch.inf
+    pruner.after_backward()
+    assert pruner.scoring.total[0] == 0
+    assert pruner.scoring.total.isfinite().all()
+    assert (pruner.scoring.total != 0).any()
+
+
 class ExplicitGates:
     """Gates as the paper has them: in the loss and in its penalties, all of them trained by autograd.
 

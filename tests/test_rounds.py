@@ -203,6 +203,13 @@ def test_recovery_follows_pruning_without_training(work: Path) -> None:
     assert_same_run(again, output)
 
 
+def test_recovery_alone_is_plain_training(work: Path) -> None:
+    settings = UNTRAINED | {"remaining": 1.0, "recovery_steps": 4, "learning_rate": 3e-3}
+    run(2, arguments(work, work / "plain", **settings))
+    perplexity = report_of(work / "plain")["perplexity"]
+    assert perplexity["exported"] < perplexity["dense"]
+
+
 def test_redundancy_is_measured_once_and_decides_all_rounds(work: Path) -> None:
     settings = ROUNDS | {"criterion": "magnitude", "budget": "redundancy", "rounds": 2, "repair": "none"}
     whole, again = work / "redundancy", work / "redundancy again"

@@ -11,6 +11,7 @@ import torch
 from command import BATCH, SENTENCE, STEPS, arguments, errors_of, make_work, outcome, outcomes, report_of
 from distributed import run_ranks
 from models import tiny_model, tokens
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -136,6 +137,17 @@ def test_the_number_of_ranks_and_the_cut_of_a_batch_do_not_matter(finished: Path
     assert (work / "alone" / "kept.json").read_bytes() == (finished / "kept.json").read_bytes()
     assert together["perplexity"]["exported"] == pytest.approx(alone["perplexity"]["exported"], rel=1e-4)
     assert together["tokens"] == alone["tokens"]
+
+
+def test_what_a_token_costs_does_not_depend_on_what_is_beside_it(work: Path) -> None:
+    """Second order without training: rows of a pass are padded to the longest, and prompts are not predicted."""
+    settings = {"criterion": "kfac", "max_steps": 0, "calibration_tokens": 600, "train_batch_size": BATCH}
+    for name, world_size, size in (("in one", 1, BATCH), ("one by one", 2, 1)):
+        cut = flags(work, work / name, **settings, micro_batch_size=size)
+        assert [code for code, _ in run_ranks(outcome, world_size, cut)] == [0] * world_size
+    scores, others = (load_file(work / name / "scores.safetensors") for name in ("in one", "one by one"))
+    for group, values in scores.items():
+        torch.testing.assert_close(others[group], values, rtol=1e-2, atol=1e-3 * float(values.max()))
 
 
 def test_a_resumed_run_goes_on_with_the_same_examples(finished: Path, work: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,8 @@ def save(
         raise
     if runtime.is_main:
         for old in newest_first(output)[keep:]:
-            _remove(old)
+            with suppress(OSError):  # somebody reads it; what is left of it goes with the next one
+                _remove(old)
     return folder
 
 
@@ -232,13 +234,13 @@ def _begin(partial: Path) -> None:
     """Make the folder to write into, and remove what was left of others."""
     for leftover in partial.parent.glob("*.partial"):
         if re.fullmatch(NAME, leftover.stem):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=leftover != partial)
     partial.mkdir(parents=True)
 
 
 def _finish(partial: Path, folder: Path, state: dict[str, Any], world_size: int) -> None:
     """Write state and manifest beside what all ranks have written, and make the whole visible."""
-    write_atomically(partial / STATE, json.dumps(state, allow_nan=False))
+    write_atomically(partial / STATE, json.dumps(state))  # with NaN and Infinity, as perplexities may be
     files = {STATE: _entry(partial / STATE)}
     for rank in range(world_size):
         files |= _sums_of(partial, rank)

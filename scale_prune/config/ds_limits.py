@@ -44,6 +44,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("none", "cpu"),
         'shares and scores read the master weights at every step, and that was never tried from NVMe; use "cpu"',
     ),
+    "zero_optimization.offload_optimizer.ratio": (
+        (1,),
+        "the part that stays on the GPU has its moments where neither a checkpoint nor a smaller model finds them; "
+        "remove the key",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (
+        (False,),
+        "it updates weights within the backward pass, before scores have seen the gradients; remove the key",
+    ),
     "zero_optimization.offload_param.device": (
         ("none", "cpu"),
         'masking writes the working copy of the weights in memory; use "cpu"',

@@ -139,7 +139,8 @@ class Criterion:
         """Return what sequences add to every unit, (N,), where "influence" is needed.
 
         Args:
-            influence: (B, N) float32, the sum over a sequence's tokens of h * dL/dh, L being its own mean loss.
+            influence: (B, N) float32, the sum over a sequence's tokens of h * dL/dh, L being its own mean loss; of
+                sequences that differ in how many tokens they are to predict, times that number over the step's mean.
         """
         raise AssertionError(f"{type(self).__name__} needs {set(self.needs)} but has no of_sequences")
 

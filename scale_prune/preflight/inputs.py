@@ -286,12 +286,13 @@ def _read_ds_config(reading: Reading) -> None:
     found = reading.model_config
     hidden_size = 1 if found is None else getattr(found.get_text_config(), "hidden_size", None)
     config = reading.config
-    if CRITERIA[config.pruning.criterion].freezes:  # the rates are of the steps in which weights learn
+    freezes = CRITERIA[config.pruning.criterion].freezes and config.pruning.remaining < 1
+    if freezes:  # the rates are of the steps in which weights learn
         config = replace(config, training=replace(config.training, max_steps=0))
     reading.ds_config = resolve(raw, config, reading.explicit, reading.world_size, hidden_size)
-    if config is not reading.config and (get(reading.ds_config, "fp16.enabled")):
+    if freezes and get(reading.ds_config, "fp16.enabled"):
         raise ValueError(
-            f"--criterion {config.pruning.criterion} learns gates from gradients that nothing scales, which fp16 may "
+            f"--criterion {config.pruning.criterion} learns gates whose gradients are sums over tokens, which fp16 may "
             "not hold; give --precision bf16 or fp32"
         )
     ds_check.check(reading.ds_config)

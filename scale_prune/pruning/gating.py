@@ -59,11 +59,15 @@ class Gating:
         self.gates.put_on(self.criterion.training_gates(parameter, self.noise), test_time)
 
     def totals(self) -> Tensor:
-        """Return the (U,) gradients of the owned units' gates, averaged over the global batch. A collective."""
+        """Return the (U,) gradients of the owned units' gates, averaged over the global batch. A collective.
+
+        In fp16 a gate's may overflow where no weight's does, which is what the loss is scaled by: then it has none.
+        """
         gradient, backend = self.gates.gradient(), self.line.backend
         if gradient is None:  # dense steps have no gates
             gradient = torch.zeros_like(self.line.costs)
-        return self.line.add_up(gradient / (backend.world_size * backend.loss_scale))
+        totals = self.line.add_up(gradient / (backend.world_size * backend.loss_scale))
+        return totals if backend.loss_scale == 1.0 else totals.nan_to_num(0.0, 0.0, 0.0)
 
     def take_off(self) -> dict[str, Tensor]:
         """Leave the model without gates; return the (N,) numbers that units are exported with, by group."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scale_prune.core import IGNORED
 from scale_prune.data import Inputs
 from scale_prune.models import linear_inputs, recomputing
 from scale_prune.pruning import Calibration, roots_of
@@ -45,8 +46,8 @@ def read_back(engine: Any, calibration: Calibration, inputs: Inputs, task: Task)
         for micro_batch in calibration_text(engine, inputs, task):
             batch = micro_batch.to(engine.device)
             # Of what the engine itself returns DeepSpeed lets no gradient through but by engine.backward.
-            mean_loss = engine.module(**batch, **task.options).loss * micro_batch.weight
-            torch.autograd.grad(mean_loss * batch["labels"].numel(), embedded.pop())
+            mean_loss, predicted = engine.module(**batch, **task.options).loss, batch["labels"] != IGNORED
+            torch.autograd.grad(mean_loss * predicted.sum(), embedded.pop())
     handle.remove()
     engine.empty_partition_cache()
     engine.train()

@@ -18,7 +18,7 @@ from scale_prune.run.calibrating import read_back, read_text
 from scale_prune.run.losses import observe_gradients
 from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
-from scale_prune.zero3 import repair_weights, write_working_copy
+from scale_prune.zero3 import repair_weights, told_to_all, write_working_copy
 
 FAR = 1.1  # times what is to remain, by gates
 
@@ -141,8 +141,9 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
         trials = Trials(run, calibration, rate(student.pruner))
         if criterion.table is None:
             criterion.table = measure_levels(run, trials)
-            if run.runtime.is_main:
-                write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
+            with told_to_all(run.folder / TABLE):
+                if run.runtime.is_main:
+                    write_atomically(run.folder / TABLE, json.dumps(criterion.table.told(), indent=1) + "\n")
         keep_in_time(run)
         if budget == "search":
             criterion.widths = search_widths(run, trials, criterion.table)

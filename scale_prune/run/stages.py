@@ -10,7 +10,7 @@ from scale_prune.run.removal import remove
 from scale_prune.run.report import write_kept
 from scale_prune.run.results import results
 from scale_prune.run.run import Run
-from scale_prune.zero3 import give_back, inference_engine, load_model, num_parameters, release
+from scale_prune.zero3 import give_back, inference_engine, load_model, num_parameters, release, told_to_all
 
 
 def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -66,9 +66,10 @@ def _layout(run: Run) -> str:
 def _export(run: Run) -> None:
     student = run.student
     with run.progress.seconds.measure("export"):
-        if run.runtime.is_main:
-            dense, pruner = student.dense, student.pruner
-            write_kept(run.folder, dense.groups, dense.masks_with(pruner), dense.scores_with(pruner))
+        dense, pruner = student.dense, student.pruner
+        with told_to_all(run.folder):
+            if run.runtime.is_main:
+                write_kept(run.folder, dense.groups, dense.masks_with(pruner), dense.scores_with(pruner))
         folder = run.writer.write("pruned", student.backend, student.stored, _layout(run))
         if run.config.output.layout == GGUF:
             run.writer.write_gguf(folder)

@@ -110,7 +110,7 @@ class Student:
     def go_on_with(self, kept: list[Tensor], scores: list[Tensor], seconds: Seconds) -> None:
         """Take out what earlier rounds have taken out; the weights will be a checkpoint's. A collective."""
         self.pruner.masking.put([mask.to(self.backend.device) for mask in kept])
-        self.pruner.scoring.scores = scores
+        self.pruner.scoring.scores = [each.to(self.backend.device) for each in scores]
         self.compact(seconds, finished=False)
 
     def compact(self, seconds: Seconds, *, finished: bool) -> None:
@@ -153,7 +153,7 @@ class Student:
         freezes = criterion.freezes and prunes
         for name, param in module.named_parameters():
             param.requires_grad_(name in self._trainable)
-        if (training.max_steps and not freezes) or (training.recovery_steps and finished):
+        if (training.max_steps and not freezes) or (training.recovery_steps and (finished or not prunes)):
             return training_engine(module, ds_config)
         if finished or not (freezes or (learns_from_gradients(criterion) and prunes)):
             return inference_engine(module, ds_config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scale_prune.core import Member, UnitGroup
 from scale_prune.criteria import ShardView
-from scale_prune.zero3.shard import MASTER, Shard
+from scale_prune.zero3.shard import MASTER, Shard, settle
 
 
 class Collectives:
@@ -121,6 +121,10 @@ class Zero3Backend(Collectives):
         removed = ~mask
         for member in group.members:
             Shard(self.parameters[member.name]).zero_units(removed, member)
+
+    def settle(self) -> None:
+        """Wait for what was written, so that the next forward pass gathers it."""
+        settle()
 
     def gather(self, member: Member) -> Tensor:
         """Return a member's whole working copy in float32. A collective; a rank receives it once."""

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
 from scale_prune.config import get
+from scale_prune.zero3.engine_state import plain
 from scale_prune.zero3.quiet import quieten
 
 # What DeepSpeed takes out of the parameters of Adam before it makes one.
@@ -132,3 +133,6 @@ def _check_scheduler(ds_config: dict[str, Any]) -> None:
         scheduler = found(optimizer, **params)
         optimizer.step()
         scheduler.step()
+    with refusal(f'the ds_config has "scheduler.type": {json.dumps(name)}'):
+        for value in scheduler.state_dict().values():
+            plain(value)

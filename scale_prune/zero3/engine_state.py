@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scale_prune.core import FlatSlice
 from scale_prune.zero3.backend import Zero3Backend
-from scale_prune.zero3.shard import MASTER, Shard
+from scale_prune.zero3.shard import MASTER, Shard, settle
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # What changes while an engine trains; everything else about them is a setting, which the new engine has itself.
@@ -36,9 +36,9 @@ def facts_of(backend: Zero3Backend) -> dict[str, Any]:
     return {
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "moments": moments,
-        "scalars": {key: _plain(value) for key, value in state.items() if key not in moments},
-        "options": [{key: _plain(group[key]) for key in OPTIONS if key in group} for group in _groups(backend)],
-        "scheduler": None if scheduler is None else {k: _plain(v) for k, v in scheduler.state_dict().items()},
+        "scalars": {key: plain(value) for key, value in state.items() if key not in moments},
+        "options": [{key: plain(group[key]) for key in OPTIONS if key in group} for group in _groups(backend)],
+        "scheduler": None if scheduler is None else {k: plain(v) for k, v in scheduler.state_dict().items()},
         "loss_scaler": _only(SCALER, vars(engine.optimizer.loss_scaler)),
     }
 
@@ -89,6 +89,7 @@ def write_working_copy(backend: Zero3Backend) -> None:
     """Write this rank's working slices anew from the masters, as a step does. No communication."""
     for name in trained(backend):
         Shard(backend.parameters[name]).refresh()
+    settle()
 
 
 def trained(backend: Zero3Backend) -> list[str]:
@@ -117,7 +118,7 @@ def _group_of_each(sharded: Any) -> Iterable[dict[str, Any]]:
     return (sharded.optimizer.param_groups[group] for group in sharded.sub_group_to_group_id.values())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value in a form that JSON holds; a tensor's number keeps its kind as {"tensor": number}.
 
     Raises:
@@ -126,7 +127,7 @@ def _plain(value: Any) -> Any:
     if torch.is_tensor(value) and value.dim() == 0:
         return {"tensor": value.item()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, int | float | str | None):
         return value
     raise ValueError(f"the optimizer or scheduler keeps a {type(value).__name__}, which a checkpoint cannot hold")

@@ -36,6 +36,7 @@ def repair_weights(
         shard.write(MASTER, values) if backend.trains else shard.write_working(values)
     if backend.trains:
         write_working_copy(backend)
+    backend.settle()
 
 
 @contextmanager
@@ -62,10 +63,12 @@ def tried(
                 shard.write_working(values)
         for group, mask in changed:
             backend.mask_working_copy(group, mask)
+        backend.settle()
         yield
     finally:
         for name, values in before.items():
             Shard(backend.parameters[name]).write_working(values)
+        backend.settle()
 
 
 def _repaired(

@@ -105,7 +105,8 @@ class Runtime:
 
     def free_memory(self) -> int:
         """Return the bytes that are free on the rank that has the fewest; on a CPU the ranks of a host share."""
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.device.type == "cpu" else 1
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # of torchrun; of deepspeed
+        sharing = int(local) if self.device.type == "cpu" else 1
         return int(min(self.gather_numbers(get_accelerator().available_memory() // sharing)))
 
     def stop(self) -> None:

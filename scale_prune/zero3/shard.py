@@ -8,6 +8,7 @@ float32 master; gradients can be read between `backward` and `step` at the accum
 from typing import Any
 
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -22,6 +23,11 @@ from torch.nn.functional import pad
 from scale_prune.core import Member, expand_to_shard, shard_bounds
 
 MASTER = "master"
+
+
+def settle() -> None:
+    """Wait for what was written into slices: DeepSpeed gathers them on a stream of its own, which does not."""
+    get_accelerator().synchronize()
 
 
 class Shard:
