@@ -11,13 +11,14 @@ from distributed import run_ranks
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from memory_backend import steady_model
-from models import LAYERS, WIDTHS, compacted, export, logits, tiny_model, tiny_tokenizer, tokens
+from models import LAYERS, WIDTHS, compacted, export, logits, tiny_config, tiny_model, tiny_tokenizer, tokens
+from safetensors.torch import load_file
 from test_embedding import ZIPF, clustered
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from scale_prune.commands.convert import main
 from scale_prune.core import svd_factors
-from scale_prune.export import convert, open_folder
+from scale_prune.export import check_gguf, convert, open_folder
 from scale_prune.models import cluster_groups, component_groups, put_factors, tied_output
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "opt")
@@ -130,6 +131,25 @@ def test_q8_needs_rows_of_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFix
     assert types["blk.0.attn_norm.weight"] == "F32"
 
 
+def test_queries_keys_and_values_of_a_starcoder_stand_one_after_another_in_gguf(tmp_path: Path) -> None:
+    file, _ = gguf(tmp_path, "gpt_bigcode", "uniform", num_attention_heads=4, multi_query=False)
+    told = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(file).tensors}
+    for kind in ("weight", "bias"):
+        own = load_file(tmp_path / "pruned" / "model.safetensors")[f"transformer.h.0.attn.c_attn.{kind}"]
+        by_head = own.unflatten(0, (4, 3, -1))  # as transformers reads it
+        assert torch.equal(told[f"blk.0.attn_qkv.{kind}"], by_head.transpose(0, 1).flatten(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "message"),
+    [(True, 60, "heads of a qwen2 have left"), (False, 3, "needs a row of the embedding for every token: .* 3 rows")],
+)
+def test_what_gguf_will_not_hold_is_refused_before_training(heads: bool, size: int, message: str) -> None:
+    config = tiny_config("qwen2", vocab_size=size)
+    with pytest.raises(ValueError, match=message):
+        check_gguf(config, tiny_tokenizer("bytes"), heads=heads)
+
+
 @pytest.mark.parametrize(
     ("model_type", "form", "settings", "message"),
     [
@@ -138,6 +158,9 @@ def test_q8_needs_rows_of_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFix
         ("mistral", "nemotron_nas", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
         ("gptj", "gguf", {}, "not written for models of type gptj, only for .*llama.* has none of gptj, gpt_neo"),
         ("llama", "gguf", {"hidden_act": "gelu"}, "activation function is gelu, not silu; every other layout can"),
+        ("gpt2", "gguf", {"scale_attn_by_inverse_layer_idx": True}, "not scaled by the root of a head's width alone"),
+        ("starcoder2", "gguf", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
+        ("stablelm", "gguf", {"qk_layernorm": True}, "its queries and keys have norms"),
         ("qwen2", "gguf", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, '"yarn"'),
     ],
 )

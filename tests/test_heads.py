@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import GROUPED_HEADS, make_work, outcome, pruned, report_of
+from command import GROUPED_HEADS, arguments, make_work, outcome, pruned, report_of
 from distributed import run_ranks
 from models import EXTRAS, export, logits, mask_units, random_keep, tiny_model, tokens
 from safetensors.torch import load_file
@@ -15,16 +15,18 @@ from test_resume import assert_same_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from scale_prune.config import PruningConfig
+from scale_prune.config import PruningConfig, parse
 from scale_prune.core import compaction, elimination_scores, least_squares, select
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.repair import taken_over
+from scale_prune.criteria import CRITERIA
 from scale_prune.criteria.slimllm import Slimllm
-from scale_prune.export import convert, open_folder
+from scale_prune.export import convert, open_folder, plainest
 from scale_prune.models import modeling_per_layer
 from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import stored_groups, unit_groups
+from scale_prune.preflight.inputs import read_inputs
 
 HEADS = ("mlp", "attention")
 NOT_REMOVABLE = {"codegen", "olmo2", "olmo3", "cohere", "stablelm"}
@@ -117,6 +119,33 @@ def test_a_folder_with_fewer_heads_is_converted(model_type: str, tmp_path: Path)
     for form, reason in (("uniform", "one"), ("nemotron_nas", "Llama|heads"), ("gguf", "--to pad first")):
         with pytest.raises(ValueError, match=reason):
             convert(stored, form, tmp_path / form)
+
+
+def test_numbers_of_heads_that_a_config_refuses_are_padded_or_told_by_layer(tmp_path: Path) -> None:
+    """A Llama's heads have to divide its width: 6 of 10 do not divide 40, 8 do."""
+    model = tiny_model("llama", hidden_size=40, num_attention_heads=10, head_dim=4, num_key_value_heads=5)
+    groups = unit_groups(model, HEADS)
+    keep = random_keep(groups, [3] * len(groups))
+    mask_units(model, groups, keep)
+    masked, left = logits(model, tokens()), compact_model(model, groups, keep)
+    assert plainest(model.config, left) == "per_layer"
+    with pytest.raises(ValueError, match=r"cannot hold 3 units of heads a layer, .* only 4; ask for layout 'pad'"):
+        export(tmp_path / "uniform", model, left, "uniform")
+    padded = AutoModelForCausalLM.from_pretrained(export(tmp_path / "pad", model, left, "pad"))
+    assert padded.config.num_attention_heads == 8
+    assert torch.allclose(logits(padded, tokens()), masked, atol=1e-4)
+
+
+def test_they_are_refused_before_training_or_another_layout_is_taken(tmp_path: Path) -> None:
+    work = make_work(tmp_path, "llama", hidden_size=40, num_attention_heads=10, head_dim=4, num_key_value_heads=5)
+    settings = UNTRAINED | {"criterion": "obs", "scope": "per_group"}
+    asked, named = (
+        parse(arguments(work, work / "out", **settings, layout=layout), criteria=(*CRITERIA,))
+        for layout in ("auto", "uniform")
+    )
+    assert read_inputs(*asked, 1).config.output.layout == "per_layer"
+    with pytest.raises(ValueError, match=r"the 3 of 5 units of heads that --remaining 0\.6 leaves .* takes is 4"):
+        read_inputs(*named, 1)
 
 
 def test_the_written_code_knows_the_same_counts_of_heads() -> None:

@@ -71,16 +71,26 @@ def check_form(stored: Stored, form: str) -> str:
     return form
 
 
-def check_gguf(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_gguf(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, heads: bool = False) -> None:
     """Make sure, before training, that a model of this kind and its tokenizer can be written as GGUF.
 
+    Args:
+        config: the model's config.
+        tokenizer: its tokenizer.
+        heads: heads will leave.
+
     Raises:
-        ValueError: llama.cpp does not know the kind, or could not read texts as the tokenizer does.
+        ValueError: llama.cpp does not know the kind, takes heads to be as wide together as the model though some will
+            leave, or could not read texts as the tokenizer does; a token has no row of the embedding.
     """
-    dialect_of(config)
+    if not dialect_of(config).own_heads and heads:
+        raise ValueError(
+            f"gguf cannot tell that heads of a {config.model_type} have left: llama.cpp takes them to be as wide "
+            "together as the model; give --targets mlp or --layout pad"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"gguf needs a tokenizer with a tokenizer.json, {type(tokenizer).__name__} has none")
-    check_tokens(json.loads(tokenizer.backend_tokenizer.to_str()))
+    check_tokens(json.loads(tokenizer.backend_tokenizer.to_str()), config.vocab_size)
 
 
 def convert(

@@ -17,7 +17,7 @@ from scale_prune.core import UnitGroup
 from scale_prune.export.gguf_tensors import tensors_for, type_of
 from scale_prune.export.gguf_tokens import add_tokens
 from scale_prune.export.gguf_words import add_words, head_size, unknown_rope
-from scale_prune.export.layouts import LLAMA_LIKE, no_llama
+from scale_prune.export.layouts import LLAMA_LIKE, short_window
 from scale_prune.export.stored import Stored
 from scale_prune.models import model_type_of
 
@@ -29,7 +29,8 @@ class Dialect:
     Attributes:
         arch: the architecture's name.
         pairs: the rows of q and k stand in pairs, one of each half of a head, as that rotary embedding turns them.
-        fused: q, k and v of all heads stand one after another in the fused projection, instead of by head.
+        fused: q, k and v of all heads stand one after another in the fused projection, instead of by head; it has one
+            k and v for all in "multi_query" models anyway.
         shift: added to the weights of norms, which transformers adds when it uses them.
         activation: part of the names of the activation functions that it stands for.
         own_heads: heads together may be wider or narrower than the model.
@@ -57,7 +58,7 @@ DIALECTS = {
     "stablelm": Dialect(arch="stablelm"),
     "phi": Dialect(arch="phi2", activation="gelu"),
     "gpt2": Dialect(arch="gpt2", activation="gelu"),
-    "gpt_bigcode": Dialect(arch="starcoder", activation="gelu"),
+    "gpt_bigcode": Dialect(arch="starcoder", fused=True, activation="gelu"),
     "gpt_neox": Dialect(arch="gptneox", fused=True, activation="gelu"),
 }
 """By model type, the architectures that were tried in llama.cpp."""
@@ -86,13 +87,17 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
         )
     dialect = DIALECTS[model_type]
     heads = config.num_attention_heads * head_size(config)
-    problems = [no_llama(config) if model_type in LLAMA_LIKE else "", unknown_rope(config)]
+    problems = [short_window(config), unknown_rope(config)]
     if dialect.activation not in activation_of(config):
         problems += [f"its activation function is {activation_of(config)}, not {dialect.activation}"]
     if heads != config.hidden_size and not dialect.own_heads:
         problems += [f"its heads are {heads} wide together, not {config.hidden_size} like the model"]
     if getattr(config, "no_rope_layer_interval", 4) != 4:
         problems += [f"every {config.no_rope_layer_interval}th layer is without rotary embeddings, not every 4th"]
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
+        problems += ["its attention is not scaled by the root of a head's width alone"]
+    if getattr(config, "qk_layernorm", False):
+        problems += ["its queries and keys have norms"]
     if problem := next(filter(None, problems), ""):
         raise ValueError(f"gguf cannot tell what this {model_type} has: {problem}; every other layout can")
     return dialect

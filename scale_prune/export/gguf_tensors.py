@@ -129,7 +129,8 @@ class _Orders:
         if dialect.pairs and module in ("q_proj", "k_proj"):
             heads = self.config.num_attention_heads if module == "q_proj" else self.config.num_key_value_heads
             tensor = rearrange(tensor, "(head half row) ... -> (head row half) ...", head=heads, half=2)
-        if dialect.fused and module == "query_key_value":
+        by_head = dialect.fused and not getattr(self.config, "multi_query", False)
+        if by_head and module in ("query_key_value", "c_attn"):
             heads = self.config.num_attention_heads
             tensor = rearrange(tensor, "(head part row) ... -> (part head row) ...", head=heads, part=3)
         return tensor + dialect.shift if module.endswith("norm") else tensor

@@ -37,7 +37,7 @@ def add_tokens(writer: Any, folder: Path, size: int) -> bool:
         writer.add_tokenizer_model("no_vocab")
         return False
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    check_tokens(tokenizer)
+    check_tokens(tokenizer, size)
     by_bytes = _is_byte_level(tokenizer)
     texts, types = _tokens(tokenizer, size)
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
@@ -53,30 +53,32 @@ def add_tokens(writer: Any, folder: Path, size: int) -> bool:
     return True
 
 
-def check_tokens(tokenizer: dict[str, Any]) -> None:
+def check_tokens(tokenizer: dict[str, Any], size: int) -> None:
     """Make sure that llama.cpp can read texts as a tokenizer does.
 
     Args:
         tokenizer: the contents of tokenizer.json.
+        size: rows of the embedding.
 
     Raises:
-        ValueError: a kind that llama.cpp does not have, or that splits texts in a way whose name there is not known.
+        ValueError: a kind that llama.cpp does not have, or that splits texts in a way whose name there is not known; a
+            token has no row.
     """
     if (kind := tokenizer["model"].get("type")) != "BPE":
         raise ValueError(f"gguf cannot tell a tokenizer of type {kind}, only BPE")
     if _is_byte_level(tokenizer):
         _split(tokenizer)
+    if (largest := max(_numbers(tokenizer))) >= size:
+        raise ValueError(f"gguf needs a row of the embedding for every token: {largest + 1} tokens, {size} rows")
+
+
+def _numbers(tokenizer: dict[str, Any]) -> list[int]:
+    added = (token["id"] for token in tokenizer.get("added_tokens", ()))
+    return [*tokenizer["model"]["vocab"].values(), *added]
 
 
 def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Return texts and types of `size` tokens; numbers that no token has are unused ones.
-
-    Raises:
-        ValueError: there are more tokens.
-    """
-    numbers = [*tokenizer["model"]["vocab"].values(), *(added["id"] for added in tokenizer.get("added_tokens", ()))]
-    if max(numbers) >= size:
-        raise ValueError(f"gguf needs a row of the embedding for every token: {max(numbers) + 1} tokens, {size} rows")
+    """Return texts and types of `size` tokens; numbers that no token has are unused ones."""
     texts = [f"[PAD{number}]" for number in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for text, number in tokenizer["model"]["vocab"].items():

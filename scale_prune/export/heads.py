@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from scale_prune.core import UnitGroup, resize_group
@@ -23,11 +24,33 @@ def tells_heads(config: PretrainedConfig) -> bool:
         return False
 
 
+def fitting_heads(config: PretrainedConfig, heads: Sequence[UnitGroup]) -> int:
+    """Return the fewest units of heads that a config can tell all layers to have, and that are enough for each.
+
+    Those of a Llama refuse numbers that do not divide the width of the model. One that cannot tell any keeps all.
+    """
+    config, widest = without_layout(config), max(heads, key=lambda group: group.num_units)
+    dense = config.num_attention_heads * head_size(config) // widest.block
+    if not tells_heads(config):
+        return dense
+    return next(count for count in range(widest.num_units, dense + 1) if _takes(config, resize_group(widest, count)))
+
+
+def _takes(config: PretrainedConfig, group: UnitGroup) -> bool:
+    config = without_layout(config)
+    set_heads(config, group)
+    try:
+        config.validate()
+    except StrictDataclassError:
+        return False
+    return True
+
+
 def plainest(config: PretrainedConfig, groups: Sequence[UnitGroup]) -> str:
     """Return "uniform" where it can hold what is left of the layers, else "per_layer"."""
     alike = all(len({group.num_units for group in groups if group.kind == kind}) < 2 for kind in ("neuron", "head"))
-    heads = any(group.kind == "head" for group in groups)
-    return "uniform" if alike and (not heads or tells_heads(config)) else "per_layer"
+    heads = [group for group in groups if group.kind == "head"]
+    return "uniform" if alike and (not heads or fitting_heads(config, heads) == heads[0].num_units) else "per_layer"
 
 
 def set_heads(config: PretrainedConfig, group: UnitGroup) -> None:

@@ -14,15 +14,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scale_prune.core import Kind, UnitGroup, pad_units
+from scale_prune.core import Kind, UnitGroup, pad_units, resize_group
 from scale_prune.export.factors import Plan
-from scale_prune.export.heads import head_words, set_heads, tells_heads
+from scale_prune.export.heads import fitting_heads, head_words, set_heads, tells_heads
 from scale_prune.export.plain_configs import MODELING_FILE, without_layout
 from scale_prune.models import (
     auto_model,
     classifies,
     family_of,
-    head_size,
     model_type_of,
     stock_class,
     unit_groups,
@@ -158,13 +157,18 @@ def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup
                 f"layout 'uniform' needs layers of one {what}, but they have {counts}; "
                 f"ask for layout 'pad' or 'per_layer'"
             )
+    if layout == "uniform" and heads and (fitting := fitting_heads(config, heads)) != heads[0].num_units:
+        raise ValueError(
+            f"layout 'uniform' cannot hold {heads[0].num_units} units of heads a layer, which the config of a "
+            f"{config.model_type} refuses, only {fitting}; ask for layout 'pad' or 'per_layer'"
+        )
     config = without_layout(config)
     setattr(config, family_of(config).width_key, max(widths.values()))
     stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
     if heads and layout in ("uniform", "pad") and tells_heads(config):
-        set_heads(config, max(heads, key=lambda group: group.num_units))
+        set_heads(config, resize_group(heads[0], fitting_heads(config, heads)))
     if layout == "per_layer":
         _set_per_layer(config, widths, heads)
     return _nemotron(config, [*widths.values()]) if layout == "nemotron_nas" else config
@@ -174,6 +178,11 @@ def no_llama(config: PretrainedConfig) -> str:
     """Return why a model is more than a Llama by another name, "" where it is not."""
     if model_type_of(config) not in LLAMA_LIKE:
         return f"this is a {model_type_of(config)}"
+    return short_window(config)
+
+
+def short_window(config: PretrainedConfig) -> str:
+    """Return how far back a model's attention reaches where that is not to the beginning, else ""."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < config.max_position_embeddings:
         return f"its attention reaches back only {window} of {config.max_position_embeddings} tokens"
@@ -310,12 +319,10 @@ def in_layout(
 
 
 def _padded_to(groups: Sequence[UnitGroup], config: PretrainedConfig) -> dict[Kind, int]:
-    """Return how many units all layers have in layout "pad": as the widest, or all heads if the config says so."""
+    """Return how many units all layers have in layout "pad": as the widest, of heads as many as the config can tell."""
     widest: dict[Kind, int] = {}
     for group in groups:
         widest[group.kind] = max(group.num_units, widest.get(group.kind, 0))
-    if "head" in widest and not tells_heads(config):
-        heads = next(group for group in groups if group.kind == "head")
-        config = without_layout(config)
-        widest["head"] = config.num_attention_heads * head_size(config) // heads.block
+    if heads := [group for group in groups if group.kind == "head"]:
+        widest["head"] = fitting_heads(config, heads)
     return widest

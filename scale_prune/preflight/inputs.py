@@ -24,7 +24,7 @@ from scale_prune.config import (
     load,
     resolve,
 )
-from scale_prune.core import UnitGroup
+from scale_prune.core import UnitGroup, budget, resize_group
 from scale_prune.criteria import CRITERIA, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
 from scale_prune.export import (
@@ -33,6 +33,7 @@ from scale_prune.export import (
     check_gguf,
     check_layout,
     check_width_key,
+    fitting_heads,
     plainest,
     resolve_layout,
     tells_heads,
@@ -226,7 +227,7 @@ def _check_layout(reading: Reading) -> None:
             "--budget uniform, by which all layers of a Llama keep as many"
         )
     if layout == GGUF and reading.tokenizer is not None:
-        check_gguf(reading.model_config, reading.tokenizer)
+        check_gguf(reading.model_config, reading.tokenizer, heads=heads)
 
 
 def _settle_layout(reading: Reading, model: PreTrainedModel) -> None:
@@ -245,6 +246,26 @@ def _settle_layout(reading: Reading, model: PreTrainedModel) -> None:
             f"--layout {layout} cannot hold the layers of --model {reading.config.training.model}, which differ "
             "already; choose --layout pad or per_layer"
         )
+
+
+def _settle_heads(reading: Reading) -> None:
+    """Take a layout that holds as many heads as every layer will keep, or refuse one whose config cannot tell them."""
+    layout, pruning, model_config = str(reading.config.output.layout), reading.config.pruning, reading.model_config
+    heads = [group for group in reading.groups if group.kind == "head"]
+    if not heads or layout not in ("uniform", GGUF) or not _alike(pruning):
+        return
+    assert model_config is not None
+    left = [resize_group(group, budget(pruning.remaining, group.num_units)) for group in heads]
+    if (fitting := fitting_heads(model_config, left)) == left[0].num_units:
+        return
+    if layout == "uniform" and reading.chooses_layout:
+        reading.config = replace(reading.config, output=replace(reading.config.output, layout="per_layer"))
+        return
+    raise ValueError(
+        f"--layout {layout} cannot hold the {left[0].num_units} of {heads[0].num_units} units of heads that "
+        f"--remaining {pruning.remaining:g} leaves in a layer: the config of a {model_config.model_type} refuses this "
+        f"number, the next that it takes is {fitting}; choose --layout pad or per_layer, or another --remaining"
+    )
 
 
 def _alike(pruning: PruningConfig) -> bool:
@@ -268,6 +289,7 @@ def _check_groups(reading: Reading) -> None:
         reading.groups = sketch_units(model, reading.config.pruning)
         pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
         reading.config = replace(reading.config, pruning=pruning)
+        _settle_heads(reading)
         if pruning.table is not None and pruning.budget in ("measured", "search"):
             read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:

@@ -61,7 +61,7 @@ class Gating:
     def totals(self) -> Tensor:
         """Return the (U,) gradients of the owned units' gates, averaged over the global batch. A collective.
 
-        In fp16 a gate's may overflow where no weight's does, which is what the loss is scaled by: then it has none.
+        In fp16 one may overflow, though the loss is scaled so that no weight's does: then the gate has none.
         """
         gradient, backend = self.gates.gradient(), self.line.backend
         if gradient is None:  # dense steps have no gates
