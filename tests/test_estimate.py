@@ -18,6 +18,7 @@ from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication,
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
 from scale_prune.preflight.round_needs import round_bytes, round_operations
+from scale_prune.pruning import sketch_units
 
 BLOCK = 13
 DS_CONFIG: dict[str, Any] = {
@@ -45,6 +46,7 @@ def job_of(model_type: str = "gpt_neo", **changes: Any) -> Job:
         groups=unit_groups(tiny_model(model_type)),
         pruning=with_defaults(PruningConfig(criterion="gum", remaining=0.4)),
         trains=True,
+        recovers=False,
         calibration_steps=4,
         has_teacher=False,
         ds_config=DS_CONFIG,
@@ -126,6 +128,30 @@ def test_gradients_that_no_step_follows_are_those_of_neurons_weights_alone() -> 
         assert ("gradients, parameters" in received) == activations
         assert received.get("gradients, of weights", 0) == of_weights * job.calibration_steps * 4 * own
         assert bool(round_operations(job, 1000)["gradients, passes"]) == activations
+
+
+def test_what_is_trained_after_pruning_without_training_is_counted() -> None:
+    quiet = job_of(pruning=pruning("obs", rounds=1), trains=False)
+    job, trained = replace(quiet, recovers=True), job_of(pruning=pruning("obs", rounds=1))
+    assert "recovery" not in memory(quiet)
+    assert not any(communication(quiet).values())
+    found = sizes(job, "recovery")
+    for name, of_an_element in zip(STATES, (4, 4, 4, 8), strict=True):
+        assert found[f"smaller {name}", "GPU"] == of_an_element * job.shard_of(job.num_pruned)
+    assert found["activations", "GPU"] == job.activations
+    received = {name: size for name, size in communication(job).items() if size}
+    assert received == {name: communication(trained)[name] for name in ("ZeRO-3, parameters", "ZeRO-3, gradients")}
+
+
+def test_components_that_are_multiplied_out_are_as_large_as_the_dense_model() -> None:
+    model = tiny_model("llama")
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    groups = sketch_units(model, pruning("flop", targets="mlp,attention", remaining=0.3))
+    numels = tuple(parameter.numel() for parameter in model.parameters())
+    job = job_of(groups=groups, numels=numels, pruning=pruning("flop", targets="mlp,attention", remaining=0.3))
+    assert export_size(job, "uniform") == 4 * dense
+    assert export_size(job, "per_layer") == 4 * job.num_pruned < 4 * dense
+    assert export_size(job, "gguf") == 4 * (dense + job.num_pruned)
 
 
 def test_offload_moves_states_to_the_host() -> None:

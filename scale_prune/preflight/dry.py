@@ -97,6 +97,7 @@ def _job(reading: Reading, shown: Rehearsal) -> Job:
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
         trains=training.max_steps > 0 and not criterion.freezes,
+        recovers=training.recovery_steps > 0,
         calibration_steps=calibration_steps(reading.config, int(ds_config["train_batch_size"])),
         has_teacher=has_teacher,
     )

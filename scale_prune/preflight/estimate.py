@@ -6,8 +6,8 @@ each assumption stands at the line that makes it. `benchmarks/memory.md` holds t
 Shape letters: P elements of all parameters, S elements of a rank's shards, M units, N units of a group, W ranks.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 
@@ -54,8 +54,11 @@ def memory(job: Job) -> dict[str, list[Part]]:
     phases |= {name: [*held, *parts] for name, parts in own.items()}
     if job.pruning.remaining < 1:
         phases["compaction"] = [*always, *_compaction(job)]
+    if job.recovers and not job.trains:
+        phases["recovery"] = _recovery(job)
     if not job.on_gpu:
-        phases[KEPT] = [*held, *chain.from_iterable(own.values()), *_growth(phases.get("compaction", []), held)]
+        later = [phases[name] for name in ("compaction", "recovery") if name in phases]
+        phases[KEPT] = [*held, *chain.from_iterable(own.values()), _growth(later, held)]
     return {name: [part for part in parts if part.size] for name, parts in phases.items()}
 
 
@@ -69,9 +72,24 @@ def _whitening(job: Job) -> list[Part]:
     return [*_process(job), parameters, Part("gathered parameters", device, _gathered(job)), *parts]
 
 
-def _growth(compaction: list[Part], held: list[Part]) -> list[Part]:
-    """Return what compaction needs beyond the blocks of what it frees."""
-    return [Part("compaction", "host", max(0, total(compaction, "host") - total(held, "host")))]
+def _recovery(job: Job) -> list[Part]:
+    """Return what is there while the smaller model is trained, where nothing was trained before."""
+    after, device = replace(job, trains=True), job.place()
+    return [
+        *_process(job),
+        *_buffers(after),
+        *_teacher(job),
+        *_states(after, job.shard_of(job.num_pruned), "smaller "),
+        Part("gathered parameters", device, _gathered(job)),
+        Part("activations", device, job.activations),
+        Part("temporaries", device, max(_reducing(after), _stepping(after))),
+    ]
+
+
+def _growth(later: Sequence[list[Part]], held: list[Part]) -> Part:
+    """Return what compaction and what comes after it need beyond the blocks of what is freed."""
+    most = max((total(parts, "host") for parts in later), default=0)
+    return Part("compaction", "host", max(0, most - total(held, "host")))
 
 
 def _phases(job: Job) -> dict[str, list[Part]]:
@@ -282,7 +300,7 @@ def _compaction(job: Job) -> list[Part]:
     return [
         Part("parameters", job.place("offload_param"), job.shards * job.width),
         Part("carried slices", "host", pruned * FP32 * (1 + job.moments) * job.trains),
-        *_states(job, pruned, "smaller "),
+        *_states(replace(job, trains=job.trains or job.recovers), pruned, "smaller "),
     ]
 
 
@@ -310,7 +328,7 @@ def communication(job: Job) -> dict[str, int]:
         received["ZeRO-3, parameters"] = job.accumulation * (3 * job.num_parameters * job.width)
         received["ZeRO-3, gradients"] = 0
     elif not job.trains:
-        return {}
+        received = {name: size * job.recovers for name, size in received.items() if name.startswith("ZeRO-3")}
     return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
 
 
@@ -334,9 +352,15 @@ def _update(job: Job) -> int:
 
 
 def export_size(job: Job, layout: str) -> int:
-    """Return the bytes of the exported weights, at most: padding may reach up to the dense widths."""
-    twice = 2 if layout == "gguf" else 1  # a folder and a file
-    return (job.num_parameters if layout == "pad" else job.num_pruned) * job.width * twice
+    """Return the bytes of the exported weights, at most: padding may reach up to the dense widths.
+
+    Beside a GGUF file there is a folder; components are multiplied out in the file, and in layout "uniform".
+    """
+    factorized = [group for group in job.groups if group.kind == "component"]
+    factors = sum(prod(member.shape) for group in factorized for member in group.members)
+    dense = job.num_parameters - factors + sum(group.dense_cost for group in factorized)
+    elements = {"pad": dense, "uniform": dense if factorized else job.num_pruned, "gguf": job.num_pruned + dense}
+    return elements.get(layout, job.num_pruned) * job.width
 
 
 def checkpoint_size(job: Job) -> int:

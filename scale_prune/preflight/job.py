@@ -36,6 +36,7 @@ class Job:
         world_size: number of ranks, W.
         on_gpu: False where the ranks are processes without a GPU.
         trains: False where no weight is trained before the units leave.
+        recovers: whether the smaller model is trained.
         calibration_steps: optimizer steps' worth of text that a round is calibrated on.
         has_teacher: whether there is a teacher.
     """
@@ -49,6 +50,7 @@ class Job:
     world_size: int
     on_gpu: bool
     trains: bool
+    recovers: bool
     calibration_steps: int
     has_teacher: bool
 

@@ -159,13 +159,16 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     yield f"rounds: {job.rounds}, repair {job.pruning.repair}; each reads {tokens:,} tokens of the training text"
     if line := calibration_warning(job.pruning, job.groups):
         yield line
-    if received := [[name, _size(size)] for name, size in round_bytes(job, tokens).items() if size]:
-        yield from _portions(job)
-        counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
-        yield ""
-        yield from markdown_table(["bytes that a rank receives in a round", ""], received)
-        yield ""
-        yield from markdown_table(["arithmetic of the busiest rank in a round", "TFLOP"], counted)
+    yield from _portions(job)
+    received = [[name, _size(size)] for name, size in round_bytes(job, tokens).items() if size]
+    counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
+    for what, unit, rows in (
+        ("bytes that a rank receives in a round", "", received),
+        ("arithmetic of the busiest rank in a round", "TFLOP", counted),
+    ):
+        if rows:
+            yield ""
+            yield from markdown_table([what, unit], rows)
 
 
 def _portions(job: Job) -> Iterator[str]:
