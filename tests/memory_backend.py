@@ -169,9 +169,6 @@ class InMemoryBackend:
         for member in group.members:
             self.parameters[member.name].data.movedim(member.dim, 0)[~mask] = 0.0
 
-    def settle(self) -> None:
-        """Wait for nothing."""
-
     def gather(self, member: Member) -> Tensor:
         """Return a member's whole working copy."""
         return self.parameters[member.name].detach().float().clone()

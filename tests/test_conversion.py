@@ -132,7 +132,7 @@ def test_q8_needs_rows_of_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_queries_keys_and_values_of_a_starcoder_stand_one_after_another_in_gguf(tmp_path: Path) -> None:
-    file, _ = gguf(tmp_path, "gpt_bigcode", "uniform", num_attention_heads=4, multi_query=False)
+    file, _ = gguf(tmp_path, "gpt_bigcode", "uniform", num_attention_heads=4, head_dim=8, multi_query=False)
     told = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(file).tensors}
     for kind in ("weight", "bias"):
         own = load_file(tmp_path / "pruned" / "model.safetensors")[f"transformer.h.0.attn.c_attn.{kind}"]
@@ -145,7 +145,7 @@ def test_queries_keys_and_values_of_a_starcoder_stand_one_after_another_in_gguf(
     [(True, 60, "heads of a qwen2 have left"), (False, 3, "needs a row of the embedding for every token: .* 3 rows")],
 )
 def test_what_gguf_will_not_hold_is_refused_before_training(heads: bool, size: int, message: str) -> None:
-    config = tiny_config("qwen2", vocab_size=size)
+    config = tiny_config("qwen2", **HEADS, vocab_size=size)
     with pytest.raises(ValueError, match=message):
         check_gguf(config, tiny_tokenizer("bytes"), heads=heads)
 
@@ -160,7 +160,7 @@ def test_what_gguf_will_not_hold_is_refused_before_training(heads: bool, size: i
         ("llama", "gguf", {"hidden_act": "gelu"}, "activation function is gelu, not silu; every other layout can"),
         ("gpt2", "gguf", {"scale_attn_by_inverse_layer_idx": True}, "not scaled by the root of a head's width alone"),
         ("starcoder2", "gguf", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
-        ("stablelm", "gguf", {"qk_layernorm": True}, "its queries and keys have norms"),
+        ("stablelm", "gguf", {**HEADS, "qk_layernorm": True}, "its queries and keys have norms"),
         ("qwen2", "gguf", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, '"yarn"'),
     ],
 )

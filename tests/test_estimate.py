@@ -118,7 +118,8 @@ def test_states_have_the_bytes_that_zero_keeps() -> None:
 
 def test_gradients_that_no_step_follows_are_those_of_neurons_weights_alone() -> None:
     for criterion, of_weights, activations in (("fisher", 0, True), ("sensitivity", 1, True), ("obs", 0, False)):
-        job = job_of(pruning=pruning(criterion, rounds=1, repair="none"), trains=False)
+        settings = pruning(criterion, rounds=1, repair="none")
+        job = job_of(pruning=settings, trains=False, ds_config=DS_CONFIG | {"train_batch_size": 4})
         found, members = sizes(job, "forward"), [member for group in job.groups for member in group.members]
         own = sum(job.shard_of(prod(member.shape)) for member in members)
         assert found.get(("gradients", "GPU"), 0) == 4 * own * of_weights

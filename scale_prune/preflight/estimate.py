@@ -17,7 +17,7 @@ from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
 from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.job import FP32, PERSISTENT, PREFETCH_BUCKET, REDUCE_BUCKET, REUSE_DISTANCE, SUB_GROUP, Job
-from scale_prune.preflight.round_needs import round_memory, whitening_memory
+from scale_prune.preflight.round_needs import num_observed, observes, round_memory, whitening_memory
 
 PROCESS = 550 * 2**20
 """Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
@@ -100,8 +100,8 @@ def _phases(job: Job) -> dict[str, list[Part]]:
         return {
             "forward": [
                 Part("gathered parameters", device, _gathered(job)),
-                Part("activations", device, job.activations * (freezes or job.observes)),
-                Part("gradients", device, FP32 * job.num_observed),
+                Part("activations", device, job.activations * (freezes or observes(job))),
+                Part("gradients", device, FP32 * num_observed(job)),
                 Part("temporaries", device, _observing(job)),
             ]
         }
@@ -274,7 +274,7 @@ def _scoring(job: Job) -> int:
 def _observing(job: Job) -> int:
     """Return the bytes of the largest gradient that no step follows, in float32, padded and cut; and its share's."""
     members = [prod(member.shape) for group in job.groups for member in group.members]
-    return max(2 * FP32 * max(members), _scoring(job)) if job.num_observed else 0
+    return max(2 * FP32 * max(members), _scoring(job)) if num_observed(job) else 0
 
 
 def _stepping(job: Job) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 from scale_prune.config import PruningConfig, get, precision
 from scale_prune.core import UnitGroup, UnitLayout, remaining_fraction
-from scale_prune.criteria import CRITERIA, learns_from_gradients
 
 FP32 = 4
 # Tensors of the parameters' size that an optimizer keeps; Adam's two moments where the name is not listed.
@@ -59,26 +58,12 @@ class Job:
         """Rounds in which units leave for good."""
         return (self.pruning.rounds or 0) if self.pruning.remaining < 1 else 0
 
-    @property
-    def observes(self) -> bool:
-        """Whether gradients are taken that no step follows, of the calibration text."""
-        learns = learns_from_gradients(CRITERIA[self.pruning.criterion])
-        return learns and not self.trains and self.pruning.remaining < 1
-
     # --- sizes -----------------------------------------------------------------------------------------------------
 
     @property
     def num_parameters(self) -> int:
         """Elements of all parameters, P."""
         return sum(self.numels)
-
-    @property
-    def num_observed(self) -> int:
-        """Elements of a rank's shards whose gradients are kept though no step follows."""
-        criterion = CRITERIA[self.pruning.criterion]
-        roles = criterion.roles if "grad" in criterion.needs and self.observes else ()
-        members = [member for group in self.groups for member in group.members if member.role in roles]
-        return sum(self.shard_of(prod(member.shape)) for member in members)
 
     @property
     def num_pruned(self) -> int:

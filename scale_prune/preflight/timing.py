@@ -13,7 +13,7 @@ import torch
 from scale_prune.criteria import CRITERIA
 from scale_prune.preflight.inputs import Reading
 from scale_prune.preflight.job import Job
-from scale_prune.preflight.round_needs import round_operations, trial_passes, trials
+from scale_prune.preflight.round_needs import observes, round_operations, trial_passes, trials
 from scale_prune.system import markdown_table
 from scale_prune.zero3 import own_device
 
@@ -73,7 +73,7 @@ def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: f
     there_and_back = both if training.gradient_checkpointing else both + forward  # these passes always recompute
     passes = {
         "calibration, passes": micro_batches * (there_and_back if "output_grad" in criterion.needs else forward),
-        "gradients, passes": micro_batches * there_and_back * job.observes,
+        "gradients, passes": micro_batches * there_and_back * observes(job),
         "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.rounds, 1),
     }
     every = {part: passes.get(part, count / rate) for part, count in operations.items()}

@@ -40,9 +40,6 @@ class ShardBackend(Protocol):
     def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
         """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses."""
 
-    def settle(self) -> None:
-        """Wait for what was written, so that the next forward pass gathers it."""
-
     def gather(self, member: Member) -> Tensor:
         """Return the whole working copy of a member in float32, as a forward pass gathers it."""
 

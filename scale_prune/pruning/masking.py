@@ -57,7 +57,6 @@ class Masking:
         for group, mask, width in zip(self.line.groups, self.masks, self.widths, strict=True):
             if width < group.num_units:
                 self.line.backend.mask_working_copy(group, mask)
-        self.line.backend.settle()
 
     def verify(self, step: int) -> None:
         """Read the working copy back: exactly the masked units must be zero, apart from units whose master is zero.

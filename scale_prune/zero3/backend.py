@@ -121,9 +121,6 @@ class Zero3Backend(Collectives):
         removed = ~mask
         for member in group.members:
             Shard(self.parameters[member.name]).zero_units(removed, member)
-
-    def settle(self) -> None:
-        """Wait for what was written, so that the next forward pass gathers it."""
         settle()
 
     def gather(self, member: Member) -> Tensor:

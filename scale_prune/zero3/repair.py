@@ -15,7 +15,7 @@ from scale_prune.core.repair import bias_taken_over, taken_over
 from scale_prune.pruning import keeper_of
 from scale_prune.zero3.backend import Zero3Backend
 from scale_prune.zero3.engine_state import write_working_copy
-from scale_prune.zero3.shard import MASTER, Shard
+from scale_prune.zero3.shard import MASTER, Shard, settle
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def repair_weights(
         shard.write(MASTER, values) if backend.trains else shard.write_working(values)
     if backend.trains:
         write_working_copy(backend)
-    backend.settle()
+    settle()
 
 
 @contextmanager
@@ -63,12 +63,12 @@ def tried(
                 shard.write_working(values)
         for group, mask in changed:
             backend.mask_working_copy(group, mask)
-        backend.settle()
+        settle()
         yield
     finally:
         for name, values in before.items():
             Shard(backend.parameters[name]).write_working(values)
-        backend.settle()
+        settle()
 
 
 def _repaired(
