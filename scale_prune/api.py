@@ -203,7 +203,7 @@ def save(
         tokenizer: written along, if there is one.
 
     Raises:
-        ValueError: the layout cannot hold the widths, or the folder holds something.
+        ValueError: the layout cannot hold the widths, or the folder holds something or is a mount point.
     """
     backend = Zero3Backend(engine)
     if engine in _uncompacted and backend.rank == 0:

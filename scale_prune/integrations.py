@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from scale_prune.api import STATE, attach, compact, load_state, prepare, save, save_state
 from scale_prune.config import PruningConfig
 from scale_prune.pruning import Pruner
+from scale_prune.system import check_new
 
 
 def follow(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 0) -> Pruner:
@@ -60,7 +61,7 @@ class PruningCallback(TrainerCallback):
 
     Raises:
         ValueError: the Trainer does not run ZeRO-3, is to load another checkpoint at the end, or the folder holds
-            something.
+            something or is a mount point.
     """
 
     pruner: Pruner
@@ -77,8 +78,7 @@ class PruningCallback(TrainerCallback):
                 "load_best_model_at_end would load weights that were trained under other masks; leave it out: the "
                 "pruned model is that of the last step"
             )
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds something; give PruningCallback a new or empty folder")
+        check_new(self.folder)
         prepare(trainer.model, config, seed=trainer.args.seed)
 
     def on_train_begin(

@@ -303,6 +303,13 @@ def test_what_cannot_be_analysed_is_named(work: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_mount_point_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    code, stderr = outcome_of(analyze.main, *analyze_flags(tmp_path, tmp_path, "--model", "nowhere"))
+    assert code == 2
+    assert f"--output_dir {tmp_path} is a mount point" in stderr
+
+
 def test_what_is_kept_of_another_model_is_left_out() -> None:
     found: Any = {"base": [SimpleNamespace(name="h.0", sensitivity=torch.zeros(5))]}
     kept: dict[str, Any] = {"base": {"h.0": [0]}, "own": {"h.0": [0, 4]}, "other": {"h.1": [0]}, "wider": {"h.0": [5]}}

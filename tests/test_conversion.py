@@ -180,7 +180,7 @@ def test_what_a_format_cannot_hold_is_refused(
         (["nowhere", "--to", "pad", "--output", "x"], "nowhere is no model's folder"),
         (["empty", "--to", "pad", "--output", "x"], "has no complete weights in safetensors files"),
         (["strange", "--to", "pad", "--output", "x"], "model type 'mine' is not known to transformers"),
-        (["pruned", "--to", "pad", "--output", "pruned"], "pruned exists already; results go to a new or an empty"),
+        (["pruned", "--to", "pad", "--output", "pruned"], "pruned holds something; give a new or empty folder"),
         (["pruned", "--to", "gguf", "--output", "pruned"], "pruned exists already; give the name of a new file"),
         (["pruned", "--to", "pad", "--dtype", "f16", "--output", "x"], "--dtype f16 is for --to gguf"),
         (["pruned", "--to", "onyx", "--output", "x"], "argument --to: invalid choice: 'onyx'"),

@@ -76,7 +76,7 @@ def test_a_broken_stream_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_with_contents_is_left_alone(tmp_path: Path) -> None:
     model, groups, _ = compacted("gpt2", "uniform")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="holds something"):
         export(tmp_path, model, groups, "uniform")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -124,6 +124,30 @@ def test_a_checkpoint_that_somebody_reads_while_it_is_removed_ends_no_run(
         written = save(tmp_path, state=state, slices=[], runtime=alone, keep=1)
         assert json.loads((written / "state.json").read_text()) == state
         assert newest_first(tmp_path) == [written]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("disk", "disk/new"):
+        link = tmp_path / f"link-{len(name)}"
+        link.symlink_to(tmp_path / name)
+        with complete_or_absent(link) as partial:
+            (partial / "result").write_text(name)
+        assert link.is_symlink()
+        assert (link / "result").read_text() == name
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, link = tmp_path / "volume", tmp_path / "link"
+    volume.mkdir()
+    link.symlink_to(volume)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == volume)
+    for folder in (volume, link):
+        with pytest.raises(ValueError, match=r"is a mount point.*give a folder below it"), complete_or_absent(folder):
+            raise RuntimeError("computed in vain")
+    with complete_or_absent(volume / "below") as partial:
+        (partial / "result").touch()
+    assert [path.name for path in volume.iterdir()] == ["below"]
 
 
 def test_checkpoints_that_were_abandoned_stay_however_often(tmp_path: Path) -> None:

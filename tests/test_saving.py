@@ -81,5 +81,5 @@ def test_files_are_written_by_all_ranks_that_see_the_disk_or_by_none(tmp_path: P
         for name, file in places.items():
             assert torch.equal(load_file(folder / file)[name], everything[name])
     assert {rank[3][1] for rank in ranks} == {f"{tmp_path / 'full'} cannot be written: No space left on device"}
-    assert {rank[4][1].split("; ")[0] for rank in ranks} == {f"{path} cannot be written: {path} exists already"}
+    assert {rank[4][1].split("; ")[0] for rank in ranks} == {f"{path} cannot be written: {path} holds something"}
     assert {each.name for each in tmp_path.iterdir()} == {"gpt_neo", "all", "some", "one"}

@@ -22,7 +22,7 @@ from scale_prune.inspection import (
     read_models,
 )
 from scale_prune.inspection.analysis_tables import as_table
-from scale_prune.system import complete_or_absent
+from scale_prune.system import check_new, complete_or_absent
 from scale_prune.zero3 import Runtime, joined, launched_as
 
 DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
@@ -37,8 +37,7 @@ def main(argv: Sequence[str]) -> None:
             config, explicit, own = parse_some(argv, settings_where("commands", "analyze"), DESCRIPTION, add_own)
         load_plugins(config.training.plugin)
         folder = Path(own.output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
+        check_new(folder, f"--output_dir {folder}")
         inputs = read_models(own, config, explicit, world_size, "train", needs_groups=True)
         kept = _kept(inputs)
         with joined(rank) as runtime:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scale_prune.config import parse_some, user_errors
 from scale_prune.study import PERPLEXITY, as_json, as_table, check_same, draw, find, read, rows_of
-from scale_prune.system import complete_or_absent
+from scale_prune.system import check_new, complete_or_absent
 
 DESCRIPTION = "Compare finished runs: one table and one figure, with mean and standard deviation over seeds."
 
@@ -18,8 +18,7 @@ def main(argv: Sequence[str]) -> None:
     with user_errors(rank=0):
         own = parse_some(argv, (), DESCRIPTION, add_own)[2]
         folder = Path(own.output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output_dir {folder} holds something; give a new or empty folder")
+        check_new(folder, f"--output_dir {folder}")
         reports, unfinished = find(own.runs)
         runs = [read(report, own.metric) for report in reports]
         if not own.any:

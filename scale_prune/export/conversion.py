@@ -16,7 +16,7 @@ from scale_prune.export.plain_configs import stock_config
 from scale_prune.export.stored import Stored
 from scale_prune.export.writing import Export
 from scale_prune.models import family_of
-from scale_prune.system import whole_or_absent
+from scale_prune.system import check_new, whole_or_absent
 from scale_prune.system.tensor_files import TensorFiles
 
 FORMS = (AUTO, *LAYOUTS, GGUF)
@@ -111,8 +111,10 @@ def convert(
         What it has become, in sentences.
 
     Raises:
-        ValueError: the layout cannot hold the model, or the destination holds something.
+        ValueError: the layout cannot hold the model, or the destination holds something or is a mount point.
     """
+    if form != GGUF and not replace:
+        check_new(destination)
     layout = check_form(stored, form)
     if layout == GGUF:
         if destination.exists() and not replace:

@@ -5,6 +5,7 @@ from scale_prune.system.folders import (
     RECIPE,
     REPORT,
     appears,
+    check_new,
     complete_or_absent,
     is_set_aside,
     name_beside,

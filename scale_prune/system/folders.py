@@ -37,22 +37,40 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_new(folder: Path, asked: str = "") -> None:
+    """Refuse a folder whose name a finished result cannot take.
+
+    Args:
+        folder: the folder, there or not.
+        asked: what the message calls it; "" for its path.
+
+    Raises:
+        ValueError: it holds something, or is a file or a mount point.
+    """
+    asked = asked or str(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{asked} holds something; give a new or empty folder")
+    if os.path.ismount(folder.resolve()):
+        raise ValueError(f"{asked} is a mount point, whose name a finished result cannot take; give a folder below it")
+
+
 @contextmanager
 def complete_or_absent(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a folder to write into that takes its name on success and is gone on failure.
 
     Args:
-        folder: the folder to make; its parents are made too.
+        folder: the folder to make; its parents are made too. Of a link, what it leads to.
         replace: a folder of this name goes when the new one is complete.
 
     Yields:
         A folder beside it. At the end of the `with` block it is flushed to disk and renamed in one step.
 
     Raises:
-        ValueError: the folder exists and is not empty, or is a file, and is not to be replaced.
+        ValueError: as `check_new`, where it is not to be replaced.
     """
-    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; results go to a new or an empty folder")
+    if not replace:
+        check_new(folder)
+    folder = folder.resolve()  # no folder can be renamed to a link
     for mark in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*/{UNFINISHED}"):
         shutil.rmtree(mark.parent, ignore_errors=True)  # of a process that was killed
     partial, replaced = name_beside(folder, "partial"), name_beside(folder, "replaced")
