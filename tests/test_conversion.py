@@ -82,6 +82,7 @@ def test_what_stands_beside_comes_along_and_the_card_says_how_to_load(tmp_path: 
     card = '# Mine\n\nmodel = AutoModel.from_pretrained("PATH", trust_remote_code=True)\n'
     folder = export(tmp_path / "pruned", model, groups, "per_layer", tokenizer=tiny_tokenizer(), card=card)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_bytes(card.encode() + b"Caf\xe9")  # not UTF-8
     for form in ("pad", "nemotron_nas"):
         convert(open_folder(folder), form, tmp_path / form)
         names = {path.name for path in (tmp_path / form).iterdir()}

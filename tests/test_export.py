@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import (
     VOCABULARY,
     WIDTHS,
@@ -39,6 +40,7 @@ from transformers import (
 
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import Kind, UnitGroup
+from scale_prune.export.card import model_card
 from scale_prune.export.config_files import write_tokenizer
 from scale_prune.export.layouts import (
     FACTORIZED_FILE,
@@ -201,6 +203,14 @@ def test_tokenizer_generation_config_and_card_come_along(tmp_path: Path) -> None
     modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
     assert modes.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+@pytest.mark.parametrize("license", [b"mit", b"[", b"\xe9", b"mit\n3: 4", b"mit\nmodel-index: 5"])
+def test_the_card_takes_from_the_base_what_can_be_read_of_its_own(tmp_path: Path, license: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: " + license + b"\n---\n")
+    groups = unit_groups(tiny_model("gpt2"))
+    card: Any = ModelCard(model_card(str(tmp_path), groups=groups, layout="uniform", loader="AutoModelForCausalLM"))
+    assert card.data.license == ("mit" if license in (b"mit", b"mit\nmodel-index: 5") else None)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

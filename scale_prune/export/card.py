@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from scale_prune.core import Kind, UnitGroup
 from scale_prune.export.layouts import needs_code
@@ -75,8 +76,7 @@ def public_name(path: str) -> str:
 def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> ModelCardData:
     """Return what the Hub reads; base model, license and languages come from the base's own card, if it has one."""
     here = Path(model).exists()
-    readme = Path(model) / "README.md"
-    base = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
+    base = _stated(Path(model) / "README.md")
     settings = report["settings"] if report else {}
     return ModelCardData(
         base_model=base.get("base_model") if here else model,
@@ -87,6 +87,14 @@ def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> 
         pipeline_tag="text-generation" if "Causal" in loader else "text-classification",
         tags=["pruned", "structured-pruning", "scale_prune"],
     )
+
+
+def _stated(readme: Path) -> dict[str, Any]:
+    """Return the front matter of a card, nothing where there is none that can be read."""
+    try:
+        return dict(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()) if readme.is_file() else {}
+    except (OSError, TypeError, ValueError, YAMLError):  # TypeError: of keys that are no words
+        return {}
 
 
 def _widths(widths: Sequence[int]) -> str:

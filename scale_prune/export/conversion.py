@@ -128,7 +128,7 @@ def convert(
         groups=stored.groups,
         layout=layout,
         tokenizer=None,
-        card=in_other_layout(card.read_text(encoding="utf-8"), layout) if card.is_file() else "",
+        card=in_other_layout(card.read_text(encoding="utf-8", errors="replace"), layout) if card.is_file() else "",
         beside=_beside(stored.folder),
     )
     export.write(destination, _tensors(stored), replace=replace)
