@@ -293,6 +293,7 @@ def test_what_cannot_be_analysed_is_named(work: Path, tmp_path: Path) -> None:
         "bert": analyze_flags(work, tmp_path / "a", "--model", str(tmp_path / "bert")),
         "is there twice": analyze_flags(work, tmp_path / "a", *model, "--baseline", str(work / "model")),
         "holds something": analyze_flags(work, work, *model),
+        "train.txt is not a folder": analyze_flags(work, work / "train.txt" / "new" / "a", *model),
         "0 is not valid": analyze_flags(work, tmp_path / "a", *model, "--batches", "0"),
         "1 is not valid": analyze_flags(work, tmp_path / "a", *model, "--sample_units", "1"),
     }

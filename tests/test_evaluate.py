@@ -2,7 +2,9 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +136,7 @@ def test_names_are_as_short_as_they_can_be() -> None:
         (["--output", "{work}/model/config.json"], "model/config.json is there already and no earlier result"),
         (["--output", "{work}/train.txt"], "train.txt is there already and no earlier result"),
         (["--output", "{work}"], " is there already and no earlier result"),
+        (["--output", "{work}/train.txt/new/a.json"], "a.json cannot be made: {work}/train.txt is not a folder"),
         (["--remaining", "0.5"], "unknown argument --remaining"),
         (["--block_size", "50"], "--block_size 50 is more than the 31 positions"),
     ],
@@ -143,7 +146,15 @@ def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: A
         evaluate.main(flags(work, *(word.format(work=work) for word in more)))
     assert exit.value.code == 2
     (error,) = errors_of(capsys.readouterr().err)
-    assert message in error
+    assert message.format(work=work) in error
+
+
+def test_the_table_is_shown_whatever_becomes_of_the_file(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs: Any = {"model": SimpleNamespace(begins_with_bos=False)}
+    own = Namespace(baseline=None, lm_eval=None, output=work / "train.txt" / "a.json")
+    with pytest.raises(OSError, match=r"train\.txt"):
+        evaluate._write({"model": {"perplexity": 7.5}}, inputs, own)
+    assert "| model | 7.50 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from scale_prune.inspection import (
     read_models,
 )
 from scale_prune.inspection.analysis_tables import as_table
-from scale_prune.system import check_new, complete_or_absent
+from scale_prune.system import check_new, check_writable, complete_or_absent
 from scale_prune.zero3 import Runtime, joined, launched_as
 
 DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
         load_plugins(config.training.plugin)
         folder = Path(own.output_dir)
         check_new(folder, f"--output_dir {folder}")
+        check_writable(folder.resolve().parent, f"--output_dir {folder}")
         inputs = read_models(own, config, explicit, world_size, "train", needs_groups=True)
         kept = _kept(inputs)
         with joined(rank) as runtime:
@@ -87,16 +88,17 @@ def _write(
     kept: dict[str, Any],
     own: argparse.Namespace,
 ) -> None:
-    """Write analysis.json, table.md and the figures; print the table."""
+    """Print the table; write it, analysis.json and the figures."""
     baseline = next(iter(found)) if own.baseline else None
     table = as_table(found, baseline) + _said(own)
+    print(f"\n{table}")
     with complete_or_absent(folder) as partial:
         sampled = {"sample_units": own.sample_units, "sample_tokens": own.sample_tokens}
         bos = {"bos": {name: each.begins_with_bos for name, each in inputs.items()}}
         (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline) | sampled | bos), encoding="utf-8")
         (partial / "table.md").write_text(table, encoding="utf-8")
         draw_all(partial, found, baseline, _of_same_groups(kept, found, baseline))
-    print(f"\n{table}\n{folder}: analysis.json, table.md and figures")
+    print(f"{folder}: analysis.json, table.md and figures")
 
 
 def _said(own: argparse.Namespace) -> str:

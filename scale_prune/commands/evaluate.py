@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from scale_prune.config import CLASSIFICATION, Config, load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import GgufModel, add_models, harness, is_gguf, positive, read_models, speeds
-from scale_prune.system import markdown_table, versions, write_atomically
+from scale_prune.system import check_writable, markdown_table, versions, write_atomically
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
 
@@ -89,10 +89,13 @@ def _check_gguf(own: argparse.Namespace, config: Config) -> None:
 
 
 def _check_output(own: argparse.Namespace) -> None:
-    """Refuse to write the results over anything but earlier ones."""
-    if own.output is None or not os.path.lexists(own.output):
+    """Refuse to write the results where nothing can be written, or over anything but earlier ones."""
+    if own.output is None:
         return
     file = Path(own.output)
+    check_writable(file.parent, f"--output {file}")
+    if not os.path.lexists(file):
+        return
     try:
         earlier = file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() >= set(RESULT)
     except (OSError, ValueError, AttributeError):
@@ -157,15 +160,14 @@ def _add_speeds(
 
 def _write(report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
     baseline = next(iter(inputs)) if own.baseline else None
-    table = as_table(report, baseline)
+    print(f"\n{as_table(report, baseline)}")
+    if own.lm_eval:
+        print(harness.as_table({name: each[LM_EVAL] for name, each in report.items()}))
     if own.output:
         bos = {name: each.begins_with_bos for name, each in inputs.items()}
         contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True)) | {"bos": bos}
         Path(own.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
-    print(f"\n{table}")
-    if own.lm_eval:
-        print(harness.as_table({name: each[LM_EVAL] for name, each in report.items()}))
 
 
 def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scale_prune.checkpoint import NEWEST
 from scale_prune.config import Config
-from scale_prune.system import RECIPE, REPORT
+from scale_prune.system import RECIPE, REPORT, check_writable
 
 
 def check_output(config: Config) -> None:
@@ -16,10 +16,7 @@ def check_output(config: Config) -> None:
             else, or it cannot be written or set aside.
     """
     folder = Path(config.output.output_dir)
-    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        what = "cannot be written" if above.is_dir() else "is not a folder"
-        raise ValueError(f"--output_dir {folder} cannot be made: {above} {what}")
+    check_writable(folder, f"--output_dir {folder}")
     try:
         if _is_empty(folder):
             return

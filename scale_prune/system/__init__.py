@@ -6,6 +6,7 @@ from scale_prune.system.folders import (
     REPORT,
     appears,
     check_new,
+    check_writable,
     complete_or_absent,
     is_set_aside,
     name_beside,

@@ -54,6 +54,22 @@ def check_new(folder: Path, asked: str = "") -> None:
         raise ValueError(f"{asked} is a mount point, whose name a finished result cannot take; give a folder below it")
 
 
+def check_writable(folder: Path, asked: str) -> None:
+    """Refuse a folder that can neither be written nor made.
+
+    Args:
+        folder: the folder, there or not.
+        asked: what the message calls that which is to be made in it.
+
+    Raises:
+        ValueError: what exists of its path is not a folder, or cannot be written.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written" if above.is_dir() else "is not a folder"
+        raise ValueError(f"{asked} cannot be made: {above} {what}")
+
+
 @contextmanager
 def complete_or_absent(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a folder to write into that takes its name on success and is gone on failure.
