@@ -11,8 +11,19 @@ from distributed import run_ranks
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from memory_backend import steady_model
-from models import LAYERS, WIDTHS, compacted, export, logits, tiny_config, tiny_model, tiny_tokenizer, tokens
-from safetensors.torch import load_file
+from models import (
+    LAYERS,
+    WIDTHS,
+    compacted,
+    export,
+    logits,
+    named_state,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    tokens,
+)
+from safetensors.torch import load_file, save_file
 from test_embedding import ZIPF, clustered
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -92,6 +103,35 @@ def test_what_stands_beside_comes_along_and_the_card_says_how_to_load(tmp_path: 
         )
         told = (tmp_path / form / "README.md").read_text()
         assert ("trust_remote_code" in told) == (form == "nemotron_nas")
+
+
+OF_OLD = {"gpt2": "h.0.attn.bias", "gpt_neox": "gpt_neox.layers.0.attention.masked_bias", "llama": "inv_freq"}
+"""Buffers that folders of the Hub hold and that models have no more."""
+
+
+@pytest.mark.parametrize("model_type", OF_OLD)
+def test_a_dense_folder_of_the_hub_is_read_as_transformers_reads_it(tmp_path: Path, model_type: str) -> None:
+    model, folder = tiny_model(model_type, **WIDE), tmp_path / "dense"
+    tiny_tokenizer().save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    in_files = {name.removeprefix("transformer."): tensor for name, tensor in named_state(model)}
+    save_file(in_files | {OF_OLD[model_type]: torch.ones(3)}, folder / "model.safetensors")
+    (folder / "original").mkdir()
+    for name in ("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "LICENSE.txt", "original/a.pth"):
+        (folder / name).touch()
+    for form in ("auto", "gguf"):
+        convert(open_folder(folder), form, tmp_path / form)
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "LICENSE.txt"}
+    assert {path.name for path in (tmp_path / "auto").iterdir()} == names
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "auto").eval()
+    torch.testing.assert_close(logits(plain, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_a_folder_of_other_names_is_refused_with_some_of_them(tmp_path: Path) -> None:
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    save_file({"my.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no transformer\.h\.0\.mlp\.c_fc\.weight, only my\.weight and so on"):
+        convert(open_folder(tmp_path), "pad", tmp_path / "new")
 
 
 def gguf(tmp_path: Path, model_type: str, layout: str, dtype: str | None = None, **settings: Any) -> tuple[Path, Any]:

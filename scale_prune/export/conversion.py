@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import Tensor
@@ -20,8 +21,12 @@ from scale_prune.system import check_new, whole_or_absent
 from scale_prune.system.tensor_files import TensorFiles
 
 FORMS = (AUTO, *LAYOUTS, GGUF)
-NOT_BESIDE = (".safetensors", ".py", ".bin", ".gguf")
-WRITTEN_ANEW = ("config.json", "model.safetensors.index.json", "README.md")
+BESIDE = (
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates"),
+    *("generation_config.json", "license*", "notice*", "use_policy*"),
+)
+"""In small letters, what comes along with a model: tokenizer, templates, settings of generation, terms of use."""
 
 
 def open_folder(folder: Path) -> Stored:
@@ -136,9 +141,8 @@ def convert(
 
 
 def _beside(folder: Path) -> list[Path]:
-    """Return what comes along as it is: the tokenizer's files and templates."""
-    kept = (path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix not in NOT_BESIDE)
-    return [path for path in kept if path.name not in WRITTEN_ANEW and not path.name.startswith(".")]
+    """Return what comes along as it is."""
+    return [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name.lower(), each) for each in BESIDE)]
 
 
 def _tensors(stored: Stored) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from scale_prune.core import UnitGroup, resize_group
 from scale_prune.export.factors import product, whole_table
@@ -36,22 +38,36 @@ class Stored:
     def groups(self) -> tuple[UnitGroup, ...]:
         """The neurons that are there: up to the last one of a layer that is not zero in all its tensors; and heads, if
         some have left."""
-        with torch.device("meta"):
-            model = stock_class(self.config)(self.config)
-        neurons = tuple(resize_group(group, self._live(group)) for group in unit_groups(model))
+        neurons = tuple(resize_group(group, self._live(group)) for group in unit_groups(self._model))
         own = self.written.get("per_layer_config") or {}
         if not any("num_attention_heads" in words for words in own.values()):
             return neurons
-        heads = unit_groups(model, ("attention",))
+        heads = unit_groups(self._model, ("attention",))
         return (*neurons, *(resize_group(group, self._stored_heads(group)) for group in heads))
 
     @cached_property
     def names(self) -> dict[str, Sequence[str]]:
-        """Names in the state dict of the model of transformers, and the tensors in the files that each is made of."""
-        to_state = {theirs: ours for ours, theirs in family_of(self.config).checkpoint_names} if self._is_stock else {}
+        """Names in the state dict of the model of transformers, and the tensors in the files that each is made of.
+
+        What that model does not know, e.g. buffers of its older versions, is left out, as where transformers loads it.
+
+        Raises:
+            ValueError: the files lack a tensor of an MLP.
+        """
+        known, prefix = self._model.state_dict(), self._model.base_model_prefix
+        conversions = get_model_conversion_mapping(self._model)
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
         found: dict[str, list[str]] = {}
-        for name in self.files.names:
-            found.setdefault(to_state.get(name, self._whole(name)), []).append(name)
+        for stored_name in self.files.names:
+            name, _ = rename_source_key(self._whole(stored_name), renamings, [], prefix, known)
+            if name in known:
+                found.setdefault(name, []).append(stored_name)
+        members = (member.name for group in unit_groups(self._model) for member in group.members)
+        if missing := next((name for name in members if name not in found), None):
+            raise ValueError(
+                f"{self.folder} holds no {missing}, only {', '.join(self.files.names[:3])} and so on; give a model by "
+                f"the names that {type(self._model).__name__} of transformers loads"
+            )
         return dict(found)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -69,9 +85,12 @@ class Stored:
     def _members(self) -> dict[str, Any]:
         return {member.name: member for group in self.groups for member in group.members}
 
-    @property
-    def _is_stock(self) -> bool:
-        return "auto_map" not in self.written
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """The dense model of transformers, without memory."""
+        with torch.device("meta"):
+            model: PreTrainedModel = stock_class(self.config)(self.config)
+        return model
 
     def _whole(self, name: str) -> str:
         """Return the name in the state dict of what a tensor of the files is a part of."""
