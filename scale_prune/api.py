@@ -216,6 +216,7 @@ def save(
         layout=layout,
         tokenizer=tokenizer,
         card=model_card(config.name_or_path, groups=groups, layout=layout, loader=auto_model(config).__name__),
+        generation_config=getattr(engine.module, "generation_config", None),
         tied_output=tied_output(engine.module),
     )
     write_model(backend, export, Path(folder))

@@ -14,7 +14,14 @@ from engines import LAYERS, saved_model
 from models import VOCABULARY, WIDTH, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import scale_prune
 from scale_prune.config.settings import PruningConfig
@@ -149,7 +156,9 @@ def masks_of_all(model_folder: Path, output: Path) -> dict[str, list[Tensor]]:
 
 
 def test_trainer_and_accelerate_keep_the_neurons_of_an_own_loop(tmp_path: Path) -> None:
-    for masks in run_ranks(masks_of_all, RANKS, saved_model(tmp_path, "gpt_neo"), tmp_path):
+    model_folder = saved_model(tmp_path, "gpt_neo")
+    GenerationConfig(do_sample=True, temperature=0.5).save_pretrained(model_folder)
+    for masks in run_ranks(masks_of_all, RANKS, model_folder, tmp_path):
         own = masks["own_loop"]
         assert sum(int(mask.sum()) for mask in own) == int(PRUNING.remaining * LAYERS * WIDTH)
         for loop in ("accelerate_loop", "trainer_loop", "resumed_trainer"):
@@ -160,6 +169,7 @@ def test_trainer_and_accelerate_keep_the_neurons_of_an_own_loop(tmp_path: Path) 
     logits = [model(TOKENS[:2]).logits for model in models]
     for found in logits[1:]:
         torch.testing.assert_close(found, logits[0], rtol=1e-3, atol=1e-3)
+    assert {GenerationConfig.from_pretrained(folder).temperature for folder in folders} == {0.5}
     assert len(AutoTokenizer.from_pretrained(folders[2])) == len(tiny_tokenizer())
     components = AutoModelForCausalLM.from_pretrained(tmp_path / "trainer_of_its_own_optimizer", trust_remote_code=True)
     assert components(TOKENS[:2]).logits.isfinite().all()
