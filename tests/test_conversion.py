@@ -188,7 +188,7 @@ def test_queries_keys_and_values_of_a_starcoder_stand_one_after_another_in_gguf(
 def test_what_gguf_will_not_hold_is_refused_before_training(heads: bool, size: int, message: str) -> None:
     config = tiny_config("qwen2", **HEADS, vocab_size=size)
     with pytest.raises(ValueError, match=message):
-        check_gguf(config, tiny_tokenizer("bytes"), heads=heads)
+        check_gguf(config, tiny_tokenizer(), heads=heads)
 
 
 @pytest.mark.parametrize(
