@@ -59,7 +59,8 @@ def observe_gradients(run: Run) -> None:
     for micro_batch in calibration_text(engine, run.inputs, run.task):
         with recomputing(engine.module):
             loss = loss_of(run, micro_batch)
-        engine.backward(loss)
+        with run.progress.seconds.measure("forward_backward"):
+            engine.backward(loss)
         pruner.after_backward()
         engine.step()
         pruner.after_step()
