@@ -127,14 +127,16 @@ def test_a_checkpoint_that_somebody_reads_while_it_is_removed_ends_no_run(
 
 
 def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    for name in ("disk", "disk/new"):
-        link = tmp_path / f"link-{len(name)}"
-        link.symlink_to(tmp_path / name)
-        with complete_or_absent(link) as partial:
-            (partial / "result").write_text(name)
-        assert link.is_symlink()
-        assert (link / "result").read_text() == name
+    disk, link, broken = tmp_path / "disk", tmp_path / "link", tmp_path / "broken"
+    disk.mkdir()
+    link.symlink_to(disk)
+    broken.symlink_to(broken)
+    with complete_or_absent(link) as partial:
+        (partial / "result").touch()
+    assert link.is_symlink()
+    assert tree(disk) == {"result": ""}
+    with pytest.raises(ValueError, match="broken is not a folder; give"), complete_or_absent(broken):
+        raise RuntimeError("computed in vain")
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,11 +45,12 @@ def check_new(folder: Path, asked: str = "") -> None:
         asked: what the message calls it; "" for its path.
 
     Raises:
-        ValueError: it holds something, or is a file or a mount point.
+        ValueError: it holds something, is a file, a link to nothing or a mount point.
     """
     asked = asked or str(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{asked} holds something; give a new or empty folder")
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds something" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{asked} {what}; give a new or empty folder")
     if os.path.ismount(folder.resolve()):
         raise ValueError(f"{asked} is a mount point, whose name a finished result cannot take; give a folder below it")
 
