@@ -52,7 +52,16 @@ class Mutation(NamedTuple):
 
 # fmt: off
 MUTATIONS = [Mutation(*line) for line in (
+    # gradients that no step follows
+    ("zero3/frozen.py", "(0, -len(whole) % world_size))) / world_size", "(0, -len(whole) % world_size)))",
+     "test_frozen.py::test_gradients_are_those_of_the_whole_batch"),
+    ("zero3/frozen.py", "gradient.zero_()", "gradient.clone()",
+     "test_frozen.py::test_gradients_are_those_of_the_whole_batch"),
+    ("pruning/gating.py", "totals.nan_to_num(0.0, 0.0, 0.0)", "totals",
+     "test_gates.py::test_a_gate_that_overflows_in_fp16_has_no_gradient"),
     # what calibration text says
+    ("run/calibrating.py", "mean_loss * predicted.sum()", 'mean_loss * micro_batch.weight * batch["labels"].numel()',
+     "test_writing.py::test_what_a_token_costs_does_not_depend_on_what_is_beside_it"),
     ("core/repair.py", "OUTPUT_DAMPING).T.float() @ weight", "OUTPUT_DAMPING).float() @ weight",
      "test_repair.py::test_the_gradients_of_the_output_are_the_metric_of_its_errors"),
     ("core/low_rank.py", "weight.to(root.dtype) @ root", "weight.to(root.dtype) @ root.T",
