@@ -89,6 +89,12 @@ def test_the_memory_of_components_is_known(targets: str, work: Path, capsys: pyt
     assert "memory is not known" not in printed
 
 
+def test_what_removes_nothing_trains_under_any_criterion(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for criterion in ("ddp", "random"):
+        assert dry(work, criterion=criterion, remaining=1.0, world_size=2) == (0, [])
+        assert {"master", "optimizer"} <= {name for name, *_ in rows(capsys.readouterr().out, "| memory of a rank")}
+
+
 def test_how_little_memory_a_round_can_do_with_is_said(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for ranks, said in ((1, True), (LAYERS, False)):
         assert dry(work, criterion="obs", max_steps=0, world_size=ranks, train_batch_size=4 * ranks) == (0, [])

@@ -6,7 +6,7 @@ with `register_criterion`; it says only what distinguishes it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -245,6 +245,12 @@ def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: flo
 def learns_from_gradients(criterion: Criterion | type[Criterion]) -> bool:
     """Tell whether a criterion's `update` runs after every backward pass."""
     return bool({"grad", "influence"} & criterion.needs)
+
+
+def members_of_shares(criterion: Criterion | type[Criterion], groups: Iterable[UnitGroup]) -> list[Member]:
+    """Return the members whose gradients a criterion makes shares of; none where it needs no gradients of weights."""
+    roles = criterion.roles if "grad" in criterion.needs else ()
+    return [member for group in groups for member in group.members if member.role in roles]
 
 
 class GatedCriterion(Criterion, ABC):

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from scale_prune.config import EMBEDDING, PruningConfig
 from scale_prune.core import Role, Schedule
-from scale_prune.criteria.base import Criterion, GatedCriterion, Need
+from scale_prune.criteria.base import Criterion, GatedCriterion, Need, learns_from_gradients
 
 NO_CRITERIA = ("base", "registry")
 CRITERIA: dict[str, type[Criterion]] = {}
@@ -131,6 +131,21 @@ def unused(config: PruningConfig) -> dict[str, Any]:
     others = frozenset[str]().union(*(each.settings for each in CRITERIA.values())) - used
     values = {spec.name: (getattr(config, spec.name), spec.default) for spec in fields(config) if spec.name in others}
     return {name: value for name, (value, default) in values.items() if value not in (default, 0)}
+
+
+def freezes(config: PruningConfig) -> bool:
+    """Tell whether weights stay as they are until what is to leave has left."""
+    return CRITERIA[config.criterion].freezes and config.remaining < 1
+
+
+def observes(config: PruningConfig, *, trains: bool) -> bool:
+    """Tell whether a criterion takes gradients of the calibration text, which no step follows.
+
+    Args:
+        config: the settings, of a known criterion.
+        trains: weights are trained before the units leave.
+    """
+    return learns_from_gradients(CRITERIA[config.criterion]) and config.remaining < 1 and not trains
 
 
 def check_uniqueness(config: PruningConfig) -> None:

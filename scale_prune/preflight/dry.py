@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scale_prune.config import DEFAULT, Mistakes, parse, precision
-from scale_prune.criteria import AUTO, CRITERIA, with_defaults
+from scale_prune.criteria import AUTO, CRITERIA, freezes, with_defaults
 from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
 from scale_prune.preflight.inputs import CHECKS, Reading
@@ -85,18 +85,18 @@ def _job(reading: Reading, shown: Rehearsal) -> Job:
     """Return what the needs follow from."""
     training, ds_config = reading.config.training, reading.ds_config
     pruning = with_defaults(reading.config.pruning)
-    criterion, has_teacher = CRITERIA[pruning.criterion], reading.config.distillation.teacher is not None
+    has_teacher = reading.config.distillation.teacher is not None
     return Job(
         numels=shown.numels,
         buffers=shown.buffers,
         # The logits of who teaches, and the gradient of the distance to them.
-        activations=shown.activations + 2 * shown.logits * (has_teacher or criterion.freezes),
+        activations=shown.activations + 2 * shown.logits * (has_teacher or freezes(pruning)),
         groups=reading.groups,
         pruning=pruning,
         ds_config=ds_config,
         world_size=reading.world_size,
         on_gpu=Path(training.ds_config or DEFAULT).stem != DEFAULT,  # not by this machine, which may be another one
-        trains=training.max_steps > 0 and not criterion.freezes,
+        trains=training.max_steps > 0 and not freezes(pruning),
         recovers=training.recovery_steps > 0,
         calibration_steps=calibration_steps(reading.config, int(ds_config["train_batch_size"])),
         has_teacher=has_teacher,

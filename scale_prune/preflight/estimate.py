@@ -15,9 +15,9 @@ import torch
 
 from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
-from scale_prune.criteria import CRITERIA
+from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.preflight.job import FP32, PERSISTENT, PREFETCH_BUCKET, REDUCE_BUCKET, REUSE_DISTANCE, SUB_GROUP, Job
-from scale_prune.preflight.round_needs import num_observed, observes, round_memory, whitening_memory
+from scale_prune.preflight.round_needs import num_observed, round_memory, whitening_memory
 
 PROCESS = 550 * 2**20
 """Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
@@ -96,11 +96,11 @@ def _phases(job: Job) -> dict[str, list[Part]]:
     """Return what each phase adds to what an engine and its pruner hold all the time."""
     device = job.place()
     if not job.trains:
-        freezes = CRITERIA[job.pruning.criterion].freezes
+        goes_back = freezes(job.pruning) or observes(job.pruning, trains=job.trains)
         return {
             "forward": [
                 Part("gathered parameters", device, _gathered(job)),
-                Part("activations", device, job.activations * (freezes or observes(job))),
+                Part("activations", device, job.activations * goes_back),
                 Part("gradients", device, FP32 * num_observed(job)),
                 Part("temporaries", device, _observing(job)),
             ]
@@ -324,7 +324,7 @@ def communication(job: Job) -> dict[str, int]:
         "pruning, at an update of the masks": _update(job),
         "pruning, at a sample of activations": _received_sample(job),
     }
-    if CRITERIA[job.pruning.criterion].freezes:  # the dense model's pass, the gated one's, and back
+    if freezes(job.pruning):  # the dense model's pass, the gated one's, and back
         received["ZeRO-3, parameters"] = job.accumulation * (3 * job.num_parameters * job.width)
         received["ZeRO-3, gradients"] = 0
     elif not job.trains:

@@ -25,7 +25,7 @@ from scale_prune.config import (
     resolve,
 )
 from scale_prune.core import UnitGroup, budget, resize_group
-from scale_prune.criteria import CRITERIA, unused, with_defaults
+from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
 from scale_prune.export import (
     AUTO,
@@ -308,11 +308,10 @@ def _read_ds_config(reading: Reading) -> None:
     found = reading.model_config
     hidden_size = 1 if found is None else getattr(found.get_text_config(), "hidden_size", None)
     config = reading.config
-    freezes = CRITERIA[config.pruning.criterion].freezes and config.pruning.remaining < 1
-    if freezes:  # the rates are of the steps in which weights learn
+    if freezes(config.pruning):  # the rates are of the steps in which weights learn
         config = replace(config, training=replace(config.training, max_steps=0))
     reading.ds_config = resolve(raw, config, reading.explicit, reading.world_size, hidden_size)
-    if freezes and get(reading.ds_config, "fp16.enabled"):
+    if freezes(config.pruning) and get(reading.ds_config, "fp16.enabled"):
         raise ValueError(
             f"--criterion {config.pruning.criterion} learns gates whose gradients are sums over tokens, which fp16 may "
             "not hold; give --precision bf16 or fp32"

@@ -8,7 +8,7 @@ from math import prod
 
 from scale_prune.core.level_table import TRIAL_TOKENS, num_trials
 from scale_prune.core.repair import WIDEST_IN_DOUBLE
-from scale_prune.criteria import CRITERIA, learns_from_gradients
+from scale_prune.criteria import CRITERIA, members_of_shares, observes
 from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
 
@@ -17,16 +17,11 @@ THERE, THERE_AND_BACK = 2, 6
 """Operations of a pass, a token and a parameter; on the way back what is recomputed is run once more."""
 
 
-def observes(job: Job) -> bool:
-    """Tell whether gradients are taken that no step follows, of the calibration text."""
-    return learns_from_gradients(CRITERIA[job.pruning.criterion]) and not job.trains and job.pruning.remaining < 1
-
-
 def num_observed(job: Job) -> int:
     """Return the elements of a rank's shards whose gradients are kept though no step follows."""
-    criterion = CRITERIA[job.pruning.criterion]
-    roles = criterion.roles if "grad" in criterion.needs and observes(job) else ()
-    members = [member for group in job.groups for member in group.members if member.role in roles]
+    if not observes(job.pruning, trains=job.trains):
+        return 0
+    members = members_of_shares(CRITERIA[job.pruning.criterion], job.groups)
     return sum(job.shard_of(prod(member.shape)) for member in members)
 
 
@@ -96,11 +91,11 @@ def round_bytes(job: Job, tokens: int) -> dict[str, int]:
         job: the run.
         tokens: of the calibration text, over all ranks.
     """
-    passes = job.calibration_steps * job.accumulation
+    passes, observed = job.calibration_steps * job.accumulation, observes(job.pruning, trains=job.trains)
     received = {
-        "gradients, parameters": passes * 2 * job.num_parameters * job.width * observes(job),
+        "gradients, parameters": passes * 2 * job.num_parameters * job.width * observed,
         "gradients, of weights": passes * FP32 * num_observed(job) * job.world_size,
-        "gradients, shares": job.calibration_steps * FP32 * job.layout.padded * observes(job),
+        "gradients, shares": job.calibration_steps * FP32 * job.layout.padded * observed,
     }
     if solves(job):
         received |= _bytes_of_matrices(job, tokens, passes)
@@ -130,7 +125,8 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
         job: the run.
         tokens: of the calibration text, over all ranks.
     """
-    of_a_token = THERE_AND_BACK * job.num_parameters * observes(job) + THERE * num_observed(job) * job.world_size
+    observed = observes(job.pruning, trains=job.trains)
+    of_a_token = THERE_AND_BACK * job.num_parameters * observed + THERE * num_observed(job) * job.world_size
     counted = {"gradients, passes": of_a_token * tokens / job.world_size}
     return counted | (_operations_of_matrices(job, tokens) if solves(job) else {})
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from scale_prune.config import Config, PruningConfig
 from scale_prune.core import UnitGroup
-from scale_prune.criteria import CRITERIA, learns_from_gradients, schedule_of
+from scale_prune.criteria import CRITERIA, freezes, learns_from_gradients, observes, schedule_of
 from scale_prune.pruning import layer_of
 
 USUAL_ROUNDS = 4
@@ -25,7 +25,7 @@ def settle_rounds(config: Config) -> Config:
     criterion = CRITERIA[pruning.criterion]
     if not max_steps:
         pruning = replace(pruning, rounds=pruning.rounds or 1, warmup_fraction=0.0, cooldown_fraction=0.0)
-    elif criterion.freezes:  # dense steps would teach nobody anything
+    elif freezes(pruning):  # dense steps would teach nobody anything
         pruning = replace(pruning, warmup_fraction=0.0, cooldown_fraction=0.0)
     elif pruning.rounds is None:
         pruning = replace(pruning, rounds=min(USUAL_ROUNDS, schedule_of(pruning, max_steps).descent_steps))
@@ -108,8 +108,7 @@ def check_calibration(config: Config, batch_size: int) -> None:
         ValueError: it is less.
     """
     pruning, tokens = config.pruning, batch_size * config.data.block_size
-    needs_gradients = learns_from_gradients(CRITERIA[pruning.criterion]) and not config.training.max_steps
-    if needs_gradients and pruning.remaining < 1 and pruning.calibration_tokens < tokens:
+    if observes(pruning, trains=config.training.max_steps > 0) and pruning.calibration_tokens < tokens:
         raise ValueError(
             f"--calibration_tokens {pruning.calibration_tokens} are less than the {tokens} tokens of a step, of which "
             f"--criterion {pruning.criterion} takes the gradient; give at least {tokens}, or a smaller "

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from scale_prune.criteria import CRITERIA
+from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.preflight.inputs import Reading
 from scale_prune.preflight.job import Job
-from scale_prune.preflight.round_needs import observes, round_operations, trial_passes, trials
+from scale_prune.preflight.round_needs import round_operations, trial_passes, trials
 from scale_prune.system import markdown_table
 from scale_prune.zero3 import own_device
 
@@ -56,7 +56,7 @@ def about_time(reading: Reading, job: Job, measure: Callable[[torch.device], tup
 
 def _of_steps(reading: Reading, job: Job, forward: float, both: float) -> dict[str, float]:
     training, heard = reading.config.training, forward * job.has_teacher
-    own = forward if CRITERIA[job.pruning.criterion].freezes else heard  # of the dense model
+    own = forward if freezes(job.pruning) else heard  # of the dense model
     return {
         f"{steps:,} steps {when}": steps * job.accumulation * (both + more)
         for steps, when, more in ((training.max_steps, "with pruning", own), (training.recovery_steps, "after", heard))
@@ -73,7 +73,7 @@ def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: f
     there_and_back = both if training.gradient_checkpointing else both + forward  # these passes always recompute
     passes = {
         "calibration, passes": micro_batches * (there_and_back if "output_grad" in criterion.needs else forward),
-        "gradients, passes": micro_batches * there_and_back * observes(job),
+        "gradients, passes": micro_batches * there_and_back * observes(job.pruning, trains=job.trains),
         "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.rounds, 1),
     }
     every = {part: passes.get(part, count / rate) for part, count in operations.items()}

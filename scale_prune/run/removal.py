@@ -9,7 +9,7 @@ import torch
 
 from scale_prune.core import remaining_fraction
 from scale_prune.core.level_table import LevelTable
-from scale_prune.criteria import learns_from_gradients
+from scale_prune.criteria import observes
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
@@ -64,7 +64,7 @@ def _choose_and_repair(run: Run, step: int) -> int:
     repairs, chooses = pruning.repair != "none", bool(pruning.rounds)
     criterion = pruner.scoring.criterion
     needs = criterion.needs
-    if chooses and not run.config.training.max_steps and learns_from_gradients(criterion):
+    if chooses and observes(pruning, trains=run.config.training.max_steps > 0):
         observe_gradients(run)
     first = run.progress.rounds[0] if run.progress.rounds else {}  # what it has measured holds in all rounds
     criterion.redundancy = first.get("redundancy", ())

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from scale_prune.core import UnitGroup
-from scale_prune.criteria import CRITERIA, learns_from_gradients
+from scale_prune.criteria import CRITERIA, freezes, members_of_shares, observes
 from scale_prune.data import Inputs
 from scale_prune.export import plainest
 from scale_prune.models import recompute_in_training, stored_groups
@@ -149,17 +148,15 @@ class Student:
     def _engine_around(self, module: nn.Module, *, finished: bool) -> Any:
         """Build the engine that goes on: one that trains, one whose weights are frozen, or one that only reads."""
         training, pruning, ds_config = self._inputs.config.training, self._inputs.config.pruning, self._inputs.ds_config
-        criterion, prunes = CRITERIA[pruning.criterion], pruning.remaining < 1
-        freezes = criterion.freezes and prunes
         for name, param in module.named_parameters():
             param.requires_grad_(name in self._trainable)
-        if (training.max_steps and not freezes) or (training.recovery_steps and (finished or not prunes)):
+        trains = training.max_steps > 0 and not freezes(pruning)
+        if trains or (training.recovery_steps and (finished or pruning.remaining == 1)):
             return training_engine(module, ds_config)
-        if finished or not (freezes or (learns_from_gradients(criterion) and prunes)):
-            return inference_engine(module, ds_config)
-        members = chain.from_iterable(group.members for group in self.groups)
-        shares = criterion.roles if "grad" in criterion.needs else ()
-        return FrozenEngine(module, ds_config, [member.name for member in members if member.role in shares])
+        if not finished and (freezes(pruning) or observes(pruning, trains=trains)):
+            members = members_of_shares(CRITERIA[pruning.criterion], self.groups)
+            return FrozenEngine(module, ds_config, [member.name for member in members])
+        return inference_engine(module, ds_config)
 
 
 def _load_dense(inputs: Inputs, task: Task) -> PreTrainedModel:

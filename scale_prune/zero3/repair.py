@@ -34,9 +34,7 @@ def repair_weights(
     """
     for shard, values in _repaired(backend, groups, masks, takeovers, _whole):
         shard.write(MASTER, values) if backend.trains else shard.write_working(values)
-    if backend.trains:
-        write_working_copy(backend)
-    settle()
+    write_working_copy(backend) if backend.trains else settle()
 
 
 @contextmanager
@@ -63,7 +61,6 @@ def tried(
                 shard.write_working(values)
         for group, mask in changed:
             backend.mask_working_copy(group, mask)
-        settle()
         yield
     finally:
         for name, values in before.items():
