@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scale_prune.checkpoint.folder import newest_first, save, set_newer_aside
+from scale_prune.checkpoint.folder import newest_first, set_newer_aside
+from scale_prune.checkpoint.writing import save
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 

@@ -21,7 +21,7 @@ from scale_prune.core.repair import (
 )
 from scale_prune.models import FAMILIES, unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
-from scale_prune.pruning.calibration import gram_scores
+from scale_prune.pruning.solving import gram_scores
 
 TOKENS, UNITS, OUTPUTS = 200, 12, 7
 DAMPING = 1e-3

@@ -26,7 +26,7 @@ from scale_prune.checkpoint.run_state import check_model_and_text
 from scale_prune.commands import evaluate
 from scale_prune.config.settings import Config
 from scale_prune.data import Inputs
-from scale_prune.preflight.inputs import Reading
+from scale_prune.preflight.reading import Reading
 from scale_prune.run import loop
 from scale_prune.run import output as run_output
 from scale_prune.run.run import Run

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is whole or invisible, written by all ranks, read by any number of them.
+"""Checkpoints: a folder that is whole or invisible, written by all ranks, read by any number of them; here, read.
 
     checkpoints/step-00000100/
         rank-00000-0000.safetensors ...   each rank's slices, see scale_prune.system.slices
@@ -13,17 +13,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scale_prune.checkpoint.schema import problem_of
-from scale_prune.core import FlatSlice
-from scale_prune.system import appears, name_beside, sync, write_atomically
-from scale_prune.system.slices import SliceReader, portions, write_slices
+from scale_prune.system import name_beside
+from scale_prune.system.slices import SliceReader
 from scale_prune.zero3 import Runtime
 
 FOLDER = "checkpoints"
@@ -31,9 +28,7 @@ NEWEST = "newest"
 NAME = r"step-\d{8,}"
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-FILE_BYTES = 2**30
 AT_MOST = 30  # checkpoints that are tried
-PATIENCE = 60.0  # seconds that a shared disk may take to show a file to another node
 
 
 class DamagedError(ValueError):
@@ -72,9 +67,6 @@ class Checkpoint:
     def reader(self) -> SliceReader:
         """Open the slices of all ranks."""
         return SliceReader(sorted(self.folder / name for name in self.files if name.endswith(".safetensors")))
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
 
 
 def newest_first(output: Path) -> list[Path]:
@@ -152,24 +144,25 @@ def damage(folder: Path, runtime: Runtime) -> str | None:
         own = sorted(checkpoint.files.items())[runtime.rank :: runtime.world_size]
         _check_contents(folder, dict(own))
 
-    return next(filter(None, _problems(check, runtime)), None)
+    return next(filter(None, problems_of_ranks(check, runtime)), None)
 
 
 def set_newer_aside(output: Path, step: int) -> None:
     """Rename checkpoints of later steps, which the run that goes on from `step` will not come to as they are."""
     for path in newest_first(output):
         if int(path.name.removeprefix("step-")) > step:
-            _abandon(path)
+            abandon(path)
 
 
-def _abandon(folder: Path) -> None:
+def abandon(folder: Path) -> None:
+    """Give a checkpoint another name, under which no run goes on from it."""
     aside = folder.with_name(f"{folder.name}.abandoned")
     folder.rename(name_beside(folder, "abandoned") if os.path.lexists(aside) else aside)
 
 
 def _check_contents(folder: Path, files: dict[str, tuple[int, str]]) -> None:
     for name, (_, expected) in files.items():
-        if _sha256(folder / name) != expected:
+        if sha256(folder / name) != expected:
             raise DamagedError(f"the contents of {name} are not what was written")
 
 
@@ -185,118 +178,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def save(
-    output: Path, *, state: dict[str, Any], slices: Iterable[tuple[str, FlatSlice]], runtime: Runtime, keep: int
-) -> Path:
-    """Write a checkpoint and remove the oldest ones. A collective.
-
-    Args:
-        output: the run's folder, on a disk that all ranks see.
-        state: what is the same on all ranks, for JSON; "step" is the number of steps that were made.
-        slices: this rank's slices; taken one at a time, FILE_BYTES of them are held at once.
-        runtime: the ranks.
-        keep: newest checkpoints that stay, at least 1.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        ValueError: a rank cannot write, e.g. because the disk is full; the earlier checkpoints are as they were.
-    """
-    folder = output / FOLDER / f"step-{state['step']:08d}"
-    partial = folder.with_name(f"{folder.name}.partial")
-    try:
-        _together("begin", lambda: _begin(partial), runtime, folder, main_only=True)
-        _together("write", lambda: _write_own(partial, runtime.rank, slices), runtime, folder)
-        _together(
-            "finish", lambda: _finish(partial, folder, state, runtime.world_size), runtime, folder, main_only=True
-        )
-    except ValueError:
-        if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if runtime.is_main:
-        for old in newest_first(output)[keep:]:
-            with suppress(OSError):  # somebody reads it; what is left of it goes with the next one
-                _remove(old)
-    return folder
-
-
-def _begin(partial: Path) -> None:
-    """Make the folder to write into, and remove what was left of others."""
-    for leftover in partial.parent.glob("*.partial"):
-        if re.fullmatch(NAME, leftover.stem):
-            shutil.rmtree(leftover, ignore_errors=leftover != partial)
-    partial.mkdir(parents=True)
-
-
-def _finish(partial: Path, folder: Path, state: dict[str, Any], world_size: int) -> None:
-    """Write state and manifest beside what all ranks have written, and make the whole visible."""
-    write_atomically(partial / STATE, json.dumps(state))  # with NaN and Infinity, as perplexities may be
-    files = {STATE: _entry(partial / STATE)}
-    for rank in range(world_size):
-        files |= _sums_of(partial, rank)
-    write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    sync(partial)
-    if os.path.lexists(folder):  # no run comes to a step twice, so it is not of this one
-        _abandon(folder)
-    partial.rename(folder)
-    sync(folder.parent)
-
-
-def _write_own(partial: Path, rank: int, slices: Iterable[tuple[str, FlatSlice]]) -> None:
-    entries = {}
-    for number, portion in enumerate(portions(slices, FILE_BYTES)):
-        path = partial / f"rank-{rank:05d}-{number:04d}.safetensors"
-        write_slices(path, portion)
-        sync(path)
-        entries[path.name] = _entry(path)
-    write_atomically(partial / f"rank-{rank:05d}.json", json.dumps(entries))
-
-
-def _sums_of(partial: Path, rank: int) -> dict[str, Any]:
-    """Return what a rank says of its files, and remove the note."""
-    note = partial / f"rank-{rank:05d}.json"
-    if not appears(note, PATIENCE):
-        raise FileNotFoundError(f"{note} of rank {rank} is not on the disk that rank 0 sees")
-    entries: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-    note.unlink()
-    return entries
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; it is invisible before the first of its files is gone."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    folder.rename(partial)
-    shutil.rmtree(partial)
-
-
-def _together(what: str, work: Callable[[], None], runtime: Runtime, folder: Path, *, main_only: bool = False) -> None:
-    """Do a part of the writing, on rank 0 or on all; if it fails anywhere, all ranks raise."""
-    own = work if runtime.is_main or not main_only else lambda: None
-    failed = {rank: problem for rank, problem in enumerate(_problems(own, runtime)) if problem}
-    if failed:
-        rank, problem = next(iter(failed.items()))
-        whole = ", ".join(path.name for path in newest_first(folder.parents[1])) or "none"
-        raise ValueError(
-            f"checkpoint {folder} cannot be written, rank {rank} fails to {what}: {problem}; all ranks need to see one "
-            f"--output_dir with free space. Earlier checkpoints are as they were: {whole}"
-        )
-
-
-def _problems(work: Callable[[], None], runtime: Runtime) -> list[str]:
+def problems_of_ranks(work: Callable[[], None], runtime: Runtime) -> list[str]:
     """Do this rank's work and return what went wrong with it on every rank, "" where nothing did. A collective."""
     problem = ""
     try:

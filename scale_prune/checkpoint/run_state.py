@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import set_seed
 
-from scale_prune.checkpoint.folder import Checkpoint, save
+from scale_prune.checkpoint.folder import Checkpoint
+from scale_prune.checkpoint.writing import save
 from scale_prune.core import FlatSlice, UnitGroup
 from scale_prune.data import Inputs
 from scale_prune.pruning import DenseUnits, Pruner

@@ -17,8 +17,9 @@ from scale_prune.config import DEFAULT, Mistakes, parse, precision
 from scale_prune.criteria import AUTO, CRITERIA, freezes, with_defaults
 from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
-from scale_prune.preflight.inputs import CHECKS, Reading
+from scale_prune.preflight.inputs import CHECKS
 from scale_prune.preflight.job import Job
+from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
 from scale_prune.preflight.sections import about_needs, about_run, check_disk
 from scale_prune.preflight.timing import about_time

@@ -13,8 +13,8 @@ from scale_prune.config import CLASSIFICATION
 from scale_prune.criteria import check_uniqueness
 from scale_prune.data import Split, Text, check_tokens
 from scale_prune.data import text as data
-from scale_prune.preflight.inputs import Reading
 from scale_prune.preflight.output import check_output
+from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.same_run import check_same
 from scale_prune.preflight.sections import planned_schedule
 from scale_prune.tasks import check_positions, classification, of_rows, questions_of

@@ -4,44 +4,34 @@ All ranks make the same checks on the same files, so all of them stop at the sam
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from scale_prune.config import (
     CLASSIFICATION,
     TASKS,
     Config,
     DataConfig,
-    PruningConfig,
     TrainingConfig,
     get,
     load,
     resolve,
 )
-from scale_prune.core import UnitGroup, budget, resize_group
 from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
-from scale_prune.data import SELF, SPLITS, Inputs, Split, Text, bos_of, columns_of, label_of, load_text, with_templates
-from scale_prune.export import (
-    AUTO,
-    GGUF,
-    check_gguf,
-    check_layout,
-    check_width_key,
-    fitting_heads,
-    plainest,
-    resolve_layout,
-    tells_heads,
-)
-from scale_prune.models import FAMILIES, auto_model, classifies, positions_of, stored_groups
+from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, label_of, load_text, with_templates
+from scale_prune.export import AUTO, check_width_key, resolve_layout
+from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
 from scale_prune.preflight.budgets import afforded, read_table, sizes_of
+from scale_prune.preflight.layout import check_layout_of, settle_heads, settle_layout
+from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
-from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, removes_heads, sketch_units
+from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
 from scale_prune.zero3 import ds_check
 
 
@@ -69,49 +59,6 @@ def read_inputs(
     for check in CHECKS:
         check(reading)
     return reading.inputs()
-
-
-@dataclass(kw_only=True)
-class Reading:
-    """What the checks have read so far; what could not be read stays None or empty, and what needs it is passed over.
-
-    Attributes:
-        config: the settings, with scope, layout and bos once they are filled in.
-        explicit: names of the settings that the user gave.
-        world_size: number of ranks.
-        splits: the texts that are needed.
-        needs_groups: False where the model is only used, not pruned.
-        chooses_layout: the user leaves the layout open.
-        model_config: the model's own configuration.
-        tokenizer: the model's tokenizer.
-        groups: the model's groups.
-        ds_config: a DeepSpeed configuration without "auto" values.
-        texts: the rows of "train" and "validation".
-    """
-
-    config: Config
-    explicit: frozenset[str]
-    world_size: int
-    splits: Sequence[Split] = SPLITS
-    needs_groups: bool = True
-    chooses_layout: bool = False
-    model_config: PretrainedConfig | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    groups: tuple[UnitGroup, ...] = ()
-    ds_config: dict[str, Any] = field(default_factory=dict)
-    texts: dict[Split, Text] = field(default_factory=dict)
-
-    def inputs(self) -> Inputs:
-        """Return what was read, where all of it could be."""
-        assert self.model_config is not None
-        assert self.tokenizer is not None
-        return Inputs(
-            config=self.config,
-            ds_config=self.ds_config,
-            model_config=self.model_config,
-            tokenizer=self.tokenizer,
-            validation=self.texts["validation"].part if "validation" in self.texts else "",
-        )
 
 
 def _fill_in(reading: Reading) -> None:
@@ -206,73 +153,6 @@ def _check_tokens(reading: Reading, flag: str, name: str | None) -> None:
         )
 
 
-def _check_layout(reading: Reading) -> None:
-    if reading.model_config is None or not reading.needs_groups:
-        return
-    heads = removes_heads(reading.config.pruning)
-    if heads and reading.chooses_layout and not tells_heads(reading.model_config):
-        reading.config = replace(reading.config, output=replace(reading.config.output, layout="per_layer"))
-    layout, values = str(reading.config.output.layout), reading.model_config.to_dict()
-    check_layout(layout, reading.model_config, heads=heads)
-    components = CRITERIA[reading.config.pruning.criterion].kind == "component"
-    if components and (values.get("per_layer_config") or values.get("block_configs")):
-        model = reading.config.training.model
-        raise ValueError(
-            f"--model {model} has layers of different widths, beside which factors have no place; "
-            f"make them one width: python launch/convert.py {model} --to pad --output FOLDER"
-        )
-    if layout == GGUF and heads and not (_alike(reading.config.pruning) and tells_heads(reading.model_config)):
-        raise ValueError(
-            "--layout gguf has no place for different numbers of heads; give --layout pad, or --scope per_group and "
-            "--budget uniform, by which all layers of a Llama keep as many"
-        )
-    if layout == GGUF and reading.tokenizer is not None:
-        check_gguf(reading.model_config, reading.tokenizer, heads=heads)
-
-
-def _settle_layout(reading: Reading, model: PreTrainedModel) -> None:
-    """Take a layout that holds the layers as they are already, or refuse one that does not."""
-    layout, asked = str(reading.config.output.layout), reading.model_config
-    if CRITERIA[reading.config.pruning.criterion].kind == "component" or layout not in ("uniform", GGUF):
-        return
-    assert asked is not None
-    groups = stored_groups(model)
-    if plainest(asked, groups) == "uniform":
-        return
-    if layout == "uniform" and reading.chooses_layout:
-        reading.config = replace(reading.config, output=replace(reading.config.output, layout="per_layer"))
-    elif layout == "uniform" or any(group.kind == "head" for group in groups):
-        raise ValueError(
-            f"--layout {layout} cannot hold the layers of --model {reading.config.training.model}, which differ "
-            "already; choose --layout pad or per_layer"
-        )
-
-
-def _settle_heads(reading: Reading) -> None:
-    """Take a layout that holds as many heads as every layer will keep, or refuse one whose config cannot tell them."""
-    layout, pruning, model_config = str(reading.config.output.layout), reading.config.pruning, reading.model_config
-    heads = [group for group in reading.groups if group.kind == "head"]
-    if not heads or layout not in ("uniform", GGUF) or not _alike(pruning):
-        return
-    assert model_config is not None
-    left = [resize_group(group, budget(pruning.remaining, group.num_units)) for group in heads]
-    if (fitting := fitting_heads(model_config, left)) == left[0].num_units:
-        return
-    if layout == "uniform" and reading.chooses_layout:
-        reading.config = replace(reading.config, output=replace(reading.config.output, layout="per_layer"))
-        return
-    raise ValueError(
-        f"--layout {layout} cannot hold the {left[0].num_units} of {heads[0].num_units} units of heads that "
-        f"--remaining {pruning.remaining:g} leaves in a layer: the config of a {model_config.model_type} refuses this "
-        f"number, the next that it takes is {fitting}; choose --layout pad or per_layer, or another --remaining"
-    )
-
-
-def _alike(pruning: PruningConfig) -> bool:
-    """Tell whether all layers keep as many units."""
-    return pruning.scope == "per_group" and pruning.budget == "uniform"
-
-
 def _check_groups(reading: Reading) -> None:
     if reading.model_config is None:
         return
@@ -284,12 +164,12 @@ def _check_groups(reading: Reading) -> None:
             'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
         )
     if reading.needs_groups:
-        _settle_layout(reading, model)
+        settle_layout(reading, model)
         sizes = sizes_of(model)
         reading.groups = sketch_units(model, reading.config.pruning)
         pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
         reading.config = replace(reading.config, pruning=pruning)
-        _settle_heads(reading)
+        settle_heads(reading)
         if pruning.table is not None and pruning.budget in ("measured", "search"):
             read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:
@@ -360,7 +240,7 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _settle_bos,
     _check_teacher,
     _check_reference,
-    _check_layout,
+    check_layout_of,
     _check_groups,
     _read_ds_config,
     _check_block,

@@ -18,7 +18,7 @@ def check_output(config: Config) -> None:
     folder = Path(config.output.output_dir)
     check_writable(folder, f"--output_dir {folder}")
     try:
-        if _is_empty(folder):
+        if is_empty(folder):
             return
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be read: {error.strerror}") from error
@@ -52,6 +52,6 @@ def is_complete(config: Config) -> bool:
     return (Path(config.output.output_dir) / REPORT).is_file()
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     """Tell whether a folder is not there or holds nothing, or only what a run leaves that is killed as it begins."""
     return not folder.exists() or all(path.name.startswith(f"{RECIPE}.partial-") for path in folder.iterdir())

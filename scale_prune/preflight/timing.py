@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from scale_prune.criteria import CRITERIA, freezes, observes
-from scale_prune.preflight.inputs import Reading
 from scale_prune.preflight.job import Job
+from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.round_needs import round_operations, trial_passes, trials
 from scale_prune.system import markdown_table
 from scale_prune.zero3 import own_device

@@ -1,10 +1,11 @@
 """Units, scores and masks over a backend that shards the parameters. No DeepSpeed."""
 
 from scale_prune.pruning.activations import ActivationSampler
-from scale_prune.pruning.calibration import ROWS_AT_ONCE, Calibration, keeper_of, layer_of, roots_of, takeovers_of
+from scale_prune.pruning.calibration import ROWS_AT_ONCE, Calibration, keeper_of, layer_of
 from scale_prune.pruning.choosing import choose, rate, take_calibration
 from scale_prune.pruning.dense_units import DenseUnits
 from scale_prune.pruning.pruner import Pruner, check_min_kept
+from scale_prune.pruning.solving import roots_of, takeovers_of
 from scale_prune.pruning.state import carry_over, facts_of, pruner_slices, restore
 from scale_prune.pruning.units import (
     FACTORIZED,

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from scale_prune.pruning.calibration import Calibration, gram_scores
+from scale_prune.pruning.calibration import Calibration
 from scale_prune.pruning.pruner import Pruner
+from scale_prune.pruning.solving import gram_scores
 
 
 def take_calibration(pruner: Pruner, calibrations: Iterable[Calibration]) -> Calibration | None:

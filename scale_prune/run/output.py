@@ -9,7 +9,7 @@ import yaml
 
 from scale_prune.checkpoint import Checkpoint, set_newer_aside
 from scale_prune.config import Config
-from scale_prune.preflight import _is_empty, goes_on
+from scale_prune.preflight import goes_on, is_empty
 from scale_prune.system import RECIPE, appears, complete_or_absent, is_set_aside, name_beside, write_atomically
 from scale_prune.zero3 import Runtime
 
@@ -56,7 +56,7 @@ def _check_shared(output: Path, runtime: Runtime) -> None:
 
 def _prepare(config: Config, checkpoint: Checkpoint | None) -> None:
     folder = Path(config.output.output_dir)
-    if not goes_on(config) and not _is_empty(folder):
+    if not goes_on(config) and not is_empty(folder):
         _replace_output(config, folder.resolve())
         return
     folder.mkdir(parents=True, exist_ok=True)
