@@ -1,6 +1,7 @@
 """The model card: what an exported folder says of itself, without a word of the machine that it was made on."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -90,10 +91,12 @@ def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> 
 
 
 def _stated(readme: Path) -> dict[str, Any]:
-    """Return the front matter of a card, nothing where there is none that can be read."""
+    """Return the front matter of a card, nothing where there is none; a card that cannot be read is warned of."""
     try:
         return dict(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()) if readme.is_file() else {}
-    except (OSError, TypeError, ValueError, YAMLError):  # TypeError: of keys that are no words
+    except (OSError, TypeError, ValueError, YAMLError) as problem:  # TypeError: of keys that are no words
+        reason = " ".join(str(problem).split())[:200]
+        warnings.warn(f"{readme} cannot be read, so its license and languages are not told on: {reason}", stacklevel=2)
         return {}
 
 
