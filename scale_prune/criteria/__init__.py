@@ -1,15 +1,6 @@
 """The criteria, one module each, and what a criterion is."""
 
-from scale_prune.criteria.base import (
-    Criterion,
-    GatedCriterion,
-    Moment,
-    Need,
-    ShardView,
-    State,
-    learns_from_gradients,
-    members_of_shares,
-)
+from scale_prune.criteria.base import Criterion, GatedCriterion, Moment, Need, ShardView, State, learns_from_gradients
 from scale_prune.criteria.ddp import KL_WEIGHT
 from scale_prune.criteria.flop import Flop
 from scale_prune.criteria.registry import (

@@ -8,7 +8,8 @@ from math import prod
 
 from scale_prune.core.level_table import TRIAL_TOKENS, num_trials
 from scale_prune.core.repair import WIDEST_IN_DOUBLE
-from scale_prune.criteria import CRITERIA, members_of_shares, observes
+from scale_prune.criteria import CRITERIA, observes
+from scale_prune.criteria.base import members_of_shares
 from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from scale_prune.core import UnitGroup
-from scale_prune.criteria import CRITERIA, freezes, members_of_shares, observes
+from scale_prune.criteria import CRITERIA, freezes, observes
+from scale_prune.criteria.base import members_of_shares
 from scale_prune.data import Inputs
 from scale_prune.export import plainest
 from scale_prune.models import recompute_in_training, stored_groups
