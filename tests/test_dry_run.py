@@ -118,6 +118,7 @@ def test_the_time_follows_from_measured_passes(
     of_dense = forward * (settings["criterion"] == "ddp")
     assert seconds[f"{STEPS} steps with pruning"] == pytest.approx(STEPS * 2 * (both + of_dense), abs=0.06, rel=0.01)
     assert ("2 rounds, calibration, passes" in seconds) == ("rounds" in settings)
+    assert ("repair, calibration, passes" in seconds) == (settings["criterion"] == "ddp")
     assert ("5 steps after" in seconds) == ("recovery_steps" in settings)
 
 

@@ -200,7 +200,7 @@ class PruningConfig(Settings):
         "what those that stay take over of neurons that leave: the best in closed form (least_squares), their means "
         "by the biases (mean), or nothing (none)",
         choices=("least_squares", "mean", "none"),
-        otherwise="least_squares where neurons leave in rounds, else none",
+        otherwise="least_squares where neurons leave in rounds or by gates on frozen weights, else none",
     )
     repair_damping: float | None = setting(
         "added to the diagonal of Gram matrices, as a fraction of its mean",

@@ -343,7 +343,7 @@ def _received_sample(job: Job) -> int:
 
 def _update(job: Job) -> int:
     """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
-    if job.pruning.remaining == 1 or job.rounds:
+    if job.pruning.remaining == 1 or job.pruning.rounds:
         return 0
     return FP32 * job.layout.padded * (3 if _needs(job, "grad") else 4)
 

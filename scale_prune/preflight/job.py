@@ -54,9 +54,9 @@ class Job:
     has_teacher: bool
 
     @property
-    def rounds(self) -> int:
-        """Rounds in which units leave for good."""
-        return (self.pruning.rounds or 0) if self.pruning.remaining < 1 else 0
+    def removals(self) -> int:
+        """How often units leave for good: in every round, or once at the end."""
+        return (self.pruning.rounds or 1) if self.pruning.remaining < 1 else 0
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

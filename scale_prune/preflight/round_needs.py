@@ -1,4 +1,4 @@
-"""What a round needs, in which neurons leave for good: memory of a rank, bytes between ranks, arithmetic.
+"""What a round needs, or a repair at the end: memory of a rank, bytes between ranks, arithmetic.
 
 Shape letters: N units of a group, F features, N or N + 1, K units that stay, P units that go, D outputs, W ranks.
 """
@@ -29,7 +29,7 @@ def num_observed(job: Job) -> int:
 def solves(job: Job) -> bool:
     """Tell whether Gram matrices are made."""
     repairs = job.pruning.repair not in (None, "none")
-    return job.rounds > 0 and (repairs or "gram" in CRITERIA[job.pruning.criterion].needs)
+    return job.removals > 0 and (repairs or "gram" in CRITERIA[job.pruning.criterion].needs)
 
 
 def round_memory(job: Job) -> dict[str, int]:

@@ -33,7 +33,7 @@ def settle_rounds(config: Config) -> Config:
     if reads_back and not (max_steps or training.recovery_steps):
         training = replace(training, gradient_checkpointing=True)
     if pruning.repair is None:
-        repairs = pruning.rounds and criterion.kind == "neuron"
+        repairs = criterion.kind == "neuron" and (pruning.rounds or freezes(pruning))
         pruning = replace(pruning, repair="least_squares" if repairs else "none")
     if pruning.remaining < 1:
         _check_criterion(pruning, max_steps)

@@ -12,7 +12,7 @@ from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication,
 from scale_prune.preflight.inputs import unused_settings
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.reading import Reading
-from scale_prune.preflight.round_needs import GRAM_MATRICES, one_gram_matrix, round_bytes, round_operations
+from scale_prune.preflight.round_needs import GRAM_MATRICES, one_gram_matrix, round_bytes, round_operations, solves
 from scale_prune.preflight.rounds import calibration_warning
 from scale_prune.system import markdown_table
 
@@ -152,24 +152,28 @@ def _communication(job: Job) -> Iterator[str]:
 
 
 def _rounds(reading: Reading, job: Job) -> Iterator[str]:
-    """Say what a round reads, sends and computes, where neurons leave in rounds."""
-    if not job.rounds:
+    """Say what a round reads, sends and computes, or a repair at the end."""
+    rounds = job.removals * bool(job.pruning.rounds)
+    if not (rounds or solves(job)):
         return
+    what = "a round" if rounds else "the repair"
     tokens = job.calibration_steps * int(reading.ds_config["train_batch_size"]) * reading.config.data.block_size
     yield ""
-    yield f"rounds: {job.rounds}, repair {job.pruning.repair}; each reads {tokens:,} tokens of the training text"
+    repair = f"repair {job.pruning.repair}"
+    when = f"rounds: {rounds}, {repair}; each" if rounds else f"{repair} at the end, which"
+    yield f"{when} reads {tokens:,} tokens of the training text"
     if line := calibration_warning(job.pruning, job.groups):
         yield line
     yield from _portions(job)
     received = [[name, _size(size)] for name, size in round_bytes(job, tokens).items() if size]
     counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
-    for what, unit, rows in (
-        ("bytes that a rank receives in a round", "", received),
-        ("arithmetic of the busiest rank in a round", "TFLOP", counted),
+    for heading, unit, rows in (
+        (f"bytes that a rank receives in {what}", "", received),
+        (f"arithmetic of the busiest rank in {what}", "TFLOP", counted),
     ):
         if rows:
             yield ""
-            yield from markdown_table([what, unit], rows)
+            yield from markdown_table([heading, unit], rows)
 
 
 def _portions(job: Job) -> Iterator[str]:

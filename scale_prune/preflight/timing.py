@@ -65,7 +65,10 @@ def _of_steps(reading: Reading, job: Job, forward: float, both: float) -> dict[s
 
 
 def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: float) -> dict[str, float]:
-    """Return the seconds of all rounds; what is not a pass by its arithmetic, at the rate of a product in float32."""
+    """Return the seconds of all rounds, or of the repair at the end.
+
+    What is not a pass goes by its arithmetic, at the rate of a product in float32.
+    """
     tokens = job.calibration_steps * int(job.ds_config["train_batch_size"]) * reading.config.data.block_size
     operations = round_operations(job, tokens)
     criterion, training = CRITERIA[job.pruning.criterion], reading.config.training
@@ -74,10 +77,11 @@ def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: f
     passes = {
         "calibration, passes": micro_batches * (there_and_back if "output_grad" in criterion.needs else forward),
         "gradients, passes": micro_batches * there_and_back * observes(job.pruning, trains=job.trains),
-        "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.rounds, 1),
+        "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.removals, 1),
     }
     every = {part: passes.get(part, count / rate) for part, count in operations.items()}
-    return {f"{job.rounds} rounds, {part}": job.rounds * spent for part, spent in every.items() if spent}
+    what = f"{job.removals} rounds" if job.pruning.rounds else "repair"
+    return {f"{what}, {part}": job.removals * spent for part, spent in every.items() if spent}
 
 
 def _rate(device: torch.device) -> float:
