@@ -11,9 +11,9 @@ from models import VOCABULARY
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scale_prune.models import recompute_in_training, recomputing, unit_groups
+from scale_prune.models import Gates, recompute_in_training, recomputing, unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
-from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, repair_weights, training_engine
+from scale_prune.zero3 import FrozenEngine, Zero3Backend, inference_engine, load_model, repair_weights, training_engine
 
 DAMPING, ROWS = 1e-3, 12
 FAMILIES = ("gpt_neo", "gpt2", "llama")
@@ -145,5 +145,51 @@ def test_any_number_of_ranks_repairs_alike(tmp_path: Path, model_type: str, trai
             torch.testing.assert_close(rank["logits"], alone["logits"], rtol=1e-3, atol=1e-3)
 
 
-def dense_logits(folder: str) -> Tensor:
-    return repaired(folder, "none", True)["logits"]
+def twins(folder: Path) -> Path:
+    """Give every second unit of a saved model the activation of its neighbor; what it writes stays its own."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tensors = dict(model.named_parameters())
+    for group in unit_groups(model):
+        goes = torch.arange(0, group.num_units, 2)
+        stays = torch.where(goes + 1 < group.num_units, goes + 1, goes - 1)
+        for member in group.members:
+            if member.role != "out":
+                values = tensors[member.name].data
+                values.index_copy_(member.dim, goes, values.index_select(member.dim, stays))
+    model.save_pretrained(folder)
+    return folder
+
+
+def before_and_after(folder: str, repair: str, gated: bool) -> tuple[Tensor, Tensor]:
+    """Return the logits with all units, and without every second one."""
+    config = ds_config()
+    model = load_model(folder, config)
+    engine = FrozenEngine(model, config) if gated else training_engine(model, config)
+    backend, groups = Zero3Backend(engine), unit_groups(model)
+    if gated:  # no two twins have the same gate
+        line = torch.linspace(0.3, 1.7, sum(group.num_units for group in groups))
+        Gates(model, groups).put_on(line, lambda: line)
+    engine.eval()
+    rows = torch.randint(VOCABULARY, (ROWS, 7), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(backend, groups)
+    with torch.no_grad(), calibration.watching():
+        dense = engine(input_ids=rows, use_cache=False).logits.float()
+    masks = [torch.arange(group.num_units) % 2 > 0 for group in groups]
+    if repair != "none":
+        repair_weights(backend, groups, masks, takeovers_of(calibration, masks, repair, lambda features: 1e-7))
+    for group, mask in zip(groups, masks, strict=True):
+        backend.mask_working_copy(group, mask)
+    with torch.no_grad():
+        return dense, engine(input_ids=rows, use_cache=False).logits.float()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_leaves_twins_behind_changes_nothing(tmp_path: Path, model_type: str, gated: bool) -> None:
+    """With gates the repair is of what they let through, as the model has it that they are multiplied into."""
+    folder = str(twins(saved_model(tmp_path, model_type)))
+    for repair, exact in (("least_squares", True), ("none", False)):
+        for dense, smaller in run_ranks(before_and_after, 2, folder, repair, gated):
+            worst = float((smaller - dense).abs().max() / dense.abs().max())
+            assert (worst < 1e-3) == exact, worst
