@@ -14,10 +14,12 @@ from scale_prune.config.settings import PruningConfig
 from scale_prune.criteria import CRITERIA, with_defaults
 from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import unit_groups
-from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
+from scale_prune.preflight.disk import checkpoint_size, export_size
 from scale_prune.preflight.job import Job
+from scale_prune.preflight.memory import KEPT, memory, peak, total
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
 from scale_prune.preflight.round_needs import round_bytes, round_operations, solves
+from scale_prune.preflight.traffic import communication
 from scale_prune.pruning import sketch_units
 
 BLOCK = 13

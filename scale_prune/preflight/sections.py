@@ -8,12 +8,14 @@ from pathlib import Path
 from scale_prune.config import PruningConfig
 from scale_prune.core import Schedule, budget, remaining_fraction
 from scale_prune.criteria import CRITERIA, Flop, schedule_of, with_defaults
-from scale_prune.preflight.estimate import KEPT, checkpoint_size, communication, export_size, memory, peak, total
+from scale_prune.preflight.disk import checkpoint_size, export_size
 from scale_prune.preflight.inputs import unused_settings
 from scale_prune.preflight.job import Job
+from scale_prune.preflight.memory import KEPT, memory, peak, total
 from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.round_needs import GRAM_MATRICES, one_gram_matrix, round_bytes, round_operations, solves
 from scale_prune.preflight.rounds import calibration_warning
+from scale_prune.preflight.traffic import communication
 from scale_prune.system import markdown_table
 
 

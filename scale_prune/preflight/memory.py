@@ -1,4 +1,4 @@
-"""What a run needs, estimated before it starts: memory of a rank, bytes between ranks, space on disk.
+"""What a run needs of memory, estimated before it starts.
 
 Plain arithmetic on shapes and settings. What DeepSpeed holds, and when, is read off its source (0.19.8, ZeRO stage 3);
 each assumption stands at the line that makes it. `benchmarks/memory.md` holds the figures against measured peaks.
@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 
-import torch
-
 from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
-from scale_prune.criteria import CRITERIA, freezes, observes
-from scale_prune.preflight.job import FP32, PERSISTENT, PREFETCH_BUCKET, REDUCE_BUCKET, REUSE_DISTANCE, SUB_GROUP, Job
+from scale_prune.criteria import freezes, observes
+from scale_prune.preflight.job import FP32, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Job
 from scale_prune.preflight.round_needs import num_observed, round_memory, whitening_memory
+from scale_prune.preflight.sizes import criterion_state, kept_gathered, needs, persistent, products, sampled_tokens
 
 PROCESS = 550 * 2**20
 """Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
@@ -31,9 +30,6 @@ class Part:
     name: str
     place: str
     size: int
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def memory(job: Job) -> dict[str, list[Part]]:
@@ -196,69 +192,31 @@ def _gathered(job: Job) -> int:
     if job.world_size == 1 and job.place("offload_param") == job.place():
         return 0
     prefetched = job.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET)
-    elements = min(job.num_parameters, _kept_gathered(job) + _persistent(job) + max(job.numels) + prefetched)
+    elements = min(job.num_parameters, kept_gathered(job) + persistent(job) + max(job.numels) + prefetched)
     return (elements + min(prefetched, job.num_parameters)) * job.width
-
-
-def _kept_gathered(job: Job) -> int:
-    """Return the elements that stay gathered from the forward to the backward pass.
-
-    ZeRO-3 keeps what it uses again within `stage3_max_reuse_distance` elements: on the way to the end of the forward
-    pass and back, that is the last half of this distance.
-    """
-    return min(job.num_parameters, job.zero("stage3_max_reuse_distance", REUSE_DISTANCE) // 2)
-
-
-def _persistent(job: Job) -> int:
-    """Return the elements of the small parameters that stay gathered always."""
-    threshold = job.zero("stage3_param_persistence_threshold", PERSISTENT)
-    return sum(numel for numel in job.numels if numel <= threshold)
-
-
-def _needs(job: Job, what: str) -> bool:
-    return job.pruning.remaining < 1 and what in CRITERIA[job.pruning.criterion].needs
 
 
 def _scores(job: Job) -> list[Part]:
     """Return scores and masks of all units, the criterion's state of the owned ones, and running products."""
     owned = 3 * FP32 * job.layout.per_rank  # similarity, weights in the mean, totals
-    scores = _criterion_state(job) + owned + job.layout.num_units * (FP32 + 2)  # masks now and before
-    return [Part("scores", job.place(), scores), Part("similarity", job.place(), _products(job))]
-
-
-def _criterion_state(job: Job) -> int:
-    criterion = CRITERIA[job.pruning.criterion](job.pruning, seed=0)
-    state = criterion.initial_state(job.layout.owned_spans(0), torch.device("cpu"))
-    return sum(tensor.nbytes for tensor in state.values())
-
-
-def _products(job: Job) -> int:
-    """Return the bytes of the running sums of products: N numbers for each owned unit."""
-    if not _needs(job, "activation") or job.pruning.similarity != "running":
-        return 0
-    return sum(FP32 * (span.last - span.first + 1) * span.group.num_units for span in job.layout.owned_spans(0))
-
-
-def _tokens(job: Job) -> int:
-    """Return the tokens that a rank samples."""
-    passes = job.world_size * job.accumulation
-    return -(-job.pruning.similarity_tokens // passes) * job.accumulation
+    scores = criterion_state(job) + owned + job.layout.num_units * (FP32 + 2)  # masks now and before
+    return [Part("scores", job.place(), scores), Part("similarity", job.place(), products(job))]
 
 
 def _sampled(job: Job) -> int:
     """Return the bytes of the activations that a rank samples, of all groups."""
-    if not (_needs(job, "activation") or _needs(job, "activity")):
+    if not (needs(job, "activation") or needs(job, "activity")):
         return 0
-    return _tokens(job) * sum(group.num_features for group in job.groups) * job.width
+    return sampled_tokens(job) * sum(group.num_features for group in job.groups) * job.width
 
 
 def _cosines(job: Job) -> int:
     """Return the bytes of one group's gathered sample, also in float32, and of a block of products, thrice."""
-    if not _needs(job, "activation"):
+    if not needs(job, "activation"):
         return 0
     widest = max(group.num_units for group in job.groups)
     features = max(group.num_features for group in job.groups)
-    gathered = job.world_size * _tokens(job) * features * (job.width + FP32)
+    gathered = job.world_size * sampled_tokens(job) * features * (job.width + FP32)
     return gathered + 3 * FP32 * min(ROWS_AT_ONCE, job.layout.per_rank, widest) * widest
 
 
@@ -302,69 +260,3 @@ def _compaction(job: Job) -> list[Part]:
         Part("carried slices", "host", pruned * FP32 * (1 + job.moments) * job.trains),
         *_states(replace(job, trains=job.trains or job.recovers), pruned, "smaller "),
     ]
-
-
-# --- bytes between ranks ---------------------------------------------------------------------------------------------
-
-
-def communication(job: Job) -> dict[str, int]:
-    """Return the bytes that a rank receives in an optimizer step, by purpose.
-
-    A collective over W ranks hands each rank the (W - 1) / W of its numbers that the rank did not have. Parameters are
-    gathered for the forward and for the backward pass of every micro batch, but for those that stay gathered between
-    the two; small ones once a step.
-    """
-    persistent = _persistent(job)
-    passes = 2 * (job.num_parameters - persistent) - max(_kept_gathered(job) - persistent, 0)
-    received = {
-        "ZeRO-3, parameters": (job.accumulation * passes + persistent) * job.width,
-        "ZeRO-3, gradients": job.accumulation * job.num_parameters * job.width,
-        "pruning, shares": FP32 * job.layout.padded if _needs(job, "grad") or _needs(job, "gate") else 0,
-        "pruning, gates": FP32 * job.layout.padded if _needs(job, "gate") else 0,
-        "pruning, at an update of the masks": _update(job),
-        "pruning, at a sample of activations": _received_sample(job),
-    }
-    if freezes(job.pruning):  # the dense model's pass, the gated one's, and back
-        received["ZeRO-3, parameters"] = job.accumulation * (3 * job.num_parameters * job.width)
-        received["ZeRO-3, gradients"] = 0
-    elif not job.trains:
-        received = {name: size * job.recovers for name, size in received.items() if name.startswith("ZeRO-3")}
-    return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
-
-
-def _received_sample(job: Job) -> int:
-    """Return the bytes of all samples of the groups that the busiest rank owns units of, or of the sums over them."""
-    if not _needs(job, "activation"):
-        return FP32 * job.layout.padded if _needs(job, "activity") else 0
-    spans = [job.layout.owned_spans(rank) for rank in range(job.world_size)]
-    features = max(sum(span.group.num_features for span in own) for own in spans)
-    return _tokens(job) * job.world_size * features * job.width
-
-
-def _update(job: Job) -> int:
-    """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
-    if job.pruning.remaining == 1 or job.pruning.rounds:
-        return 0
-    return FP32 * job.layout.padded * (3 if _needs(job, "grad") else 4)
-
-
-# --- disk ------------------------------------------------------------------------------------------------------------
-
-
-def export_size(job: Job, layout: str) -> int:
-    """Return the bytes of the exported weights, at most: padding may reach up to the dense widths.
-
-    Beside a GGUF file there is a folder; components are multiplied out in the file, and in layout "uniform".
-    """
-    factorized = [group for group in job.groups if group.kind == "component"]
-    factors = sum(prod(member.shape) for group in factorized for member in group.members)
-    dense = job.num_parameters - factors + sum(group.dense_cost for group in factorized)
-    elements = {"pad": dense, "uniform": dense if factorized else job.num_pruned, "gguf": job.num_pruned + dense}
-    return elements.get(layout, job.num_pruned) * job.width
-
-
-def checkpoint_size(job: Job) -> int:
-    """Return the bytes of a checkpoint of all ranks: masters and moments; masks, scores, and the criterion's state."""
-    replicated = job.layout.num_units * (FP32 + 1)
-    sharded = _criterion_state(job) + _products(job) + FP32 * job.layout.per_rank  # similarity
-    return job.num_parameters * FP32 * (1 + job.moments) + replicated + job.world_size * sharded
