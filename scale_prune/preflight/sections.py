@@ -155,15 +155,13 @@ def _communication(job: Job) -> Iterator[str]:
 
 def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     """Say what a round reads, sends and computes, or a repair at the end."""
-    rounds = job.removals * bool(job.pruning.rounds)
-    if not (rounds or solves(job)):
+    rounds = job.pruning.rounds
+    if not (job.removals and (rounds or solves(job))):
         return
-    what = "a round" if rounds else "the repair"
+    what, when = ("a round", f"rounds: {rounds}; each") if rounds else ("the repair", "the repair at the end")
     tokens = job.calibration_steps * int(reading.ds_config["train_batch_size"]) * reading.config.data.block_size
     yield ""
-    repair = f"repair {job.pruning.repair}"
-    when = f"rounds: {rounds}, {repair}; each" if rounds else f"{repair} at the end, which"
-    yield f"{when} reads {tokens:,} tokens of the training text"
+    yield f"{when} reads {tokens:,} tokens of the training text; --repair {job.pruning.repair}"
     if line := calibration_warning(job.pruning, job.groups):
         yield line
     yield from _portions(job)
