@@ -120,6 +120,7 @@ def test_the_time_follows_from_measured_passes(
     assert ("2 rounds, calibration, passes" in seconds) == ("rounds" in settings)
     assert ("repair, calibration, passes" in seconds) == (settings["criterion"] == "ddp")
     assert ("5 steps after" in seconds) == ("recovery_steps" in settings)
+    assert ("gates: all are open to learn until step" in printed) == (settings["criterion"] == "ddp")
 
 
 @pytest.mark.parametrize(

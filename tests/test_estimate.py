@@ -239,7 +239,13 @@ def test_bytes_between_ranks(criterion: str, shares: int, update: int) -> None:
 def test_a_checkpoint_holds_masters_moments_and_what_the_pruner_knows(optimizer: str, moments: int) -> None:
     job = job_of(ds_config=DS_CONFIG | {"optimizer": {"type": optimizer}})
     states = job.num_parameters * 4 * (1 + moments)
-    assert states < checkpoint_size(job) < states + 100 * LAYERS * WIDTH
+    known = 100 * LAYERS * WIDTH
+    assert states < checkpoint_size(job) < states + known
+    frozen = replace(job, trains=False)
+    assert 0 < checkpoint_size(frozen) < known
+    smaller = job.num_pruned * 4 * (1 + moments)
+    assert smaller < states
+    assert smaller < checkpoint_size(replace(frozen, recovers=True)) < smaller + known
 
 
 @pytest.mark.parametrize("change", [{"world_size": 4}, {"on_gpu": False}])

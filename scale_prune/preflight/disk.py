@@ -19,7 +19,11 @@ def export_size(job: Job, layout: str) -> int:
 
 
 def checkpoint_size(job: Job) -> int:
-    """Return the bytes of a checkpoint of all ranks: masters and moments; masks, scores, and the criterion's state."""
+    """Return the bytes of a checkpoint of all ranks: masters and moments; masks, scores, and the criterion's state.
+
+    Where nothing is trained before the units leave, masters are those of the smaller model.
+    """
     replicated = job.layout.num_units * (FP32 + 1)
     sharded = criterion_state(job) + products(job) + FP32 * job.layout.per_rank  # similarity
-    return job.num_parameters * FP32 * (1 + job.moments) + replicated + job.world_size * sharded
+    trained = job.num_parameters if job.trains else job.num_pruned * job.recovers
+    return trained * FP32 * (1 + job.moments) + replicated + job.world_size * sharded

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scale_prune.config import PruningConfig
 from scale_prune.core import Schedule, budget, remaining_fraction
-from scale_prune.criteria import CRITERIA, Flop, schedule_of, with_defaults
+from scale_prune.criteria import CRITERIA, Flop, freezes, schedule_of, with_defaults
 from scale_prune.preflight.disk import checkpoint_size, export_size
 from scale_prune.preflight.inputs import unused_settings
 from scale_prune.preflight.job import Job
@@ -92,6 +92,12 @@ def _schedule(reading: Reading) -> Iterator[str]:
             f"gates: their budget falls from {schedule.initial:.4f} of the dense model to {schedule.target:.4f} "
             f"between the steps {schedule.warmup_steps:,} and {rise:,}; what remains is settled at step "
             f"{schedule.last_descent_step:,}"
+        )
+        return
+    if freezes(pruning):
+        yield (
+            f"gates: all are open to learn until step {schedule.last_descent_step:,}, when units are cut to "
+            f"{schedule.target:.4f}"
         )
         return
     counted = "neurons" if {group.kind for group in reading.groups} == {"neuron"} else "parameters"
@@ -184,7 +190,7 @@ def _portions(job: Job) -> Iterator[str]:
     if readings > 1 and gram in parts:
         least = sum(parts.values()) - parts[gram] + one
         yield (
-            f"a rank with little memory keeps one of its {gram} at a time: {_size(least)} of {place} memory in a round "
+            f"a rank with little memory keeps one of its {gram} at a time: {_size(least)} of {place} memory then "
             f"in the place of {_size(sum(parts.values()))}, and the text is read up to {readings} times"
         )
 
