@@ -26,6 +26,7 @@ def report(exported: float) -> dict[str, Any]:
         "widths": [7, 5],
         "parameters": {"dense": 2000, "pruned": 1000, "stored": 1100},
         "perplexity": {"recovered": None, "dense": 20.0, "masked": 25.0, "compacted": 25.0, "exported": exported},
+        "history": [{"step": 10, "stage": "exported", "perplexity": exported, "remaining": 0.5}],
         "seconds": {"total": 61.0},
         "steps": 10,
         "tokens": 1280,
@@ -49,6 +50,7 @@ def test_the_report_is_strict_json(tmp_path: Path, exported: float, written: flo
     write_report(tmp_path, report(exported))
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert read["perplexity"] == report(exported)["perplexity"] | {"exported": written}
+    assert read["history"] == [report(exported)["history"][0] | {"perplexity": written}]
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
 
 

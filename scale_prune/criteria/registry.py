@@ -115,6 +115,8 @@ def with_defaults(config: PruningConfig, usual: str = BY_THE_COMMAND) -> Pruning
         raise ValueError(f"--criterion {config.criterion} is unknown; known are {', '.join(CRITERIA)}")
     criterion = CRITERIA[config.criterion]
     defaults = ({} if "gram" in criterion.needs else {"rounds": 0}) | criterion.defaults
+    if config.budget != "uniform" and criterion.kind == "neuron":
+        defaults |= {"scope": "per_group"}  # the only one that a budget can be of
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 

@@ -73,9 +73,10 @@ def whitening_memory(job: Job) -> dict[str, int]:
 
 def trials(job: Job) -> int:
     """Return how many trials the first round makes to find a budget."""
-    if job.pruning.budget not in ("measured", "search") or job.pruning.table is not None:
+    if job.pruning.budget not in ("measured", "search"):
         return 0
-    return num_trials([group.num_units for group in job.groups], search=job.pruning.budget == "search")
+    measured = [] if job.pruning.table else [group.num_units for group in job.groups]
+    return num_trials(measured, search=job.pruning.budget == "search")
 
 
 def trial_passes(job: Job, tokens: int) -> int:

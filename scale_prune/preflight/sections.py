@@ -187,7 +187,7 @@ def _portions(job: Job) -> Iterator[str]:
     place, gram = job.place(), GRAM_MATRICES
     parts = {part.name: part.size for part in memory(job).get("round", []) if part.place == place}
     readings, one = -(-len(job.groups) // job.world_size), one_gram_matrix(job)
-    if readings > 1 and gram in parts:
+    if readings > 1 and gram in parts and job.pruning.budget not in ("measured", "search"):  # trials need all of them
         least = sum(parts.values()) - parts[gram] + one
         yield (
             f"a rank with little memory keeps one of its {gram} at a time: {_size(least)} of {place} memory then "

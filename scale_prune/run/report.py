@@ -27,17 +27,19 @@ def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write report.md, then report.json, which says that the run is complete.
 
-    A perplexity or metric that is not finite is null in report.json: JSON knows neither infinity nor NaN.
+    A number that is not finite, such as a perplexity, is null in report.json: JSON knows neither infinity nor NaN.
     """
     write_atomically(folder / "report.md", as_markdown(report))
-    metrics = {stage: _finite(values) for stage, values in report.get("metrics", {}).items()}
-    finite = {**report, "perplexity": _finite(report["perplexity"]), "metrics": metrics}
-    text = json.dumps(finite, indent=2, allow_nan=False)
+    text = json.dumps(_finite(report), indent=2, allow_nan=False)
     write_atomically(folder / "report.json", text + "\n")
 
 
-def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: v if v is None or math.isfinite(v) else None for name, v in values.items()}
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
