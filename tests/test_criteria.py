@@ -74,6 +74,11 @@ def test_no_setting_stays_open(name: str) -> None:
     assert with_defaults(given) == given
 
 
+@pytest.mark.parametrize("name", [name for name, criterion in CRITERIA.items() if criterion.kind == "neuron"])
+def test_a_budget_lets_each_layer_rank_its_own(name: str) -> None:
+    assert with_defaults(PruningConfig(criterion=name, budget="log")).scope == "per_group"
+
+
 def test_an_unknown_criterion_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--criterion sparsity is unknown; known are .*movement"):
         with_defaults(PruningConfig(criterion="sparsity"))

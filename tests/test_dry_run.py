@@ -96,8 +96,9 @@ def test_what_removes_nothing_trains_under_any_criterion(work: Path, capsys: pyt
 
 
 def test_how_little_memory_a_round_can_do_with_is_said(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for ranks, said in ((1, True), (LAYERS, False)):
-        assert dry(work, criterion="obs", max_steps=0, world_size=ranks, train_batch_size=4 * ranks) == (0, [])
+    for ranks, budget, said in ((1, "uniform", True), (LAYERS, "uniform", False), (1, "measured", False)):
+        settings = {"criterion": "obs", "max_steps": 0, "budget": budget}
+        assert dry(work, **settings, world_size=ranks, train_batch_size=4 * ranks) == (0, [])
         printed = capsys.readouterr().out
         assert (f"the text is read up to {LAYERS} times" in printed) == said
         assert ("keeps one of its Gram matrices at a time" in printed) == said

@@ -18,7 +18,7 @@ from scale_prune.preflight.disk import checkpoint_size, export_size
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.memory import KEPT, memory, peak, total
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
-from scale_prune.preflight.round_needs import round_bytes, round_operations
+from scale_prune.preflight.round_needs import round_bytes, round_operations, trials
 from scale_prune.preflight.traffic import communication
 from scale_prune.pruning import sketch_units
 
@@ -252,3 +252,13 @@ def test_a_checkpoint_holds_masters_moments_and_what_the_pruner_knows(optimizer:
 def test_nothing_is_negative(change: dict[str, Any]) -> None:
     build: Callable[..., Job] = job_of
     assert all(part.size > 0 for parts in memory(build(**change)).values() for part in parts)
+
+
+def test_a_search_from_a_given_table_makes_all_trials_but_those_of_the_table() -> None:
+    made = {
+        (budget, table): trials(job_of(pruning=pruning("obs", budget=budget, table=table)))
+        for budget in ("uniform", "measured", "search")
+        for table in (None, "table.json")
+    }
+    assert made["uniform", None] == made["measured", "table.json"] == 0
+    assert made["search", None] == made["measured", None] + made["search", "table.json"] > made["measured", None] > 0
