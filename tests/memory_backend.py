@@ -136,8 +136,9 @@ class InMemoryBackend:
                 gradient = self.parameters[name].grad
                 master.grad = None if gradient is None else gradient.float()
             self.optimizer.step()
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.masters[name])
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(self.masters[name])
+        for parameter in self.parameters.values():
             parameter.grad = None
 
     # --- what pruning needs ----------------------------------------------------------------------------------
@@ -164,9 +165,11 @@ class InMemoryBackend:
         """Return this rank's slice of the working copy."""
         return self._view(member, self.parameters[member.name].detach(), None)
 
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor, *, anew: bool = False) -> None:
         """Zero the removed units."""
         for member in group.members:
+            if anew:
+                self.parameters[member.name].data.copy_(self.masters[member.name])
             self.parameters[member.name].data.movedim(member.dim, 0)[~mask] = 0.0
 
     def gather(self, member: Member) -> Tensor:

@@ -190,14 +190,14 @@ def test_widths_in_time_lose_least_among_those_that_are_fast_enough(seed: int) -
 
 @pytest.mark.distributed
 def test_a_target_of_time_is_kept_on_all_ranks(tmp_path: Path) -> None:
-    work = make_work(tmp_path, "llama", intermediate_size=2048)  # whose products take longer than to begin them
-    settings = {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "repair": "none", "latency_target": 0.6}
+    work = make_work(tmp_path, "llama", intermediate_size=8192)  # whose products take longer than to begin them
+    settings = {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "repair": "none", "latency_target": 0.7}
     batch = {"train_batch_size": 64}  # of which a trial takes four
     first = pruned(work, "first", 2, **settings, **batch)["rounds"][0]
     assert first["widths"] == first["searched"]
     levels = [own["kept"] for own in first["table"].values()]
     assert all(width in own for width, own in zip(first["widths"], levels, strict=True))
-    assert 0.2 < sum(first["widths"]) / sum(own[-1] for own in levels) < 0.7
+    assert 0.2 < sum(first["widths"]) / sum(own[-1] for own in levels) < 0.8
     again = pruned(work, "again", 1, config=work / "first" / "recipe.yaml", **batch)["rounds"][0]
     assert len(again["searched"]) == len(levels)
 
@@ -217,6 +217,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"table": "no.json"}, "--table no.json cannot be read"),
     ({"scope": "global"}, "--budget measured says what each layer loses"),
     ({"budget": "log", "table": "no.json"}, "--table no.json is for --budget measured or search, not log"),
+    ({"remaining": 0.1}, "--budget measured leaves 0.2683 of the targets"),
+    ({"remaining": 0.04, "budget": "log"}, "--budget log leaves 0.05 of the targets at least, more than the 0.04"),
     ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
     ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),

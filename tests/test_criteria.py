@@ -17,10 +17,12 @@ from scale_prune.criteria import CRITERIA, Criterion, Moment, ShardView, State, 
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.pruning.pruner import Pruner
 
-GROUPS = tuple(
-    UnitGroup(name=f"layers.{layer}.mlp", layer=layer, num_units=width, members=(), output="")
-    for layer, width in enumerate((7, 13, 2, 5))
-)
+
+def group_of(name: str, num_units: int, layer: int) -> UnitGroup:
+    return UnitGroup(name=name, layer=layer, num_units=num_units, members=(), output="")
+
+
+GROUPS = tuple(group_of(f"layers.{layer}.mlp", width, layer) for layer, width in enumerate((7, 13, 2, 5)))
 M = sum(group.num_units for group in GROUPS)
 SCHEDULE = Schedule(total_steps=11, target=0.5, warmup_fraction=0.2, cooldown_fraction=0.3)
 WITH_SHARE = [name for name, criterion in CRITERIA.items() if criterion.needs & {"weight", "grad"}]
@@ -151,6 +153,30 @@ def test_at_the_target_exactly_the_target_remains(name: str, scope: str, multipl
         assert abs(sum(widths) - M // 2) <= 1 if scope == "global" else widths == [4, 6, 2, 2]
         before = criterion.select(scores, GROUPS, SCHEDULE, SCHEDULE.last_descent_step - 1)
         assert any(int(mask.sum()) % 2 for mask in before), "widths are rounded only at the target"
+
+
+@pytest.mark.parametrize("multiple", [8, 10])
+@pytest.mark.parametrize("scope", ["global", "per_group"])
+def test_what_rounds_leave_are_multiples(scope: str, multiple: int) -> None:
+    criterion = make("magnitude", scope=scope, width_multiple=multiple, rounds=4)
+    schedule = Schedule(total_steps=100, target=0.5, rounds=4)
+    groups = [replace(group_of(f"{layer}", 100, layer), matrix_cost=100) for layer in range(3)]
+    scores = [torch.randn(100, generator=torch.Generator().manual_seed(layer)) for layer in range(3)]
+    for step in schedule.removal_steps:
+        masks = criterion.select(scores, groups, schedule, step)
+        scores = [each[mask] for each, mask in zip(scores, masks, strict=True)]
+        groups = [replace(group, num_units=len(each)) for group, each in zip(groups, scores, strict=True)]
+    widths = [group.num_units for group in groups]
+    assert not any(width % multiple for width in widths)
+    assert abs(sum(widths) - 150) <= (multiple / 2 if scope == "global" else 3 * multiple / 2)
+
+
+def test_random_takes_as_large_a_part_of_the_heads_as_of_the_neurons() -> None:
+    criterion = make("random", scope="global", remaining=0.5)
+    groups = [group_of("mlp", 4000, 0), replace(group_of("attention", 200, 0), kind="head", cost=40)]
+    scores = [torch.rand(group.num_units, generator=torch.Generator().manual_seed(0)) for group in groups]
+    heads = criterion.select(scores, groups, SCHEDULE, SCHEDULE.last_descent_step)[1]
+    assert 0.4 < float(heads.float().mean()) < 0.6
 
 
 # --- formulas --------------------------------------------------------------------------------------------------------

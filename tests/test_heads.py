@@ -19,7 +19,8 @@ from scale_prune.config import PruningConfig, parse
 from scale_prune.core import compaction, elimination_scores, least_squares, select
 from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
-from scale_prune.core.repair import taken_over
+from scale_prune.core.repair import UnsolvableError, taken_over
+from scale_prune.core.selection import budget
 from scale_prune.criteria import CRITERIA
 from scale_prune.criteria.slimllm import Slimllm
 from scale_prune.export import convert, open_folder, plainest
@@ -244,6 +245,14 @@ def test_heads_with_everything(settings: dict[str, Any], work: Path) -> None:
     assert sum(report["heads"]) < 9
 
 
+def test_as_many_heads_stay_as_are_foretold() -> None:
+    for heads in range(1, 21):
+        for remaining in (0.3, 0.45, 0.5, 0.6, 0.77, 0.9):
+            scores = [torch.arange(float(size)) for size in (40, heads)]
+            masks = select(scores, remaining=remaining, scope="per_group", costs=[3, 50], layers=[0, 0])
+            assert int(masks[1].sum()) == budget(remaining, heads, nearest=True)
+
+
 def tokens_and_output(features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(300, features, generator=generator).double() + 0.3, torch.randn(5, features, generator=generator)
@@ -252,6 +261,14 @@ def tokens_and_output(features: int, seed: int = 0) -> tuple[torch.Tensor, torch
 def gram_with_ones(h: torch.Tensor) -> torch.Tensor:
     with_ones = torch.cat([h, h.new_ones(len(h), 1)], 1)
     return with_ones.T @ with_ones
+
+
+def test_slimllm_refuses_activations_that_overflow() -> None:
+    h, weight = tokens_and_output(12)
+    h[5, 3] = torch.inf
+    for block in (1, 3):
+        with pytest.raises(UnsolvableError, match="not finite"):
+            Slimllm(PruningConfig(criterion="slimllm"), 0).rank_units(gram_with_ones(h), weight, block)
 
 
 def test_slimllm_takes_out_the_head_without_which_outputs_correlate_best() -> None:

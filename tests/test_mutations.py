@@ -117,7 +117,7 @@ MUTATIONS = [Mutation(*line) for line in (
      "len(scores) - 1 - scores.flip(0).argsort(descending=True, stable=True)[:count]",
      "test_selection.py::test_among_equals_the_first_are_kept"),
     ("core/selection.py", "<= allowed", "< allowed", GLOBAL),
-    ("core/selection.py", "max(int(remaining * total + 1e-6), 1)", "max(round(remaining * total), 1)",
+    ("core/selection.py", "(0.5 if nearest else 0.0)", "0.5",
      "test_selection.py::test_budget"),
     ("core/schedule.py", "1.0 - (1.0 - x) ** 3", "1.0 - (1.0 - x) ** 2",
      "test_schedule.py::test_remaining_by_the_formula"),

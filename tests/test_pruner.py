@@ -110,19 +110,19 @@ class Forgetful(InMemoryBackend):
 
     forgotten = "transformer.h.1.mlp.c_fc.bias"
 
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor, *, anew: bool = False) -> None:
         """Mask, and put the forgotten tensor's values back."""
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        super().mask_working_copy(group, mask)
+        super().mask_working_copy(group, mask, anew=anew)
         self.parameters[self.forgotten].data.copy_(before[self.forgotten])
 
 
 class Greedy(InMemoryBackend):
     """Masks one unit more than asked."""
 
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor, *, anew: bool = False) -> None:
         """Mask one of the live ones of the middle layer as well."""
-        super().mask_working_copy(group, mask.logical_and(mask.cumsum(0) > (group.layer == 1)))
+        super().mask_working_copy(group, mask.logical_and(mask.cumsum(0) > (group.layer == 1)), anew=anew)
 
 
 @pytest.mark.parametrize("name", ["c_fc.weight", "c_fc.bias", "c_proj.weight"])
@@ -260,6 +260,20 @@ def test_a_skipped_step_changes_no_score(criterion: str) -> None:
     train(backend, pruner, BLOCKS, 1)
     changed = any(not torch.equal(pruner.scoring.state[name], value) for name, value in before.items())
     assert changed == (criterion not in ("random", "factorize"))
+
+
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_units_return_in_a_step_that_was_skipped(update_every: int) -> None:
+    """Where scores have moved since the masks were chosen, a skipped step may choose them anew."""
+    backend, pruner = start("movement", update_every=update_every)
+    train(backend, pruner, BLOCKS, 5)
+    before = torch.cat(pruner.masks)
+    pruner.scoring.state["score"].neg_()
+    backend.overflow = True
+    train(backend, pruner, BLOCKS, 1)
+    after = torch.cat(pruner.masks)
+    assert bool((after & ~before).any())
+    assert torch.equal(in_working(backend, pruner.groups), ~after)
 
 
 class Broken(InMemoryBackend):

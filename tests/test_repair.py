@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from memory_backend import InMemoryBackend
-from models import VOCABULARY, tiny_model
+from models import HIDDEN, VOCABULARY, tiny_model
 from torch import Tensor
 
 from scale_prune.config import PruningConfig
@@ -21,6 +21,7 @@ from scale_prune.core.repair import (
 )
 from scale_prune.models import FAMILIES, unit_groups
 from scale_prune.pruning import Calibration, takeovers_of
+from scale_prune.pruning.calibration import portions_of
 from scale_prune.pruning.solving import gram_scores
 
 TOKENS, UNITS, OUTPUTS = 200, 12, 7
@@ -203,6 +204,28 @@ def test_every_family_loses_less_in_its_mlps_outputs_when_repaired(model_type: s
                 backend.module(input_ids=ROWS)
             errors[repaired] = float((outputs[-1] - outputs[0]).square().sum())
         assert 0 < errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_matrices_of_a_portion_fit_into_memory(gradients: bool) -> None:
+    groups = unit_groups(tiny_model("gpt_neo"))
+    features = groups[0].num_features + 1
+    one = 4 * (features**2 + gradients * HIDDEN**2)
+    for number in range(1, len(groups) + 1):
+        portions = portions_of(groups, 1, 6 * 4 * features**2 + number * one, gradients=gradients)
+        assert max(map(len, portions)) == number
+        assert sorted(index for portion in portions for index in portion) == [*range(len(groups))]
+
+
+def test_padding_is_no_token_of_the_calibration() -> None:
+    model = tiny_model("gpt_neo")
+    calibration = Calibration(InMemoryBackend(model), unit_groups(model))
+    real = torch.ones_like(ROWS)
+    real[0, 3:] = 0
+    with torch.no_grad(), calibration.watching():
+        for _ in range(2):
+            model(input_ids=ROWS, attention_mask=real)
+    assert calibration.tokens == 2 * int(real.sum())
 
 
 def output_weight(backend: InMemoryBackend, group: UnitGroup) -> Tensor:

@@ -176,7 +176,7 @@ def test_rounds_with_everything(settings: dict[str, Any], work: Path) -> None:
 
 
 def test_what_no_criterion_is_named_for(work: Path, tmp_path: Path) -> None:
-    run(2, arguments(work, tmp_path / "auto", criterion="auto", calibration_tokens=384))
+    run(2, arguments(work, tmp_path / "auto", criterion="auto", calibration_tokens=384, width_multiple=4))
     report = report_of(tmp_path / "auto")
     assert {name: report["settings"][name] for name in ("criterion", "rounds", "repair", "scope")} == {
         "criterion": "kfac",
@@ -185,6 +185,8 @@ def test_what_no_criterion_is_named_for(work: Path, tmp_path: Path) -> None:
         "scope": "global",
     }
     assert len(report["rounds"]) == 4
+    assert all(each["calibration_tokens"] >= 384 for each in report["rounds"])
+    assert not any(width % 4 for width in report["widths"])
     begun = tmp_path / "gum"
     run(2, arguments(work, begun, save_every=3))
     again = arguments(work, tmp_path / "again", criterion="auto", resume=begun / "checkpoints" / "step-00000003")

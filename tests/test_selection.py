@@ -1,7 +1,9 @@
 """Laws of choosing: exact counts, floors, order, ties, budgets, rounding of widths."""
 
 import math
+from collections.abc import Sequence
 from itertools import combinations, pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +130,13 @@ def test_scores_that_cannot_be_ranked_name_the_group(bad: float) -> None:
 # --- widths in multiples ---------------------------------------------------------------------------------------------
 
 
+def rounded(widths: Sequence[int], sizes: Sequence[int], multiple: int, **more: Any) -> list[int]:
+    """Round the widths of groups that are whole, unless `dense_sizes` says otherwise."""
+    return round_widths(
+        widths, sizes, **{"multiples": [multiple] * len(sizes), "dense_sizes": sizes, "min_kept": 1, **more}
+    )
+
+
 def valid_widths(size: int, multiple: int) -> set[int]:
     """Return the multiples up to a size, and the size."""
     return {*range(multiple, size, multiple), size}
@@ -149,7 +158,7 @@ def test_widths_are_multiples_of_the_highest_scores(scope: str, multiple: int, r
 @pytest.mark.parametrize("sizes", [(7, 8, 5), (8, 8, 8), (3, 8, 8), (9, 2, 1)])
 def test_a_shared_budget_is_met_within_half_a_multiple(sizes: tuple[int, ...], multiple: int) -> None:
     for before in product(*(range(1, size + 1) for size in sizes)):
-        after = round_widths(before, sizes, multiples=[multiple] * len(sizes), min_kept=1, shared_budget=True)
+        after = rounded(before, sizes, multiple, shared_budget=True)
         assert all(width in valid_widths(size, multiple) for width, size in zip(after, sizes, strict=True))
         least = sum(size if width == size else min(multiple, size) for width, size in zip(before, sizes, strict=True))
         assert 2 * abs(sum(after) - max(sum(before), least)) <= multiple, (before, after)
@@ -160,7 +169,7 @@ def test_a_shared_budget_is_met_within_half_a_multiple(sizes: tuple[int, ...], m
 @pytest.mark.parametrize("sizes", [(7, 8, 5), (3, 8, 8), (9, 2, 1)])
 def test_a_full_group_stays_full(sizes: tuple[int, ...], multiple: int, shared_budget: bool) -> None:
     for before in product(*({1, size // 2 or 1, size - 1 or 1, size} for size in sizes)):
-        after = round_widths(before, sizes, multiples=[multiple] * len(sizes), min_kept=1, shared_budget=shared_budget)
+        after = rounded(before, sizes, multiple, shared_budget=shared_budget)
         assert all(new == size for old, new, size in zip(before, after, sizes, strict=True) if old == size)
 
 
@@ -168,13 +177,13 @@ def test_a_full_group_stays_full(sizes: tuple[int, ...], multiple: int, shared_b
 @pytest.mark.parametrize("size", [1, 5, 7, 8, 17])
 def test_without_a_shared_budget_each_width_goes_to_the_nearest(size: int, multiple: int) -> None:
     for width in range(1, size + 1):
-        (after,) = round_widths([width], [size], multiples=[multiple], min_kept=1, shared_budget=False)
+        (after,) = rounded([width], [size], multiple, shared_budget=False)
         assert abs(after - width) == min(abs(valid - width) for valid in valid_widths(size, multiple))
 
 
 @pytest.mark.parametrize(("min_kept", "least"), [(1, 4), (4, 4), (5, 8), (9, 11)])
 def test_rounding_keeps_the_floor(min_kept: int, least: int) -> None:
-    after = round_widths([min_kept, 11, 11], [11, 29, 29], multiples=[4] * 3, min_kept=min_kept, shared_budget=True)
+    after = rounded([min_kept, 11, 11], [11, 29, 29], 4, min_kept=min_kept, shared_budget=True)
     assert after[0] >= least
 
 
@@ -182,8 +191,19 @@ def test_multiples_that_fit_change_nothing() -> None:
     before = [width for pair in combinations(range(4, 17, 4), 2) for width in pair]
     for shared_budget in (True, False):
         sizes = [16] * len(before)
-        after = round_widths(before, sizes, multiples=[4] * len(sizes), min_kept=1, shared_budget=shared_budget)
+        after = rounded(before, sizes, 4, shared_budget=shared_budget)
         assert after == before
+
+
+@pytest.mark.parametrize("multiple", [2, 3, 4, 8])
+@pytest.mark.parametrize("shared_budget", [True, False])
+def test_a_group_that_has_lost_units_keeps_a_multiple(multiple: int, shared_budget: bool) -> None:
+    sizes, dense_sizes = (7, 9, 3, 16), (17, 17, 17, 17)
+    for before in product(*({1, size - 1, size} for size in sizes)):
+        after = rounded(before, sizes, multiple, dense_sizes=dense_sizes, shared_budget=shared_budget)
+        for width, size in zip(after, sizes, strict=True):
+            assert width <= size
+            assert width % multiple == 0 or width == size < multiple
 
 
 # --- budgets of layers -----------------------------------------------------------------------------------------------

@@ -123,13 +123,13 @@ class Forgetful(Zero3Backend):
 
     forgotten = "transformer.h.1.mlp.c_proj.weight"
 
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor, *, anew: bool = False) -> None:
         """Mask, and put one tensor's values back."""
         parameter: Any = self.parameters[self.forgotten]
         stays_gathered = parameter.ds_status == ZeroParamStatus.AVAILABLE
         copy = parameter.data if stays_gathered else parameter.ds_tensor.data
         before = copy.clone()
-        super().mask_working_copy(group, mask)
+        super().mask_working_copy(group, mask, anew=anew)
         copy.copy_(before)
 
 

@@ -28,9 +28,15 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     return mask
 
 
-def budget(remaining: float, total: int) -> int:
-    """Return how many of `total` units a fraction keeps: int(remaining * total), but at least 1 and at most all."""
-    return min(max(int(remaining * total + 1e-6), 1), total)
+def budget(remaining: float, total: int, *, nearest: bool = False) -> int:
+    """Return how many of `total` units a fraction keeps, at least 1 and at most all.
+
+    Args:
+        remaining: the fraction.
+        total: units.
+        nearest: the nearest number, of two the larger one; by default what does not exceed the fraction.
+    """
+    return min(max(int(remaining * total + (0.5 if nearest else 0.0) + 1e-6), 1), total)
 
 
 def select(
@@ -42,6 +48,7 @@ def select(
     width_multiple: int | Sequence[int] = 1,
     costs: Sequence[int] | None = None,
     dense_costs: Sequence[int] | None = None,
+    dense_sizes: Sequence[int] | None = None,
     fractions: Sequence[float] | None = None,
     layers: Sequence[int] | None = None,
 ) -> list[Tensor]:
@@ -52,10 +59,9 @@ def select(
         remaining: fraction of the dense model to keep, above 0.
         scope: "global" and "standardized" rank all units together, "per_group" each group by itself.
         min_kept: units that every group keeps (or all it has, if fewer) under any scope but "per_group".
-        width_multiple: of all groups or of each; widths are multiples of it, or full, the total as near the budget as
-            these steps allow; the units within a width are still the highest scores.
+        width_multiple: of all groups or of each; widths are multiples, or dense ones, as near the budget as they can.
         costs: what a unit of each group counts; 1 by default.
-        dense_costs: what each group counts in the dense model; its units by default.
+        dense_costs, dense_sizes: what each group counts in the dense model, and its units there; by default as here.
         fractions: what remains of each group under scope "per_group"; `remaining` by default.
         layers: of each group, the layer that it is in, by default one of its own; under scope "per_group" the cheapest
             units of a layer make up for what the number of others is rounded by.
@@ -72,15 +78,26 @@ def select(
         masks = _select_global(scores, costs, int(remaining * sum(dense_costs) + 1e-6), min_kept)
     multiples = [width_multiple] * len(sizes) if isinstance(width_multiple, int) else width_multiple
     floor, shared = (1, False) if alone else (min_kept, len(set(costs)) == 1)
-    return masks if set(multiples) == {1} else _rounded(scores, masks, multiples, floor, shared)
+    return masks if set(multiples) == {1} else _rounded(scores, masks, multiples, dense_sizes or sizes, floor, shared)
 
 
 def _rounded(
-    scores: Sequence[Tensor], masks: Sequence[Tensor], multiples: Sequence[int], floor: int, shared: bool
+    scores: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    multiples: Sequence[int],
+    dense_sizes: Sequence[int],
+    floor: int,
+    shared: bool,
 ) -> list[Tensor]:
     """Return masks of widths that are multiples, of the highest scores."""
-    chosen, sizes = [int(mask.sum()) for mask in masks], [len(group) for group in scores]
-    widths = round_widths(chosen, sizes, multiples=multiples, min_kept=floor, shared_budget=shared)
+    widths = round_widths(
+        [int(mask.sum()) for mask in masks],
+        [len(group) for group in scores],
+        multiples=multiples,
+        dense_sizes=dense_sizes,
+        min_kept=floor,
+        shared_budget=shared,
+    )
     return [top_mask(group, width) for group, width in zip(scores, widths, strict=True)]
 
 
@@ -94,16 +111,18 @@ def _select_each(
     scores: Sequence[Tensor], costs: Sequence[int], allowed: Sequence[float], layers: Sequence[int]
 ) -> list[Tensor]:
     """Rank each group by itself; keep the first of it that cost no more than is allowed, but one at least."""
-    left = dict.fromkeys(layers, 0.0)
-    for layer, most in zip(layers, allowed, strict=True):
-        left[layer] += most
     masks: dict[int, Tensor] = {}
-    for index in sorted(range(len(scores)), key=lambda index: -costs[index]):
-        size, cost, layer = len(scores[index]), costs[index], layers[index]
-        is_last = layers.count(layer) == 1 + sum(layers[other] == layer for other in masks)
-        most = left[layer] / (cost * size) if is_last else round(allowed[index] / cost) / size
-        masks[index] = top_mask(scores[index], budget(most, size))
-        left[layer] -= cost * int(masks[index].sum())
+    for layer in dict.fromkeys(layers):
+        *dearer, cheapest = sorted(
+            (index for index, other in enumerate(layers) if other == layer), key=lambda index: -costs[index]
+        )
+        left = allowed[cheapest]
+        for index in dearer:
+            part = allowed[index] / (costs[index] * len(scores[index]))
+            masks[index] = top_mask(scores[index], budget(part, len(scores[index]), nearest=True))
+            left += allowed[index] - costs[index] * int(masks[index].sum())
+        part = left / (costs[cheapest] * len(scores[cheapest]))
+        masks[cheapest] = top_mask(scores[cheapest], budget(part, len(scores[cheapest])))
     return [masks[index] for index in range(len(scores))]
 
 
@@ -131,26 +150,37 @@ def _lifted(scores: Tensor, floor: int) -> Tensor:
 
 
 def round_widths(
-    widths: Sequence[int], sizes: Sequence[int], *, multiples: Sequence[int], min_kept: int, shared_budget: bool
+    widths: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    multiples: Sequence[int],
+    dense_sizes: Sequence[int],
+    min_kept: int,
+    shared_budget: bool,
 ) -> list[int]:
     """Round widths to multiples.
 
     Args:
         widths: units chosen in each group, at least 1.
-        sizes: units each group has; a full group stays full, whether or not its size is a multiple.
+        sizes: units each group has.
         multiples: of each group, at least 1.
+        dense_sizes: units each group had in the dense model; a group that has and keeps them all stays as it is,
+            whether or not its size is a multiple.
         min_kept: smallest width allowed before rounding up to a multiple.
         shared_budget: False rounds each group to the nearest multiple; True (scope "global") also brings the sum as
             near to that of `widths` as single steps of a multiple can, which is half a multiple where there is room.
 
     Returns:
-        One width a group: a multiple of at least `min_kept`, or the group's full size.
+        One width a group: a multiple of at least `min_kept`, or the group's size in the dense model, or all it has
+        where that is less than one multiple.
     """
     smallest = [max(-(-min_kept // multiple), 1) * multiple for multiple in multiples]
-    valid = [
-        [size] if width == size else [*range(least, size, multiple), size]
-        for width, size, least, multiple in zip(widths, sizes, smallest, multiples, strict=True)
-    ]
+    valid = []
+    for width, size, least, multiple, dense in zip(widths, sizes, smallest, multiples, dense_sizes, strict=True):
+        steps = [*range(least, size + 1, multiple)]
+        if size == dense or not steps:
+            steps = sorted({*steps, size})
+        valid.append([size] if width == size in steps else steps)
     rounded = [
         max(options, key=lambda option, width=width: (-abs(option - width), option))
         for options, width in zip(valid, widths, strict=True)

@@ -208,15 +208,18 @@ class Criterion:
         at_target, remaining = step >= schedule.last_descent_step, schedule.remaining(step)
         if self.config.scope == "standardized":
             scores = [standardized(group) for group in scores]
-        elif {group.kind for group in groups} == {"neuron", "head"}:  # a head is worth as many neurons as it costs
+        elif self.needs - {"gate"} and {group.kind for group in groups} == {"neuron", "head"}:
+            # A head is worth as many neurons as it costs, where scores are sums over what a unit has.
             scores = [each / group.cost for each, group in zip(scores, groups, strict=True)]
-        multiple = self.config.width_multiple if at_target else 1
+        # What leaves for good in a round does not come back to make up a multiple later.
+        multiple = self.config.width_multiple if at_target or self.config.rounds else 1
         layers = [group.layer for group in groups]
         fractions = _fractions(self, groups, remaining)
         return select(
             scores,
             costs=[group.cost for group in groups],
             dense_costs=[group.dense_cost for group in groups],
+            dense_sizes=[group.dense_cost // group.cost for group in groups] if self.kind == "neuron" else None,
             remaining=remaining,
             scope=str(self.config.scope),
             min_kept=self.config.min_kept,

@@ -11,6 +11,7 @@ of the MLP's input, and so is the exemption of the lowest 1 %; where there is no
 import torch
 from torch import Tensor
 
+from scale_prune.core import UnsolvableError
 from scale_prune.criteria.base import Criterion
 
 
@@ -20,7 +21,13 @@ class Slimllm(Criterion):
     needs = frozenset({"gram"})
 
     def rank_units(self, gram: Tensor, weight: Tensor, block: int) -> Tensor:
-        """Return the units' scores, (N,)."""
+        """Return the units' scores, (N,).
+
+        Raises:
+            UnsolvableError: the matrix is not finite.
+        """
+        if not gram.isfinite().all():
+            raise UnsolvableError("the Gram matrix is not finite")
         covariance = _centered(gram.double(), weight.shape[1])
         of = _of_neurons if block == 1 else _of_heads
         return of(gram.diagonal()[: weight.shape[1]], covariance, weight.double(), block).float()

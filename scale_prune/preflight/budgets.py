@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core import UnitGroup
-from scale_prune.core.level_table import LevelTable
+from scale_prune.core import UnitGroup, remaining_fraction
+from scale_prune.core.level_table import LevelTable, levels_of
+from scale_prune.core.selection import MOST_LOST
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
@@ -59,6 +60,22 @@ def afforded(
         )
     # Without the words, so that the settings of a run start the same run again.
     return replace(pruning, remaining=(limit - (whole - removable)) / removable, max_parameters=None, max_flops=None)
+
+
+def check_budget(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> None:
+    """Refuse a budget that leaves more than is to remain.
+
+    Raises:
+        ValueError: the fewest units that it leaves in each group are more.
+    """
+    least = {"log": 1 - MOST_LOST, "redundancy": 1 - MOST_LOST}.get(pruning.budget, 0.0)
+    if pruning.budget in ("measured", "search") and pruning.latency_target is None:
+        least = remaining_fraction(groups, [levels_of(group.num_units)[0] for group in groups])
+    if pruning.remaining < least:
+        raise ValueError(
+            f"--budget {pruning.budget} leaves {least:.4g} of the targets at least, more than the "
+            f"{pruning.remaining:.4g} that are to remain; give more, or --budget uniform"
+        )
 
 
 def _removable(group: UnitGroup, *, only_matrices: bool) -> int:

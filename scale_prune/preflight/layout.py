@@ -73,7 +73,8 @@ def settle_heads(reading: Reading) -> None:
     if not heads or layout not in ("uniform", GGUF) or not _alike(pruning):
         return
     assert model_config is not None
-    left = [resize_group(group, budget(pruning.remaining, group.num_units)) for group in heads]
+    nearest = len(heads) < len(reading.groups)  # the layer's neurons make up for the rounding
+    left = [resize_group(group, budget(pruning.remaining, group.num_units, nearest=nearest)) for group in heads]
     if (fitting := fitting_heads(model_config, left)) == left[0].num_units:
         return
     if layout == "uniform" and reading.chooses_layout:

@@ -37,8 +37,11 @@ class ShardBackend(Protocol):
     def working(self, member: Member) -> ShardView:
         """Return this rank's slice of what the forward pass uses."""
 
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
-        """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses."""
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor, *, anew: bool = False) -> None:
+        """Zero the elements of units that are False in the (N,) mask, in what the forward pass uses.
+
+        With `anew` the others are the master's again, if there is one, as a step leaves them.
+        """
 
     def gather(self, member: Member) -> Tensor:
         """Return the whole working copy of a member in float32, as a forward pass gathers it."""

@@ -46,6 +46,7 @@ class Calibration:
             the last feature is 1.
         output_grams: (D, D) float32 of the gradients of what comes out of the projection, likewise.
         activities: what `activity` came to, group by group, on this rank.
+        tokens: that this rank has read.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Calibration:
         self.activities: list[Tensor] = []
         if activity is not None:
             self.activities = [activity(torch.empty(0, group.num_units, device=backend.device)) for group in groups]
+        self.tokens = 0
         self._real, self._seen = torch.empty(0), set[int]()  # of a pass
 
     @contextmanager
@@ -94,6 +96,7 @@ class Calibration:
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._real = real_tokens(args, kwargs).flatten()
+        self.tokens += int(self._real.sum())
         self._seen.clear()
 
     def _watcher(self, index: int) -> Any:
@@ -143,8 +146,9 @@ class Calibration:
             block = slice(int(rows[0]), int(rows[-1]) + 1)
             total = self.backend.reduce(features[:, block].T @ features, keeper)
             if keeper == self.backend.rank:
-                empty = torch.zeros(features.shape[1], features.shape[1], device=features.device)
-                grams.setdefault(index, empty)[block] += total
+                if index not in grams:
+                    grams[index] = torch.zeros(features.shape[1], features.shape[1], device=features.device)
+                grams[index][block] += total
 
 
 @contextmanager
@@ -156,16 +160,20 @@ def _removed_after(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def portions_of(groups: Sequence[UnitGroup], world_size: int, num_bytes: float) -> list[list[int]]:
+def portions_of(
+    groups: Sequence[UnitGroup], world_size: int, num_bytes: float, *, gradients: bool = False
+) -> list[list[int]]:
     """Return the numbers of the groups whose Gram matrices fit into so many bytes of every rank at a time.
 
-    A rank keeps one of each portion at least. While it solves for one, there are three more in float64, of twice the
-    size, two where it is wide. What the model computes last comes first, so that the repair of a portion changes
-    nothing for those after it.
+    A rank keeps one of each portion at least, with `gradients` that of the output's gradients too. While it solves for
+    one, there are three more in float64, of twice the size, two where it is wide. What the model computes last comes
+    first, so that the repair of a portion changes nothing for those after it.
     """
     widest = max(group.num_features + 1 for group in groups)
-    while_solving = 6 if widest <= WIDEST_IN_DOUBLE else 4
-    of_a_rank = max(int(num_bytes / (4 * widest**2)) - while_solving, 1)
+    outputs = [member.shape[1 - member.dim] for group in groups for member in group.members if member.role == "out"]
+    of_one = 4 * (widest**2 + gradients * max(outputs) ** 2)
+    while_solving = (6 if widest <= WIDEST_IN_DOUBLE else 4) * 4 * widest**2
+    of_a_rank = max(int((num_bytes - while_solving) / of_one), 1)
     depth = {index: (group.layer, group.kind == "neuron") for index, group in enumerate(groups)}
     return side_by_side(sorted(depth, key=lambda index: depth[index], reverse=True), world_size, of_a_rank)
 

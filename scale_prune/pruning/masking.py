@@ -54,9 +54,10 @@ class Masking:
 
     def apply(self) -> None:
         """Zero the removed units in the working copy. No communication."""
+        skipped = not self.line.backend.step_applied()  # and the working copy as the masks before have made it
         for group, mask, width in zip(self.line.groups, self.masks, self.widths, strict=True):
-            if width < group.num_units:
-                self.line.backend.mask_working_copy(group, mask)
+            if width < group.num_units or skipped:
+                self.line.backend.mask_working_copy(group, mask, anew=skipped)
 
     def verify(self, step: int) -> None:
         """Read the working copy back: exactly the masked units must be zero, apart from units whose master is zero.

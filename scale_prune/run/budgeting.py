@@ -50,7 +50,7 @@ class Trials:
         """Solve for groups that lose units, as far as that was not done before; None where nothing is repaired."""
         if self.calibration is None:
             return None
-        pruning, groups = self.run.config.pruning, self.run.student.groups
+        pruning, groups = self.run.student.pruner.scoring.criterion.config, self.run.student.groups
         wanted = {index: (index, int(mask.sum())) for index, mask in enumerate(masks) if not mask.all()}
         sizes = [kept * groups[index].block ** 2 * (groups[index].num_units - kept) for index, kept in self._solved]
         if 4 * sum(sizes) > REMEMBERED * self.run.runtime.world_size:

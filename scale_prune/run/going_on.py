@@ -19,7 +19,8 @@ def go_on_from(run: Run, checkpoint: Checkpoint) -> None:
         student.compact(run.progress.seconds, finished=True)
     restore_engine(checkpoint, student.backend)
     if not checkpoint.compacted:
-        student.pruner.put_masks_on()
+        pruner = student.pruner  # under gates what leaves is cut later, after it has been seen once more
+        pruner.calls.go_on() if pruner.scoring.criterion.freezes else pruner.put_masks_on()
     restore_randomness(checkpoint, run.runtime, run.config.training.seed)
     run.monitor.say(f"going on after step {checkpoint.step}, from {checkpoint.folder}")
 

@@ -91,7 +91,7 @@ def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:
 def _not_finite(run: Run, loss: float) -> str:
     """Write the model as it is, and return what to say. A collective."""
     student = run.student
-    last_good = run.writer.write("last_good", student.backend, student.groups, student.layout)
+    last_good = run.writer.write("last_good", student.backend, student.stored, student.layout)
     what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
     return (
         f"{what} at step {run.progress.step + 1}; the model as it was before that step is in "

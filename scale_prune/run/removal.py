@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def _choose_and_repair(run: Run, step: int) -> int:
 
 def _repair(run: Run, calibration: Calibration) -> None:
     """Repair a calibration's groups, of every rank one at a time, and let go of their Gram matrices. A collective."""
-    student, pruning = run.student, run.config.pruning
+    student, pruning = run.student, run.student.pruner.scoring.criterion.config
     for together in side_by_side(calibration.portion, run.runtime.world_size):
         masks = [
             mask if index in together else torch.ones_like(mask) for index, mask in enumerate(student.pruner.masks)
@@ -123,6 +124,8 @@ def _noted(run: Run) -> Iterator[dict[str, Any]]:
         remaining = remaining_fraction(run.student.groups, widths)
         round_: dict[str, Any] = {"step": run.progress.step, "remaining": remaining, "widths": widths}
         round_ |= {name: each for name, each in {**said, **measured}.items() if each}
+        if spent.get("calibration"):
+            round_["calibration_tokens"] = criterion.config.calibration_tokens
         round_ |= {"seconds": {part: each for part, each in spent.items() if each and part != "evaluation"}}
         run.progress.rounds.append(round_)
         what = "neurons" if {group.kind for group in run.student.groups} == {"neuron"} else "targets' parameters"
@@ -164,7 +167,8 @@ def _portions(run: Run) -> list[list[int]]:
     groups = run.student.groups
     if run.config.pruning.budget in ("measured", "search") and not run.progress.rounds:
         return [[*range(len(groups))]]
-    portions = portions_of(groups, run.runtime.world_size, run.runtime.free_memory() / 2)
+    gradients = "output_grad" in run.student.pruner.scoring.criterion.needs
+    portions = portions_of(groups, run.runtime.world_size, run.runtime.free_memory() / 2, gradients=gradients)
     if len(portions) > 1:
         run.monitor.say(
             f"the calibration text is read once for every {len(portions[0])} of {len(groups)} groups of units, whose "
@@ -194,6 +198,9 @@ def _readings(
         with run.progress.seconds.measure("calibration"):
             read = read_back if chooses and "output_grad" in criterion.needs else read_text
             read(student.engine, calibration, run.inputs, run.task)
+        # Rows that are short have fewer tokens than were asked for.
+        tokens = int(run.runtime.add_over_ranks(torch.tensor([calibration.tokens])))
+        criterion.config = replace(criterion.config, calibration_tokens=tokens)
         if compares:
             criterion.redundancy = calibration.redundancy()
         activity, compares = None, False

@@ -116,11 +116,14 @@ class Zero3Backend(Collectives):
         return ShardView(member, shard.start, shard.working().to(self.device, torch.float32), None)
 
     @torch.no_grad()
-    def mask_working_copy(self, group: UnitGroup, mask: Tensor) -> None:
+    def mask_working_copy(self, group: UnitGroup, mask: Tensor, *, anew: bool = False) -> None:
         """Zero the removed units in this rank's slices, and in copies that stay gathered. No communication."""
         removed = ~mask
         for member in group.members:
-            Shard(self.parameters[member.name]).zero_units(removed, member)
+            shard = Shard(self.parameters[member.name])
+            if anew and self.trains:
+                shard.refresh()
+            shard.zero_units(removed, member)
         settle()
 
     def gather(self, member: Member) -> Tensor:
