@@ -108,20 +108,18 @@ class LevelTable:
         """
         tops = [kept[-1] for kept in self.kept] if present is None else present
         curves = [_up_to(top, own, lost) for top, own, lost in zip(tops, self.kept, self.losses, strict=True)]
-        kept, losses = [own for own, _ in curves], [lost for _, lost in curves]
-        costs = [[cost * level for level in levels] for cost, levels in zip(self.costs, kept, strict=True)]
+        costs = [[cost * level for level in own] for cost, (own, _) in zip(self.costs, curves, strict=True)]
         allowed = int(remaining * self.dense_cost + 1e-6)
-        widths: list[int] = []
-        gains: list[float] = []
-        nexts: list[int] = []
-        for own, lost, cost, place in zip(kept, losses, self.costs, best_levels(costs, losses, allowed), strict=True):
-            above = min(place + 1, len(own) - 1)
-            widths.append(own[place])
-            nexts.append(own[above])
-            gains.append((lost[place] - lost[above]) / max(cost * (own[above] - own[place]), 1))
+        places = best_levels(costs, [lost for _, lost in curves], allowed)
+        widths = [own[place] for (own, _), place in zip(curves, places, strict=True)]
         left = max(allowed - sum(cost * width for cost, width in zip(self.costs, widths, strict=True)), 0)
-        for index in sorted(range(len(widths)), key=lambda index: -gains[index]):  # parts of a level
-            more = min(left // self.costs[index], nexts[index] - widths[index])
+        steps = []  # to the next level: what it gains for its cost, of which group, and how many units it is
+        for index, ((own, lost), place) in enumerate(zip(curves, places, strict=True)):
+            if place + 1 < len(own):
+                units = own[place + 1] - own[place]
+                steps.append(((lost[place] - lost[place + 1]) / (self.costs[index] * units), index, units))
+        for _, index, units in sorted(steps, key=lambda step: -step[0]):  # a part of it, where no more is left
+            more = min(left // self.costs[index], units)
             widths[index] += more
             left -= more * self.costs[index]
         return widths

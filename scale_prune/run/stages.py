@@ -27,13 +27,13 @@ def go(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     else:
         go_on_from(run, checkpoint)
     steps = run.task.steps(student.engine.gradient_accumulation_steps(), progress.step)
-    *earlier, last_removal = student.pruner.schedule.removal_steps
-    for removal in (*earlier, last_removal):
+    removals = student.pruner.schedule.removal_steps
+    for removal in removals:
         if not student.finished and progress.step <= removal:
             if run.config.training.max_steps:
                 train(run, steps, removal)
-            remove(run, removal, finished=removal == last_removal)
-    if (last_removal if run.config.training.max_steps else 0) < run.last_step:
+            remove(run, removal, finished=removal == removals[-1])
+    if (removals[-1] if run.config.training.max_steps else 0) < run.last_step:
         train(run, steps, run.last_step)
         run.measure("recovered")
     pruned_parameters, groups, layout = student.num_parameters, student.stored, _layout(run)
