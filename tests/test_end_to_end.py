@@ -324,7 +324,7 @@ def assert_stopped(ranks: list[tuple[int, str]], reason: str, output: Path, step
 @pytest.mark.parametrize("targets", ["mlp", "mlp,attention"])
 def test_a_loss_that_is_not_finite_stops_the_run(targets: str, work: Path) -> None:
     output = work / f"nan {targets}"
-    settings = {"learning_rate": 1e30, "warmup_fraction": 0.9, "cooldown_fraction": 0.0}
+    settings: dict[str, Any] = {"learning_rate": 1e30, "warmup_fraction": 0.9, "cooldown_fraction": 0.0}
     settings |= {"targets": targets, "remaining": 0.9}
     assert_stopped(run_ranks(outcome, 2, arguments(work, output, **settings)), "the loss is nan", output, 4)
 

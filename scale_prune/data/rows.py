@@ -236,7 +236,7 @@ def _one_message(name: str) -> Iterator[None]:
 def _hold_out(text: Text) -> dict[str, Text]:
     """Cut the training rows in two."""
     count = len(text.rows)
-    if text.label:
+    if text.label and count:
         rows, how = holdout.stratified(text.rows[text.label][:])
     else:
         rows, how = holdout.neighbors(count, lines=text.lines)

@@ -57,9 +57,9 @@ def check_length(spec: DataConfig, split: Split, text: Text, tokenizer: PreTrain
     """Refuse a text that `prepare` would find too short; no more rows are tokenized than that takes, none are kept.
 
     Raises:
-        ValueError: too few tokens, as in `prepare`.
+        ValueError: too few tokens, or no token to end documents with, as in `prepare`.
     """
-    bos, between = bos_of(spec.bos, tokenizer), 0 if text.lines else 1
+    bos, between = bos_of(spec.bos, tokenizer), len(_end_of(text, tokenizer))
     encode = continuing(tokenizer) if text.lines else tokenizer
     found = -between
     for row in text.rows[text.columns[0]]:
@@ -81,6 +81,18 @@ def _too_short(spec: DataConfig, split: Split, text: Text, found: int, bos: int 
     )
 
 
+def _end_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what ends a row: nothing after a line, the end-of-text token after a document.
+
+    Raises:
+        ValueError: the rows are documents and the tokenizer has no end-of-text token.
+    """
+    end = [] if text.lines else [tokenizer.eos_token_id]
+    if None in end:
+        raise ValueError(f"the tokenizer has no eos_token, which stands between the documents of {text.name}")
+    return end
+
+
 def token_stream(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Tokenize the rows one by one and join them.
 
@@ -90,9 +102,7 @@ def token_stream(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     Raises:
         ValueError: the rows are documents and the tokenizer has no end-of-text token.
     """
-    end = [] if text.lines else [tokenizer.eos_token_id]
-    if None in end:
-        raise ValueError(f"the tokenizer has no eos_token, which stands between the documents of {text.name}")
+    end = _end_of(text, tokenizer)
     tokenizer = continuing(tokenizer) if text.lines else tokenizer
     encode = partial(_encode, tokenizer=tokenizer, column=text.columns[0], end=end)
     stream = torch.from_numpy(tokenized(text, encode, ("tokens",))["tokens"].tokens)

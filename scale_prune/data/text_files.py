@@ -13,6 +13,8 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
+from scale_prune.system import name_beside
+
 BATCH = 1000
 QUOTING = 'a text with a comma stands in quotation marks, and one inside of it is doubled, ""'
 
@@ -48,7 +50,7 @@ def _write(found: Iterator[Sequence[str]], cache: Path) -> None:
     """Write the names of the columns, then the rows, as an arrow file that is there as a whole or not at all."""
     schema = pa.schema([(name, pa.string()) for name in next(found)])
     cache.parent.mkdir(exist_ok=True)
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+    partial = name_beside(cache, "partial")
     try:
         with pa.ipc.new_stream(str(partial), schema) as stream:
             while rows := list(islice(found, BATCH)):

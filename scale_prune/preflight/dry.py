@@ -92,6 +92,8 @@ def _job(reading: Reading, shown: Rehearsal) -> Job:
         buffers=shown.buffers,
         # The logits of who teaches, and the gradient of the distance to them.
         activations=shown.activations + 2 * shown.logits * (has_teacher or freezes(pruning)),
+        reading=shown.reading,
+        recomputes=training.gradient_checkpointing,
         groups=reading.groups,
         pruning=pruning,
         ds_config=ds_config,

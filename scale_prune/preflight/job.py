@@ -29,6 +29,8 @@ class Job:
         numels: elements of each parameter, tied ones once.
         buffers: bytes of the model's buffers.
         activations: most bytes of a micro batch that live at one time besides parameters, see `rehearsal`.
+        reading: the same of a pass without a way back.
+        recomputes: whether activations are made once more on the way back.
         groups: the model's groups.
         pruning: settings of pruning, without None where the criterion has a default.
         ds_config: a DeepSpeed configuration without "auto" values.
@@ -43,6 +45,8 @@ class Job:
     numels: tuple[int, ...]
     buffers: int
     activations: int
+    reading: int
+    recomputes: bool
     groups: tuple[UnitGroup, ...]
     pruning: PruningConfig
     ds_config: dict[str, Any]

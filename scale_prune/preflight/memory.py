@@ -15,7 +15,7 @@ from scale_prune.config import get
 from scale_prune.core import ROWS_AT_ONCE
 from scale_prune.criteria import freezes, observes
 from scale_prune.preflight.job import FP32, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Job
-from scale_prune.preflight.round_needs import num_observed, round_memory, whitening_memory
+from scale_prune.preflight.round_needs import GRAM_MATRICES, num_observed, round_memory, whitening_memory
 from scale_prune.preflight.sizes import criterion_state, kept_gathered, needs, persistent, products, sampled_tokens
 
 PROCESS = 550 * 2**20
@@ -35,15 +35,19 @@ class Part:
 def memory(job: Job) -> dict[str, list[Part]]:
     """Return what a rank holds in each phase of a run; the peak is the largest phase.
 
-    A phase's parts are those that live together at its worst moment; evaluation needs less than what is there. A
+    A phase's parts are those that live together at its worst moment; evaluation needs no more than what is there. A
     process without a GPU has one more phase, `KEPT`: with the settings of launch/setup.sh glibc keeps what is freed,
     and the phases of a step hardly find room in each other's blocks, so that they add up.
     """
     always = [*_process(job), *_buffers(job), *_scores(job), *_teacher(job)]
     held = [*always, *_states(job, job.shards, "")]
     own = _phases(job)
+    kept = [*chain.from_iterable(own.values())]
     if added := round_memory(job):
         own["round"] = [Part(name, job.place(), size) for name, size in added.items()]
+        kept += own["round"]
+        passing = next(iter(own.values()))  # with the matrices that it adds to
+        own["round, reading"] = [*passing, Part(GRAM_MATRICES, job.place(), added[GRAM_MATRICES])]
     phases = {"loading": [*_process(job), *_loading(job)]}
     if whitening := _whitening(job):
         phases["whitening"] = whitening
@@ -54,7 +58,7 @@ def memory(job: Job) -> dict[str, list[Part]]:
         phases["recovery"] = _recovery(job)
     if not job.on_gpu:
         later = [phases[name] for name in ("compaction", "recovery") if name in phases]
-        phases[KEPT] = [*held, *chain.from_iterable(own.values()), _growth(later, held)]
+        phases[KEPT] = [*held, *kept, _growth(later, held)]
     return {name: [part for part in parts if part.size] for name, parts in phases.items()}
 
 
@@ -92,11 +96,11 @@ def _phases(job: Job) -> dict[str, list[Part]]:
     """Return what each phase adds to what an engine and its pruner hold all the time."""
     device = job.place()
     if not job.trains:
-        goes_back = freezes(job.pruning) or observes(job.pruning, trains=job.trains)
+        goes_back = freezes(job.pruning) or observes(job.pruning, trains=job.trains) or needs(job, "output_grad")
         return {
             "forward": [
                 Part("gathered parameters", device, _gathered(job)),
-                Part("activations", device, job.activations * goes_back),
+                Part("activations", device, job.activations if goes_back else job.reading),
                 Part("gradients", device, FP32 * num_observed(job)),
                 Part("temporaries", device, _observing(job)),
             ]
@@ -205,7 +209,7 @@ def _scores(job: Job) -> list[Part]:
 
 def _sampled(job: Job) -> int:
     """Return the bytes of the activations that a rank samples, of all groups."""
-    if not (needs(job, "activation") or needs(job, "activity")):
+    if not needs(job, "activation") and (job.pruning.rounds or not needs(job, "activity")):
         return 0
     return sampled_tokens(job) * sum(group.num_features for group in job.groups) * job.width
 

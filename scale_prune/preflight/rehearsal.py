@@ -29,12 +29,14 @@ class Rehearsal:
         buffers: bytes of the model's buffers, which no rank shares with another.
         activations: most bytes that live at one time besides parameters and buffers: what the backward pass needs, its
             temporaries, and the gradients of the parameters just passed, which ZeRO-3 takes away one by one.
+        reading: the same of a forward pass alone, without a loss.
         logits: bytes of the logits.
     """
 
     numels: tuple[int, ...]
     buffers: int
     activations: int
+    reading: int
     logits: int
 
 
@@ -65,11 +67,13 @@ def rehearse(
     with FakeTensorMode():
         model = _built(model_config, dtype, gradient_checkpointing, trust_remote_code)
         prepare(model)
+        reading = _peak_of_a_reading(model, batch, block)
         activations, logits = _peak_of_a_step(model, batch, block)
     return Rehearsal(
         numels=tuple(parameter.numel() for parameter in model.parameters()),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         activations=activations,
+        reading=reading,
         logits=logits,
     )
 
@@ -134,6 +138,16 @@ def _forward(model: PreTrainedModel, batch: int, block: int) -> tuple[Tensor, in
 def _drop_gradients(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+
+@torch.no_grad()
+def _peak_of_a_reading(model: PreTrainedModel, batch: int, block: int) -> int:
+    """Return the most bytes that live at one time in a forward pass, besides parameters and buffers."""
+    live = _LiveBytes()
+    live.leave_out([*model.parameters(), *model.buffers()])
+    with live:
+        model.eval()(input_ids=torch.zeros(batch, block, dtype=torch.int64), use_cache=False)
+    return live.peak
 
 
 def _peak_of_a_step(model: PreTrainedModel, batch: int, block: int) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
 
 GRAM_MATRICES = "Gram matrices"
-THERE, THERE_AND_BACK = 2, 6
-"""Operations of a pass, a token and a parameter; on the way back what is recomputed is run once more."""
+THERE, THERE_AND_BACK = 2, 4
+"""Operations of a pass, a token and a parameter, which gets no gradient; recomputing is another pass."""
 
 
 def num_observed(job: Job) -> int:
@@ -24,6 +24,12 @@ def num_observed(job: Job) -> int:
         return 0
     members = members_of_shares(CRITERIA[job.pruning.criterion], job.groups)
     return sum(job.shard_of(prod(member.shape)) for member in members)
+
+
+def reads(job: Job) -> bool:
+    """Tell whether the calibration text is read in a round, or for a repair at the end."""
+    by_activity = "activity" in CRITERIA[job.pruning.criterion].needs or job.pruning.budget == "redundancy"
+    return solves(job) or (job.removals > 0 and bool(job.pruning.rounds) and by_activity)
 
 
 def solves(job: Job) -> bool:
@@ -51,7 +57,6 @@ def round_memory(job: Job) -> dict[str, int]:
             2 * FP32 * min(ROWS_AT_ONCE, widest) * widest,
         ),
         "what is taken over": 2 * FP32 * max(_kept(job, width) * (width - _kept(job, width)) for width in widths),
-        "activations": job.activations if _gradient_features(job) and not job.trains else 0,
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),
     }
 
@@ -99,21 +104,23 @@ def round_bytes(job: Job, tokens: int) -> dict[str, int]:
         "gradients, of weights": passes * FP32 * num_observed(job) * job.world_size,
         "gradients, shares": job.calibration_steps * FP32 * job.layout.padded * observed,
     }
+    there_and_back = 2 if _gradient_features(job) else 1
+    received |= {
+        "calibration, parameters": passes * job.num_parameters * job.width * there_and_back * reads(job),
+        "budget, parameters": trials(job) * trial_passes(job, tokens) * job.num_parameters * job.width,
+    }
     if solves(job):
-        received |= _bytes_of_matrices(job, tokens, passes)
+        received |= _bytes_of_matrices(job, passes)
     return {name: size * (job.world_size - 1) // job.world_size for name, size in received.items()}
 
 
-def _bytes_of_matrices(job: Job, tokens: int, passes: int) -> dict[str, int]:
+def _bytes_of_matrices(job: Job, passes: int) -> dict[str, int]:
     """Return how many bytes of all ranks' move for the sake of Gram matrices, by purpose."""
     widths, weights = [group.num_features + 1 for group in job.groups], _output_weights(job)
     features = _gradient_features(job)
-    there_and_back = 2 if features else 1
     chooses = "gram" in CRITERIA[job.pruning.criterion].needs
     return {
-        "calibration, parameters": passes * job.num_parameters * job.width * there_and_back,
         "calibration, Gram matrices": passes * FP32 * sum(width**2 + features for width in widths),
-        "budget, parameters": trials(job) * trial_passes(job, tokens) * job.num_parameters * job.width,
         "choice, weights": sum(weights) * job.width if chooses else 0,
         "repair, what is taken over": FP32 * sum(_kept(job, width) * (width - _kept(job, width)) for width in widths),
         "repair, weights": FP32 * sum(weights),
@@ -128,8 +135,15 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
         tokens: of the calibration text, over all ranks.
     """
     observed = observes(job.pruning, trains=job.trains)
-    of_a_token = THERE_AND_BACK * job.num_parameters * observed + THERE * num_observed(job) * job.world_size
-    counted = {"gradients, passes": of_a_token * tokens / job.world_size}
+    back = THERE_AND_BACK + THERE * job.recomputes
+    of_a_token = back * job.num_parameters * observed + THERE * num_observed(job) * job.world_size
+    in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
+    reading = (back if _gradient_features(job) else THERE) * reads(job)
+    counted = {
+        "gradients, passes": of_a_token * tokens / job.world_size,
+        "calibration, passes": reading * job.num_parameters * tokens / job.world_size,
+        "budget, passes": trials(job) * trial_passes(job, tokens) * 2 * job.num_parameters * in_trial,
+    }
     return counted | (_operations_of_matrices(job, tokens) if solves(job) else {})
 
 
@@ -137,12 +151,8 @@ def _operations_of_matrices(job: Job, tokens: int) -> dict[str, float]:
     """Return the multiplications and additions for the sake of Gram matrices, by purpose."""
     widths = [group.num_features + 1 for group in job.groups]
     features = _gradient_features(job)
-    of_a_token = THERE_AND_BACK if features else THERE
-    in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
     return {
-        "calibration, passes": of_a_token * job.num_parameters * tokens / job.world_size,
         "calibration, Gram matrices": 2 * tokens * sum(width**2 + features for width in widths) / job.world_size,
-        "budget, passes": trials(job) * trial_passes(job, tokens) * 2 * job.num_parameters * in_trial,
         "choice": _busiest(job, lambda width: 4 * width**3) if "gram" in CRITERIA[job.pruning.criterion].needs else 0,
         "repair": _busiest(job, lambda width: _solving(_kept(job, width), width)),
     }

@@ -118,7 +118,9 @@ def _kept(reading: Reading, remaining: float) -> int:
 
 
 def schedule_steps(schedule: Schedule) -> list[int]:
-    """Return the steps worth showing: the ends of warm-up, descent and run, and eighths of the descent."""
+    """Return the steps worth showing: the first and the last, and the rounds, or eighths of the descent."""
+    if schedule.rounds:
+        return sorted({1, *schedule.removal_steps, schedule.total_steps})
     first, last = schedule.warmup_steps, schedule.last_descent_step
     descent = [first + math.ceil(eighth * (last - first) / 8) for eighth in range(9)]
     return sorted({1, *descent, schedule.total_steps} - {0})
@@ -210,7 +212,9 @@ def check_disk(reading: Reading, job: Job) -> None:
 def _needed_disk(reading: Reading, job: Job) -> int:
     """Return the bytes of the export and of the checkpoints: those that are kept, and the one being written."""
     checkpoint = reading.config.checkpoint
-    checkpoints = checkpoint.keep_checkpoints + 1 if checkpoint.save_every else 0
+    there = len([*Path(reading.config.output.output_dir).glob("checkpoints/step-????????")]) if checkpoint.resume else 0
+    checkpoints = checkpoint.keep_checkpoints + 1 - min(there, checkpoint.keep_checkpoints)
+    checkpoints *= bool(checkpoint.save_every)
     return export_size(job, str(reading.config.output.layout)) + checkpoints * checkpoint_size(job)
 
 

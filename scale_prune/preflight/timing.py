@@ -71,12 +71,11 @@ def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: f
     """
     tokens = job.calibration_steps * int(job.ds_config["train_batch_size"]) * reading.config.data.block_size
     operations = round_operations(job, tokens)
-    criterion, training = CRITERIA[job.pruning.criterion], reading.config.training
+    criterion = CRITERIA[job.pruning.criterion]
     micro_batches = job.calibration_steps * job.accumulation
-    there_and_back = both if training.gradient_checkpointing else both + forward  # these passes always recompute
     passes = {
-        "calibration, passes": micro_batches * (there_and_back if "output_grad" in criterion.needs else forward),
-        "gradients, passes": micro_batches * there_and_back * observes(job.pruning, trains=job.trains),
+        "calibration, passes": micro_batches * (both if "output_grad" in criterion.needs else forward),
+        "gradients, passes": micro_batches * both * observes(job.pruning, trains=job.trains),
         "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.removals, 1),
     }
     every = {part: passes.get(part, count / rate) for part, count in operations.items()}

@@ -20,7 +20,7 @@ def communication(job: Job) -> dict[str, int]:
     received = {
         "ZeRO-3, parameters": (job.accumulation * passes + small) * job.width,
         "ZeRO-3, gradients": job.accumulation * job.num_parameters * job.width,
-        "pruning, shares": FP32 * job.layout.padded if needs(job, "grad") or needs(job, "gate") else 0,
+        "pruning, shares": FP32 * job.layout.padded * any(needs(job, each) for each in ("grad", "influence", "gate")),
         "pruning, gates": FP32 * job.layout.padded if needs(job, "gate") else 0,
         "pruning, at an update of the masks": _update(job),
         "pruning, at a sample of activations": _received_sample(job),
@@ -36,7 +36,7 @@ def communication(job: Job) -> dict[str, int]:
 def _received_sample(job: Job) -> int:
     """Return the bytes of all samples of the groups that the busiest rank owns units of, or of the sums over them."""
     if not needs(job, "activation"):
-        return FP32 * job.layout.padded if needs(job, "activity") else 0
+        return FP32 * job.layout.padded if needs(job, "activity") and not job.pruning.rounds else 0
     spans = [job.layout.owned_spans(rank) for rank in range(job.world_size)]
     features = max(sum(span.group.num_features for span in own) for own in spans)
     return sampled_tokens(job) * job.world_size * features * job.width
@@ -46,4 +46,4 @@ def _update(job: Job) -> int:
     """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
     if job.pruning.remaining == 1 or job.pruning.rounds:
         return 0
-    return FP32 * job.layout.padded * (3 if needs(job, "grad") else 4)
+    return FP32 * job.layout.padded * (3 if needs(job, "grad") or needs(job, "influence") else 4)

@@ -1,6 +1,7 @@
 """A run as it is watched: TensorBoard events and a progress bar, on rank 0 only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,12 +25,24 @@ class Monitor:
     """
 
     def __init__(self, folder: Path | None, *, total_steps: int, active: bool, steps_made: int = 0) -> None:
-        purged = steps_made + 1 if steps_made else 0  # step 0 is measured at the start only
-        self.writer = SummaryWriter(str(folder), purge_step=purged) if active and folder is not None else None
+        self.writer: SummaryWriter | None = None
         self.bar = tqdm(
             initial=steps_made, total=total_steps, unit="step", disable=not active, dynamic_ncols=True, mininterval=1.0
         )
         self.history: list[Tensor] = []
+        if active and folder is not None:
+            purged = steps_made + 1 if steps_made else 0  # step 0 is measured at the start only
+            with self._events():
+                self.writer = SummaryWriter(str(folder), purge_step=purged)
+
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Do without events from here on where they cannot be written: no run ends for them, on one rank alone."""
+        try:
+            yield
+        except OSError as problem:
+            self.writer = None
+            self.say(f"TensorBoard's events are written no more: {problem}")
 
     def progress(self, step: int, *, loss: float, remaining: float, tokens_per_second: float) -> None:
         """Move the progress bar to a step."""
@@ -41,8 +54,9 @@ class Monitor:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers by tag."""
         if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+            with self._events():
+                for tag, value in values.items():
+                    self.writer.add_scalar(tag, value, step)
 
     def layers(self, step: int, *, masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
         """Write the kept share of every layer, a heat map of it over time, and histograms of the scores."""
@@ -50,11 +64,12 @@ class Monitor:
             return
         kept = torch.tensor([float(mask.float().mean()) for mask in masks])
         self.history.append(kept)
-        for layer, (share, score) in enumerate(zip(kept, scores, strict=True)):
-            self.writer.add_scalar(f"kept/layer_{layer:02d}", float(share), step)
-            shown = score.float().cpu().clamp(-LARGEST, LARGEST)
-            self.writer.add_histogram(f"scores/layer_{layer:02d}", shown, step)
-        self.writer.add_image("kept/layers_over_time", heat_map(torch.stack(self.history, 1)), step)
+        with self._events():
+            for layer, (share, score) in enumerate(zip(kept, scores, strict=True)):
+                self.writer.add_scalar(f"kept/layer_{layer:02d}", float(share), step)
+                shown = score.float().cpu().clamp(-LARGEST, LARGEST)
+                self.writer.add_histogram(f"scores/layer_{layer:02d}", shown, step)
+            self.writer.add_image("kept/layers_over_time", heat_map(torch.stack(self.history, 1)), step)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -65,7 +80,8 @@ class Monitor:
         """Finish bar and files."""
         self.bar.close()
         if self.writer is not None:
-            self.writer.close()
+            with self._events():
+                self.writer.close()
 
 
 def heat_map(shares: Tensor) -> Tensor:

@@ -92,8 +92,9 @@ def _reload(run: Run) -> int:
     run.student.engine = inference_engine(model, run.inputs.ds_config)
     run.measure("exported")
     run.quality.check_exported(folder)
-    if run.runtime.is_main:
-        run.quality.write_generations(run.folder)
+    with told_to_all(run.folder):
+        if run.runtime.is_main:
+            run.quality.write_generations(run.folder)
     return num_parameters(model)
 
 

@@ -14,7 +14,7 @@ from scale_prune.run.run import set_up
 from scale_prune.run.stages import go
 from scale_prune.system import REPORT, StopSignal
 from scale_prune.tasks import make_task
-from scale_prune.zero3 import Runtime
+from scale_prune.zero3 import Runtime, of_all_ranks
 
 CACHE = cache_folder()
 BASE = {"max_steps": 250, "learning_rate": 3e-3, "remaining": 1.0, "criterion": "random", "eval_tokens": 20_000}
@@ -30,7 +30,7 @@ def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime)
         folder = build(CACHE)
     base = folder / "base"
     text = {"train_file": str(folder / "train.jsonl"), "validation_file": str(folder / "validation.jsonl")}
-    if not (base / REPORT).is_file():
+    if not all(of_all_ranks((base / REPORT).is_file())):  # nodes may have caches of their own
         if runtime.is_main:
             print(f"training the small base model, {BASE['max_steps']} steps; it is kept in {base}", flush=True)
         given = {name: getattr(config.training, name) for name in ("ds_config", "precision")}

@@ -101,7 +101,7 @@ def of_rows(text: Text, own: Labels | None = None) -> Labels:
     """
     found = sorted({value for value in _values(text, own.classes if own else ()) if not is_missing(value)})
     if any(isinstance(value, float) for value in found):
-        whole = all(value.is_integer() for value in found)
+        whole = all(float(value).is_integer() for value in found)
         if not whole or len(found) != 2 or own == Labels(()):
             if whole and own is None:
                 say(
