@@ -229,6 +229,10 @@ def test_labels_are_the_classes_that_people_mean(
             labels.encode(labelled(values, names))
 
 
+def test_whole_numbers_among_others_are_numbers_to_a_model_of_classes() -> None:
+    assert of_rows(labelled([0.0, 1.0, 0.5], None), Labels(("0", "1"))) == Labels(())
+
+
 def test_a_model_may_have_the_numbers_of_the_data_sets_names() -> None:
     named, numbered, swapped = Labels(("neg", "pos")), Labels(("0", "1")), Labels(("pos", "neg"))
     assert named.agrees(numbered, labelled([0, 1], NAMES))

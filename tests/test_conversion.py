@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from scale_prune.commands.convert import main
 from scale_prune.core import svd_factors
 from scale_prune.export import check_gguf, convert, open_folder
+from scale_prune.export.plain_configs import without_layout
 from scale_prune.models import cluster_groups, component_groups, put_factors, tied_output
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "opt")
@@ -132,6 +133,19 @@ def test_a_folder_of_other_names_is_refused_with_some_of_them(tmp_path: Path) ->
     save_file({"my.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"holds no transformer\.h\.0\.mlp\.c_fc\.weight, only my\.weight and so on"):
         convert(open_folder(tmp_path), "pad", tmp_path / "new")
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    config = tiny_model("llama").config.to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has weights quantized by fp8; give the 16-bit model"):
+        open_folder(tmp_path)
+
+
+def test_code_that_a_base_names_and_nobody_ran_is_named_no_more() -> None:
+    config = tiny_model("llama").config
+    config.auto_map = {"AutoConfig": "configuration_x.XConfig"}
+    assert not hasattr(without_layout(config), "auto_map")
 
 
 def gguf(tmp_path: Path, model_type: str, layout: str, dtype: str | None = None, **settings: Any) -> tuple[Path, Any]:

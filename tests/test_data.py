@@ -112,6 +112,17 @@ def test_a_txt_file_is_its_lines_with_their_newline(
     assert stream_of(tokenizer, train_file=given, validation_file=given, text_column="any") == expected
 
 
+def test_documents_need_a_token_between_them(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 9)
+    spec = DataConfig(
+        train_file=str(tmp_path / "rows.jsonl"), validation_file=str(tmp_path / "rows.jsonl"), block_size=7
+    )
+    without = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    for check in (prepare, lambda *args: check_length(args[0], args[1], load_text(*args[:2]), args[2])):
+        with pytest.raises(ValueError, match="has no eos_token, which stands between the documents"):
+            check(spec, "train", without)
+
+
 def test_a_folder_on_disk_gives_its_splits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = as_dataset()
     datasets.DatasetDict({"train": rows, "validation": rows.select(range(3))}).save_to_disk(tmp_path / "both")

@@ -61,6 +61,12 @@ def test_a_run_that_can_start_is_described(work: Path, capsys: pytest.CaptureFix
     assert not (work / "never").exists()
 
 
+def test_the_table_of_rounds_has_the_steps_at_which_units_leave(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry(work, criterion="kfac", max_steps=50, remaining=0.4, rounds=3) == (0, [])
+    steps = [int(cells[0]) for cells in rows(capsys.readouterr().out, "| step")]
+    assert steps == [1, *Schedule(total_steps=50, target=0.4, rounds=3).removal_steps, 50]
+
+
 def test_the_table_is_the_schedule(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry(work, criterion="gum", remaining=0.4, max_steps=50) == (0, [])
     schedule = Schedule(total_steps=50, target=0.4)

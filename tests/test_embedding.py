@@ -58,7 +58,7 @@ def clustered(model: Any, counts: torch.Tensor) -> Any:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "gptj", "llama", "gpt_neox", "opt"])
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2", "gptj", "llama", "gpt_neox", "opt", "gemma2"])
 def test_clusters_of_full_rank_change_nothing(model_type: str) -> None:
     counts = torch.bincount(tokens(7, 11).flatten(), minlength=VOCABULARY)
     expected = logits(tiny_model(model_type), tokens())

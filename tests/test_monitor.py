@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,3 +18,17 @@ def test_scores_of_any_size_have_a_histogram(tmp_path: Path) -> None:
     for layer in range(2):
         (found,) = events.Histograms(f"scores/layer_{layer:02d}")
         assert found.histogram_value.num == 5
+
+
+def test_events_that_cannot_be_written_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monitor = Monitor(tmp_path, total_steps=3, active=True)
+    monkeypatch.setattr(monitor.writer, "add_scalar", full)
+    for step in (1, 2):
+        monitor.scalars(step, {"loss": 1.0})
+    monitor.close()
+    assert capsys.readouterr().out.count("No space left on device") == 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from scale_prune.core.selection import (
     budget,
     check_finite,
+    group_fractions,
     log_fractions,
     redundancy_fractions,
     round_widths,
@@ -212,7 +213,7 @@ def test_a_group_that_has_lost_units_keeps_a_multiple(multiple: int, shared_budg
 @pytest.mark.parametrize("remaining", [0.9, 0.75, 0.5, 0.3])
 @pytest.mark.parametrize("layers", [1, 2, 12, 30])
 def test_log_budgets_keep_the_mean_and_take_more_from_later_layers(layers: int, remaining: float) -> None:
-    fractions = log_fractions(remaining, layers)
+    fractions = log_fractions(remaining, [2.0] * layers)
     assert sum(fractions) / layers == pytest.approx(remaining)
     assert fractions == sorted(fractions, reverse=True)
     assert all(0 < fraction < 1 for fraction in fractions)
@@ -223,13 +224,22 @@ def test_log_budgets_keep_the_mean_and_take_more_from_later_layers(layers: int, 
 @pytest.mark.parametrize("remaining", [0.9, 0.75, 0.5, 0.3])
 def test_redundant_layers_lose_most_and_none_loses_all(remaining: float) -> None:
     cosines = [0.3, 0.95, 0.8, 0.99]
-    fractions = redundancy_fractions(remaining, cosines)
+    fractions = redundancy_fractions(remaining, cosines, [2.0] * len(cosines))
     assert sum(fractions) / 4 == pytest.approx(remaining)
     assert fractions[0] == max(fractions)
     assert fractions[3] == min(fractions) >= 0.05 - 1e-9
     if min(fractions) > 0.06:
         assert (1 - fractions[1]) / (1 - fractions[2]) == pytest.approx(math.exp(1.5))
-    assert redundancy_fractions(remaining, [0.7] * 4) == pytest.approx([remaining] * 4)
+    assert redundancy_fractions(remaining, [0.7] * 4, [1.0] * 4) == pytest.approx([remaining] * 4)
+
+
+def test_layers_count_by_what_they_have() -> None:
+    kept = log_fractions(0.5, [3072.0, 768.0])
+    assert sum(part * size for part, size in zip(kept, (3072, 768), strict=True)) == pytest.approx(0.5 * (3072 + 768))
+    costs = [10, 30, 30, 90]  # neurons and heads of two layers
+    groups = group_fractions("redundancy", 0.4, [0, 0, 1, 1], [0.9, 0.9, 0.8, 0.8], costs)
+    assert groups is not None
+    assert sum(part * cost for part, cost in zip(groups, costs, strict=True)) == pytest.approx(0.4 * sum(costs))
 
 
 def test_standardized_ranking_is_blind_to_the_groups_scales() -> None:

@@ -22,7 +22,7 @@ from scale_prune.inspection import (
     read_models,
 )
 from scale_prune.inspection.analysis_tables import as_table
-from scale_prune.system import check_new, check_writable, complete_or_absent
+from scale_prune.system import check_new, check_writable, complete_or_absent, json_text
 from scale_prune.zero3 import Runtime, joined, launched_as
 
 DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
@@ -95,7 +95,7 @@ def _write(
     with complete_or_absent(folder) as partial:
         sampled = {"sample_units": own.sample_units, "sample_tokens": own.sample_tokens}
         bos = {"bos": {name: each.begins_with_bos for name, each in inputs.items()}}
-        (partial / "analysis.json").write_text(json.dumps(as_json(found, baseline) | sampled | bos), encoding="utf-8")
+        (partial / "analysis.json").write_text(json_text(as_json(found, baseline) | sampled | bos), encoding="utf-8")
         (partial / "table.md").write_text(table, encoding="utf-8")
         draw_all(partial, found, baseline, _of_same_groups(kept, found, baseline))
     print(f"{folder}: analysis.json, table.md and figures")

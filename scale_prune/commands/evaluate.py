@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from scale_prune.config import CLASSIFICATION, Config, load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import GgufModel, add_models, harness, is_gguf, positive, read_models, speeds
-from scale_prune.system import check_writable, markdown_table, versions, write_atomically
+from scale_prune.system import check_writable, json_text, markdown_table, versions, write_atomically
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
 
@@ -60,9 +60,8 @@ def main(argv: Sequence[str]) -> None:
                     report[name][LM_EVAL] = tasks.measure(each, runtime)
             if own.latency and runtime.is_main:
                 _add_speeds(report, inputs, own, runtime.device)
-            if runtime.is_main:
+            if runtime.is_main:  # the others do not wait for it: speeds may take longer than their patience
                 _write(report, inputs, own)
-            runtime.barrier()
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
@@ -83,9 +82,9 @@ def _check_gguf(own: argparse.Namespace, config: Config) -> None:
     asked = [f"--task {config.task.task}"] if config.task.task != "lm" else []
     asked += ["--lm_eval"] if own.lm_eval else []
     asked += [f"--batch {own.batch}"] if own.latency and own.batch > 1 else []
-    for path in filter(is_gguf, own.model):
+    for path in filter(is_gguf, [*([own.baseline] if own.baseline else []), *own.model]):
         if asked:
-            raise ValueError(f"--model {path}: of a GGUF file perplexity and --latency are measured, not {asked[0]}")
+            raise ValueError(f"{path}: of a GGUF file perplexity and --latency are measured, not {asked[0]}")
 
 
 def _check_output(own: argparse.Namespace) -> None:
@@ -167,7 +166,7 @@ def _write(report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: ar
         bos = {name: each.begins_with_bos for name, each in inputs.items()}
         contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True)) | {"bos": bos}
         Path(own.output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(own.output), json.dumps(contents, indent=2) + "\n")
+        write_atomically(Path(own.output), json_text(contents))
 
 
 def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:

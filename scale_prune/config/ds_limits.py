@@ -39,6 +39,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_weights": ((False,), _QUANTIZED),
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _QUANTIZED),
     "zero_optimization.zero_quantized_gradients": ((False,), _QUANTIZED),
+    "managed_gradient_accumulation": (
+        (True,),
+        "gradients are read before a step, which alone knows then that it is one; remove the key",
+    ),
     "zero_optimization.zenflow": ((), "it updates weights between steps, past the masks; remove the section"),
     "zero_optimization.offload_optimizer.device": (
         ("none", "cpu"),

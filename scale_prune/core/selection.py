@@ -219,7 +219,7 @@ def check_finite(scores: Tensor, group_name: str) -> None:
 
 
 def group_fractions(
-    budget: str, remaining: float, layers: Sequence[int], redundancy: Sequence[float]
+    budget: str, remaining: float, layers: Sequence[int], redundancy: Sequence[float], dense_costs: Sequence[int]
 ) -> list[float] | None:
     """Return the fraction of each group that remains under a budget, None where all lose alike.
 
@@ -228,56 +228,64 @@ def group_fractions(
         remaining: fraction of all, in (0, 1].
         layers: of each group, the layer that it is in.
         redundancy: of each group's layer, for the budget of that name.
+        dense_costs: what each group counts in the dense model.
     """
     if budget == "uniform":
         return None
-    numbers = sorted(set(layers))
+    weights = dict.fromkeys(sorted(set(layers)), 0)
+    for layer, cost in zip(layers, dense_costs, strict=True):
+        weights[layer] += cost
     if budget == "log":
-        fractions = log_fractions(remaining, len(numbers))
+        fractions = log_fractions(remaining, [*weights.values()])
     else:
-        fractions = redundancy_fractions(remaining, [redundancy[layers.index(number)] for number in numbers])
-    by_layer = dict(zip(numbers, fractions, strict=True))
+        cosines = [redundancy[layers.index(layer)] for layer in weights]
+        fractions = redundancy_fractions(remaining, cosines, [*weights.values()])
+    by_layer = dict(zip(weights, fractions, strict=True))
     return [by_layer[layer] for layer in layers]
 
 
-def log_fractions(remaining: float, layers: int) -> list[float]:
-    """Return the fraction of each layer that remains, so that later layers lose more and the mean is `remaining`.
+def log_fractions(remaining: float, weights: Sequence[float]) -> list[float]:
+    """Return the fraction of each layer that remains, so that later layers lose more and `remaining` of all is left.
 
     What the first layer loses is a quarter of what the last one does, and between them it rises with the logarithm of
     the layer's number. No layer loses all: what would be too much is lost by the others.
 
     Args:
         remaining: fraction of all, in (0, 1].
-        layers: how many there are, at least 1.
+        weights: what each layer counts.
 
     Source: SlimGPT (arXiv 2412.18110), incremental pruning ratio, with the ratio of the authors' script.
     """
+    layers = len(weights)
     rises = [math.log(layer + 1) / math.log(layers) if layers > 1 else 0.0 for layer in range(layers)]
-    return fractions_of([1 + 3 * rise for rise in rises], remaining)
+    return fractions_of([1 + 3 * rise for rise in rises], remaining, weights)
 
 
-def redundancy_fractions(remaining: float, redundancy: Sequence[float]) -> list[float]:
+def redundancy_fractions(remaining: float, redundancy: Sequence[float], weights: Sequence[float]) -> list[float]:
     """Return the fraction of each layer that remains, so that layers which change little lose most.
 
     Args:
         remaining: fraction of all, in (0, 1].
         redundancy: of each layer, the mean cosine between what goes in and what comes out, in [-1, 1].
+        weights: what each layer counts.
 
     Source: SlimLLM (arXiv 2505.22689), MoDeGPT (arXiv 2408.09632): losses by a softmax of the cosines, at 0.1.
     """
-    return fractions_of([math.exp((cosine - max(redundancy)) / TEMPERATURE) for cosine in redundancy], remaining)
+    losses = [math.exp((cosine - max(redundancy)) / TEMPERATURE) for cosine in redundancy]
+    return fractions_of(losses, remaining, weights)
 
 
-def fractions_of(losses: list[float], remaining: float) -> list[float]:
+def fractions_of(losses: list[float], remaining: float, weights: Sequence[float]) -> list[float]:
     """Return what remains of each layer: losses are to each other as `losses`, up to MOST_LOST.
 
     Args:
         losses: one number above 0 a layer.
-        remaining: mean fraction, in (0, 1].
+        remaining: fraction of all, in (0, 1].
+        weights: what each layer counts.
     """
     low, high = 0.0, len(losses) / min(losses)
     for _ in range(100):  # halves the interval until it is one number
         factor = (low + high) / 2
-        lost = sum(min(factor * loss, MOST_LOST) for loss in losses) / len(losses)
-        low, high = (factor, high) if lost < 1 - remaining else (low, factor)
+        lost = sum(min(factor * loss, MOST_LOST) * weight for loss, weight in zip(losses, weights, strict=True))
+        low, high = (factor, high) if lost < (1 - remaining) * sum(weights) else (low, factor)
     return [1 - min(low * loss, MOST_LOST) for loss in losses]

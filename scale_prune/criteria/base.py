@@ -86,6 +86,22 @@ class Moment:
     summary: Tensor | None = None
 
 
+@dataclass
+class Layers:
+    """What calibration text has said of the layers.
+
+    Attributes:
+        redundancy: of each group's layer in the dense model, the mean cosine between what goes in and what comes out;
+            empty where no budget asks for it.
+        table: what every group's levels lose, where the budget is measured.
+        widths: of each group at the target, where they were searched for.
+    """
+
+    redundancy: Sequence[float] = ()
+    table: LevelTable | None = None
+    widths: Sequence[int] = ()
+
+
 class Criterion:
     """A rule that gives each unit a score; the base of all criteria.
 
@@ -106,10 +122,9 @@ class Criterion:
         settings: the settings that change its result, beside the scope, the schedule and what remains.
         settles: what is removed once the target is reached stays the same.
         freezes: weights stay as they are until what is to leave has left.
-        redundancy: of each group's layer in the dense model, the mean cosine between what goes in and what comes out;
-            empty where no budget asks for it.
-        table: what every group's levels lose, where the budget is measured.
-        widths: of each group at the target, where they were searched for.
+        grows: the power of what a unit has by which its score grows, 1 for a sum over it; heads and neurons that are
+            ranked together are compared without it.
+        layers: what is known of the layers, for budgets.
 
     Args:
         config: settings of pruning, without None where `defaults` has a value.
@@ -123,13 +138,12 @@ class Criterion:
     settings: ClassVar[frozenset[str]] = frozenset({"targets", "min_kept", "width_multiple", "update_every"})
     settles: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
+    grows: ClassVar[float] = 1.0
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.redundancy: Sequence[float] = ()
-        self.table: LevelTable | None = None
-        self.widths: Sequence[int] = ()
+        self.layers = Layers()
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
@@ -208,9 +222,8 @@ class Criterion:
         at_target, remaining = step >= schedule.last_descent_step, schedule.remaining(step)
         if self.config.scope == "standardized":
             scores = [standardized(group) for group in scores]
-        elif self.needs - {"gate"} and {group.kind for group in groups} == {"neuron", "head"}:
-            # A head is worth as many neurons as it costs, where scores are sums over what a unit has.
-            scores = [each / group.cost for each, group in zip(scores, groups, strict=True)]
+        elif {group.kind for group in groups} == {"neuron", "head"}:
+            scores = [each / group.cost**self.grows for each, group in zip(scores, groups, strict=True)]
         # What leaves for good in a round does not come back to make up a multiple later.
         multiple = self.config.width_multiple if at_target or self.config.rounds else 1
         layers = [group.layer for group in groups]
@@ -225,7 +238,7 @@ class Criterion:
             min_kept=self.config.min_kept,
             width_multiple=[1 if group.kind == "head" else multiple for group in groups],
             fractions=fractions,
-            layers=layers if self.kind == "neuron" and self.table is None else None,
+            layers=layers if self.kind == "neuron" and self.layers.table is None else None,
         )
 
     def components(self, shape: tuple[int, int]) -> int:
@@ -235,13 +248,19 @@ class Criterion:
 
 def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: float) -> list[float] | None:
     """Return what remains of each group under a budget, None where all lose alike."""
-    if criterion.table is None:
-        layers = [group.layer for group in groups]
-        return group_fractions(criterion.config.budget, remaining, layers, criterion.redundancy)
-    if criterion.widths:
-        dense = [kept[-1] for kept in criterion.table.kept]
-        return on_the_way(criterion.widths, dense, criterion.config.remaining, remaining)
-    widths = criterion.table.widths(remaining, [group.num_units for group in groups])
+    table, found = criterion.layers.table, criterion.layers.widths
+    if table is None:
+        return group_fractions(
+            criterion.config.budget,
+            remaining,
+            [group.layer for group in groups],
+            criterion.layers.redundancy,
+            [group.dense_cost for group in groups],
+        )
+    if found:
+        dense = [kept[-1] for kept in table.kept]
+        return on_the_way(found, dense, criterion.config.remaining, remaining)
+    widths = table.widths(remaining, [group.num_units for group in groups])
     return [width * group.cost / group.dense_cost for width, group in zip(widths, groups, strict=True)]
 
 
@@ -292,9 +311,10 @@ class GatedCriterion(Criterion, ABC):
         """Return the (N,) gates of one group in an evaluation before the target is reached."""
         return self.final_gates(parameter)
 
-    def expected_remaining(self, parameter: Tensor, cost: Tensor) -> float:
-        """Return the mean of the remaining fraction, for (M,) parameters and costs of all units."""
-        return float(cost.sum(dtype=torch.float64))
+    def expected_remaining(self, parameter: Tensor, cost: Tensor) -> float | None:
+        """Return the mean of the remaining fraction, for (M,) parameters and costs of all units; None if gates have
+        no part in it."""
+        return None
 
     def summary(self, parameter: Tensor, cost: Tensor, kinds: Tensor, schedule: Schedule, step: int) -> Tensor:
         """Return what `update` is to know of all gates, for (M,) parameters, costs and kinds of all units.

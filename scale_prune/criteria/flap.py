@@ -1,7 +1,8 @@
 """FLAP: how much a neuron's part of the output fluctuates around its mean, which a bias could take over.
 
 Source: arXiv 2312.11983, the metric WIFV: the variance of the activation times the squared norm of the output weights.
-Deviation: the scope is what `--scope` says, "standardized" being the paper's.
+Deviations: the scope is what `--scope` says, "standardized" being the paper's. A head's features are taken as so many
+tokens of one feature, with one variance and the norm of all its output weights.
 """
 
 from collections.abc import Sequence

@@ -39,6 +39,7 @@ class Flop(GatedCriterion):
     """
 
     kind: ClassVar[Kind] = "component"
+    grows = 0.0
     travel = 20.0
     multipliers_travel: ClassVar[float] = 40.0
     defaults: ClassVar[dict[str, Any]] = {"scope": "global"}

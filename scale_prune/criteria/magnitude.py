@@ -14,6 +14,7 @@ class Magnitude(Criterion):
     """Keep the units with the largest sqrt(sum of squares of their weights)."""
 
     needs = frozenset({"weight"})
+    grows = 0.5
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's part of the units' squared norms, (N,)."""

@@ -26,6 +26,7 @@ class Movement(Criterion):
     """Keep the units with the highest trained scores ("hard movement", top-v)."""
 
     needs = frozenset({"grad"})
+    grows = 0.0  # an optimizer step is as long for any unit
     defaults: ClassVar[dict[str, Any]] = {"scope": "per_group", "regularization": 0.0, "uniqueness": 0.0}
     settings = Criterion.settings | {"score_learning_rate", "score_optimizer", "regularization"}
 

@@ -15,6 +15,8 @@ from scale_prune.criteria.base import Criterion, State
 class Random(Criterion):
     """Keep units in a random order that depends on the seed and the group's name alone, not on the number of ranks."""
 
+    grows = 0.0
+
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
         """Draw every span's part of its group's order."""
         return {"total": torch.cat([self._order(span) for span in spans] or [torch.zeros(0)]).to(device)}

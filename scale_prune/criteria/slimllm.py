@@ -44,7 +44,7 @@ def _centered(gram: Tensor, features: int) -> Tensor:
 
 def _of_neurons(squares: Tensor, covariance: Tensor, weight: Tensor, block: int) -> Tensor:
     values, directions = torch.linalg.eigh(weight @ covariance @ weight.T)
-    weighed = directions.T @ weight * (values / values.mean()).sigmoid()[:, None]
+    weighed = directions.T @ weight * (values / values.mean().clamp(min=1e-30)).sigmoid()[:, None]
     return weighed.norm(dim=0) * squares.double().sqrt()
 
 

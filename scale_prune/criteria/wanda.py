@@ -1,7 +1,8 @@
 """Wanda: the mean of |W2| of a neuron times the norm of its activation.
 
 Source: arXiv 2306.11695, whose score of a weight is |W| times the norm of its input; here the mean over a neuron's
-output weights, since neurons go as a whole. The squares of all samples add up.
+output weights, since neurons go as a whole. The squares of all samples add up. A head's features are taken as so many
+tokens of one feature.
 """
 
 from math import prod
@@ -16,6 +17,7 @@ class Wanda(Criterion):
 
     needs = frozenset({"weight", "activity"})
     roles = frozenset({"out"})
+    grows = 0.0
     settings = Criterion.settings | {"similarity_every", "similarity_tokens"}
 
     def share(self, view: ShardView) -> Tensor:

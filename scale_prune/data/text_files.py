@@ -9,11 +9,10 @@ from gzip import GzipFile
 from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
+from secrets import token_hex
 
 import datasets
 import pyarrow as pa
-
-from scale_prune.system import name_beside
 
 BATCH = 1000
 QUOTING = 'a text with a comma stands in quotation marks, and one inside of it is doubled, ""'
@@ -50,7 +49,7 @@ def _write(found: Iterator[Sequence[str]], cache: Path) -> None:
     """Write the names of the columns, then the rows, as an arrow file that is there as a whole or not at all."""
     schema = pa.schema([(name, pa.string()) for name in next(found)])
     cache.parent.mkdir(exist_ok=True)
-    partial = name_beside(cache, "partial")
+    partial = cache.with_name(f"{cache.name}.{token_hex(4)}")  # nobody's: containers have the same numbers of processes
     try:
         with pa.ipc.new_stream(str(partial), schema) as stream:
             while rows := list(islice(found, BATCH)):

@@ -36,12 +36,17 @@ def open_folder(folder: Path) -> Stored:
         folder: a folder of safetensors files, in any layout, or of a dense model.
 
     Raises:
-        ValueError: it holds no model, or one of no known family.
+        ValueError: it holds no model, or one of no known family, or quantized weights.
     """
     try:
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise ValueError(f"{folder} is no model's folder: {problem}") from problem
+    if quantized := written.get("quantization_config"):
+        raise ValueError(
+            f"{folder} has weights quantized by {quantized.get('quant_method', 'some method')}; give the 16-bit model "
+            "that they were made from"
+        )
     config = stock_config(written)
     family_of(config)
     return Stored(folder=folder, config=config, files=TensorFiles(folder), written=written)

@@ -92,8 +92,9 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
         problems += [f"its activation function is {activation_of(config)}, not {dialect.activation}"]
     if heads != config.hidden_size and not dialect.own_heads:
         problems += [f"its heads are {heads} wide together, not {config.hidden_size} like the model"]
-    if getattr(config, "no_rope_layer_interval", 4) != 4:
-        problems += [f"every {config.no_rope_layer_interval}th layer is without rotary embeddings, not every 4th"]
+    rotary = getattr(config, "no_rope_layers", None) or []  # 1 where a layer has rotary embeddings
+    if rotary != [int(bool((layer + 1) % 4)) for layer in range(len(rotary))]:
+        problems += [f"its layers with rotary embeddings are {rotary}, not all but every 4th"]
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
         problems += ["its attention is not scaled by the root of a head's width alone"]
     if getattr(config, "qk_layernorm", False):

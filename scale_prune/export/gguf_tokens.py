@@ -118,8 +118,9 @@ def _split(tokenizer: dict[str, Any]) -> str:
         ValueError: it is none of those that are known here.
     """
     parts = _parts(tokenizer["pre_tokenizer"], "pretokenizers")
-    split = tuple(part["pattern"]["Regex"] if part["type"] == "Split" else part["type"] for part in parts)
-    if split not in SPLITS or parts[-1].get("add_prefix_space"):
+    split = tuple(part["pattern"].get("Regex", "") if part["type"] == "Split" else part["type"] for part in parts)
+    usual = {"Digits": parts[0].get("individual_digits", False), "ByteLevel": parts[-1].get("use_regex", True)}
+    if split not in SPLITS or parts[-1].get("add_prefix_space") or not usual.get(split[0], True):
         raise ValueError(f"gguf has no known name for the way in which the tokenizer splits texts: {parts}")
     return SPLITS[split]
 

@@ -22,9 +22,15 @@ def without_layout(config: PretrainedConfig) -> PretrainedConfig:
     config.per_layer_config = None
     for word in PER_LAYER_WORDS:
         vars(config).pop(word, None)
-    if MODELING_FILE.stem in str(getattr(config, "auto_map", None)):
-        del config.auto_map
+    # Code that a folder may name and that was not run, as transformers has its own, does not come along.
+    if MODELING_FILE.stem in str(getattr(config, "auto_map", None)) or is_stock(config):
+        vars(config).pop("auto_map", None)
     return config
+
+
+def is_stock(config: PretrainedConfig) -> bool:
+    """Tell whether a config is of a class of transformers itself."""
+    return type(config).__module__.startswith("transformers.models.")
 
 
 def stock_config(words: Mapping[str, Any]) -> PretrainedConfig:

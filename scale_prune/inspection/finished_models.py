@@ -45,6 +45,8 @@ def read_models(
     named = names_of(own.model, own.baseline)
     found = {}
     for name, path in named.items():
+        if is_gguf(path) and needs_groups:
+            raise ValueError(f"{path}: what is inside a GGUF file is not seen here; give the folder it was made from")
         if not is_gguf(path):
             own_config = replace(config, training=replace(config.training, model=path))
             found[name] = read_inputs(own_config, explicit, world_size, splits=(split,), needs_groups=needs_groups)

@@ -11,7 +11,7 @@ from torch.nn.functional import embedding, linear
 
 from scale_prune.core import UnitGroup
 from scale_prune.models.factorized import component_group
-from scale_prune.models.modeling_factorized import ClusteredEmbedding, ClusteredOutput
+from scale_prune.models.modeling_factorized import ClusteredEmbedding, ClusteredOutput, scale_of
 
 CLUSTERS = ".clusters."
 """Part of the name of every cluster's group."""
@@ -72,7 +72,7 @@ def put_clusters(
     line = torch.cat(list(tokens))
     place = torch.empty_like(line)
     place[line] = torch.arange(len(line), device=line.device)
-    table = kind(clusters, [len(each) for each in tokens], place)
+    table = kind(clusters, [len(each) for each in tokens], place, scale_of(model.get_submodule(names[0])))
     for name, module in zip(names, (table, ClusteredOutput(table)), strict=False):
         parent, _, child = name.rpartition(".")
         training = model.get_submodule(name).training

@@ -35,7 +35,8 @@ class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
         if clusters := settings.get("factorized_embedding"):
             sizes, ranks = clusters["sizes"], clusters["ranks"]
             made = [Cluster(config.hidden_size, size, rank) for size, rank in zip(sizes, ranks, strict=True)]
-            table = ClusteredEmbedding(made, sizes, torch.arange(sum(sizes)))
+            scale = scale_of(self.get_submodule(clusters["names"][0]))
+            table = ClusteredEmbedding(made, sizes, torch.arange(sum(sizes)), scale)
             for name, module in zip(clusters["names"], (table, ClusteredOutput(table)), strict=False):
                 _put(self, name, module)
         self.post_init()
@@ -58,8 +59,9 @@ class Cluster(nn.Module):
 class ClusteredEmbedding(nn.Module):
     """Token ids to embeddings, by clusters of tokens; `place` says where a token stands in the line of all clusters."""
 
-    def __init__(self, clusters: Sequence[nn.Module], sizes: Sequence[int], place: Tensor) -> None:
+    def __init__(self, clusters: Sequence[nn.Module], sizes: Sequence[int], place: Tensor, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.clusters = nn.ModuleList(clusters)
         self.bounds = [*pairwise(accumulate(sizes, initial=0))]
         self.register_buffer("place", place)
@@ -74,7 +76,12 @@ class ClusteredEmbedding(nn.Module):
             found = part.new_zeros(*ids.shape, part.shape[-1]) if found is None else found
             found = found.masked_scatter(inside[..., None], part)
         assert found is not None
-        return found
+        return found if self.scale == 1.0 else found * found.new_tensor(self.scale)
+
+
+def scale_of(table: nn.Module) -> float:
+    # Gemma's token table multiplies what it looks up, and its output does not.
+    return float(getattr(table, "scalar_embed_scale", 1.0))
 
 
 class ClusteredOutput(nn.Module):

@@ -7,6 +7,7 @@ could be read.
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,8 @@ def _job(reading: Reading, shown: Rehearsal) -> Job:
     pruning = with_defaults(reading.config.pruning)
     has_teacher = reading.config.distillation.teacher is not None
     return Job(
-        numels=shown.numels,
-        buffers=shown.buffers,
         # The logits of who teaches, and the gradient of the distance to them.
-        activations=shown.activations + 2 * shown.logits * (has_teacher or freezes(pruning)),
-        reading=shown.reading,
+        rehearsed=replace(shown, activations=shown.activations + 2 * shown.logits * (has_teacher or freezes(pruning))),
         recomputes=training.gradient_checkpointing,
         groups=reading.groups,
         pruning=pruning,

@@ -12,6 +12,7 @@ from typing import Any
 
 from scale_prune.config import PruningConfig, get, precision
 from scale_prune.core import UnitGroup, UnitLayout, remaining_fraction
+from scale_prune.preflight.rehearsal import Rehearsal
 
 FP32 = 4
 # Tensors of the parameters' size that an optimizer keeps; Adam's two moments where the name is not listed.
@@ -26,10 +27,7 @@ class Job:
     """What the needs of a run follow from.
 
     Attributes:
-        numels: elements of each parameter, tied ones once.
-        buffers: bytes of the model's buffers.
-        activations: most bytes of a micro batch that live at one time besides parameters, see `rehearsal`.
-        reading: the same of a pass without a way back.
+        rehearsed: what one of its passes showed, with what a teacher adds.
         recomputes: whether activations are made once more on the way back.
         groups: the model's groups.
         pruning: settings of pruning, without None where the criterion has a default.
@@ -42,10 +40,7 @@ class Job:
         has_teacher: whether there is a teacher.
     """
 
-    numels: tuple[int, ...]
-    buffers: int
-    activations: int
-    reading: int
+    rehearsed: Rehearsal
     recomputes: bool
     groups: tuple[UnitGroup, ...]
     pruning: PruningConfig
@@ -67,7 +62,7 @@ class Job:
     @property
     def num_parameters(self) -> int:
         """Elements of all parameters, P."""
-        return sum(self.numels)
+        return sum(self.rehearsed.numels)
 
     @property
     def num_pruned(self) -> int:
@@ -79,7 +74,7 @@ class Job:
     @property
     def shards(self) -> int:
         """Elements of a rank's shards, S: of every parameter the W-th part, rounded up."""
-        return sum(self.shard_of(numel) for numel in self.numels)
+        return sum(self.shard_of(numel) for numel in self.rehearsed.numels)
 
     def shard_of(self, numel: int) -> int:
         """Return the elements that a rank holds of a tensor."""

@@ -81,7 +81,7 @@ def _recovery(job: Job) -> list[Part]:
         *_teacher(job),
         *_states(after, job.shard_of(job.num_pruned), "smaller "),
         Part("gathered parameters", device, _gathered(job)),
-        Part("activations", device, job.activations),
+        Part("activations", device, job.rehearsed.activations),
         Part("temporaries", device, max(_reducing(after), _stepping(after))),
     ]
 
@@ -100,12 +100,15 @@ def _phases(job: Job) -> dict[str, list[Part]]:
         return {
             "forward": [
                 Part("gathered parameters", device, _gathered(job)),
-                Part("activations", device, job.activations if goes_back else job.reading),
+                Part("activations", device, job.rehearsed.activations if goes_back else job.rehearsed.reading),
                 Part("gradients", device, FP32 * num_observed(job)),
                 Part("temporaries", device, _observing(job)),
             ]
         }
-    passing = [Part("gathered parameters", device, _gathered(job)), Part("activations", device, job.activations)]
+    passing = [
+        Part("gathered parameters", device, _gathered(job)),
+        Part("activations", device, job.rehearsed.activations),
+    ]
     return {
         "forward, backward": [*passing, Part("similarity", device, _sampled(job))],
         "reduce-scatter": [Part("similarity", device, _sampled(job)), Part("copy of a bucket", device, _reducing(job))],
@@ -160,7 +163,7 @@ def _buffers(job: Job) -> list[Part]:
     contiguous = get(job.ds_config, "zero_optimization.contiguous_gradients") is not False
     bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET) if contiguous else 0
     return [
-        Part("buffers of the model", job.place(), job.buffers),
+        Part("buffers of the model", job.place(), job.rehearsed.buffers),
         Part("reduce bucket", job.place(), bucket * job.width * job.trains),
     ]
 
@@ -172,7 +175,7 @@ def _reducing(job: Job) -> int:
     embedding's, which is whole only after the last layer's backward pass, when the activations are gone.
     """
     bucket = job.zero("reduce_bucket_size", REDUCE_BUCKET)
-    return max(min(bucket, job.num_parameters), max(job.numels)) * job.width if job.world_size > 1 else 0
+    return max(min(bucket, job.num_parameters), max(job.rehearsed.numels)) * job.width if job.world_size > 1 else 0
 
 
 def _loading(job: Job) -> list[Part]:
@@ -182,9 +185,9 @@ def _loading(job: Job) -> list[Part]:
     """
     return [
         Part("parameters", job.place("offload_param"), job.shards * job.width),
-        Part("buffers of the model", job.place(), job.buffers),
-        Part("gathered parameters", job.place(), max(job.numels) * job.width),
-        Part("slice of a file", "host", job.shard_of(max(job.numels)) * FP32),
+        Part("buffers of the model", job.place(), job.rehearsed.buffers),
+        Part("gathered parameters", job.place(), max(job.rehearsed.numels) * job.width),
+        Part("slice of a file", "host", job.shard_of(max(job.rehearsed.numels)) * FP32),
     ]
 
 
@@ -196,7 +199,7 @@ def _gathered(job: Job) -> int:
     if job.world_size == 1 and job.place("offload_param") == job.place():
         return 0
     prefetched = job.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET)
-    elements = min(job.num_parameters, kept_gathered(job) + persistent(job) + max(job.numels) + prefetched)
+    elements = min(job.num_parameters, kept_gathered(job) + persistent(job) + max(job.rehearsed.numels) + prefetched)
     return (elements + min(prefetched, job.num_parameters)) * job.width
 
 

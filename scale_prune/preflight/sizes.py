@@ -18,7 +18,7 @@ def kept_gathered(job: Job) -> int:
 def persistent(job: Job) -> int:
     """Return the elements of the small parameters that stay gathered always."""
     threshold = job.zero("stage3_param_persistence_threshold", PERSISTENT)
-    return sum(numel for numel in job.numels if numel <= threshold)
+    return sum(numel for numel in job.rehearsed.numels if numel <= threshold)
 
 
 def needs(job: Job, what: str) -> bool:

@@ -33,7 +33,7 @@ def about_time(reading: Reading, job: Job, measure: Callable[[torch.device], tup
         ValueError: a rank's passes with the whole model do not fit into this machine's memory.
     """
     device, free = own_device()
-    needed = job.num_parameters * job.width + job.buffers + job.activations
+    needed = job.num_parameters * job.width + job.rehearsed.buffers + job.rehearsed.activations
     if needed > free:
         raise ValueError(
             f"--measure makes one pass of the whole model, {needed / GIB:.1f} GiB with its activations; {device} "

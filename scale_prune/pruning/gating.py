@@ -24,7 +24,7 @@ class Gating:
 
     Attributes:
         noise: (M,) of the coming step, uniform in (0, 1); 0 where there are no gates.
-        expected: the remaining fraction that the coming step's gates amount to on average.
+        expected: the remaining fraction that the coming step's gates amount to on average, None where masks decide it.
         parameter: (M,) what the gates are made of, on all ranks.
         kinds: (M,) int64, 1 for heads.
         summary: what the criterion makes of all parameters of the coming step.
@@ -35,7 +35,7 @@ class Gating:
         self.gates = Gates(line.backend.module, line.groups)
         self.noise = torch.zeros_like(line.costs)
         self.parameter = torch.zeros_like(line.costs)
-        self.expected = schedule.initial
+        self.expected: float | None = schedule.initial
         self.kinds = line.per_unit(lambda group: float(group.kind == "head")).long()
         self.summary = torch.zeros(0)
 

@@ -62,6 +62,7 @@ class Scoring:
     def moment(self, step: int, live: Tensor, similarity: Tensor) -> Moment:
         """Return what an update is told beside the totals; for the arguments see `update`."""
         of_gates: dict[str, Tensor] = {}
+        expected = self.gating.expected if self.gating is not None else None
         if self.gating is not None:
             of_gates = {"kinds": self.line.owned(self.gating.kinds), "summary": self.gating.summary}
         return Moment(
@@ -72,7 +73,7 @@ class Scoring:
             weight=self._weights,
             cost=self.line.owned(self.line.costs),
             noise=self.line.owned(self.gating.noise if self.gating is not None else self.line.costs),
-            expected=self.gating.expected if self.gating is not None else self.schedule.initial,
+            expected=self.schedule.initial if expected is None else expected,
             **of_gates,
         )
 
@@ -90,7 +91,7 @@ class Scoring:
         Raises:
             ValueError: scores are not finite; the message names the group.
         """
-        if "weight" in self.criterion.needs:
+        if "weight" in self.criterion.needs and not learns_from_gradients(self.criterion):
             self.state = self.criterion.weigh(self.state, self.line.totals(self._share))
         line = self.line.gather(self.criterion.score(self.state))
         self.scores = self.line.by_group(line)

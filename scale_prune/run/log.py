@@ -18,7 +18,7 @@ def log(run: Run, *, loss: float, tokens_per_second: float) -> None:
     similarity = pruner.observations.mean_similarity(pruner.masking.live)
     if similarity is not None:
         values["pruning/similarity"] = similarity
-    if pruner.gating is not None:
+    if pruner.gating is not None and pruner.gating.expected is not None:
         values["pruning/remaining_by_gates"] = pruner.gating.expected
     parts = {**run.progress.seconds, **pruner.seconds}
     values |= {f"seconds/{part}": seconds / step for part, seconds in parts.items()}

@@ -19,8 +19,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
     """
     engine, pruner, progress, output = run.student.engine, run.student.pruner, run.progress, run.config.output
     pruning = not run.student.finished  # afterwards the masked units are gone
-    # What stands at these steps has a name of its own; after earlier rounds nothing else is measured.
-    measured_anyway = {run.last_step} | ({pruner.schedule.removal_steps[-1]} if pruning else set())
+    stages = {run.last_step} | ({pruner.schedule.removal_steps[-1]} if pruning else set())  # measured anyway
     engine.train()
     begun, tokens_before = time.monotonic(), progress.tokens
     for step in range(progress.step + 1, last + 1):
@@ -47,7 +46,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
         run.monitor.progress(step, loss=mean_loss, remaining=pruner.remaining, tokens_per_second=rate)
         if step % output.log_every == 0 or step == last:
             log(run, loss=mean_loss, tokens_per_second=rate)
-        if output.eval_every and step % output.eval_every == 0 and step not in measured_anyway:
+        if output.eval_every and step % output.eval_every == 0 and step not in stages:
             run.measure()
             engine.train()
         save_if_due(run, stopping)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scale_prune.core import UnitGroup
-from scale_prune.system import markdown_table, whole_or_absent, write_atomically
+from scale_prune.system import json_text, markdown_table, whole_or_absent, write_atomically
 
 
 def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
@@ -30,16 +30,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     A number that is not finite, such as a perplexity, is null in report.json: JSON knows neither infinity nor NaN.
     """
     write_atomically(folder / "report.md", as_markdown(report))
-    text = json.dumps(_finite(report), indent=2, allow_nan=False)
-    write_atomically(folder / "report.json", text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_atomically(folder / "report.json", json_text(report))
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:

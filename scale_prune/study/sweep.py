@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 
@@ -100,7 +100,7 @@ def locked(folder: Path) -> Iterator[int]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Tell what is left of a process group to end, and wait: launchers may end before the ranks have saved."""
-    if _group(process.pid):
+    with suppress(ProcessLookupError):  # the last of them may end at this moment
         os.killpg(process.pid, signal.SIGTERM)
     while process.poll() is None or _group(process.pid):
         time.sleep(0.2)

@@ -16,4 +16,4 @@ from scale_prune.system.folders import (
 )
 from scale_prune.system.packages import versions
 from scale_prune.system.stopwatch import Seconds
-from scale_prune.system.tables import markdown_table
+from scale_prune.system.tables import json_text, markdown_table
