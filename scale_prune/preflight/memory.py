@@ -46,8 +46,7 @@ def memory(job: Job) -> dict[str, list[Part]]:
     if added := round_memory(job):
         own["round"] = [Part(name, job.place(), size) for name, size in added.items()]
         kept += own["round"]
-        passing = next(iter(own.values()))  # with the matrices that it adds to
-        own["round, reading"] = [*passing, Part(GRAM_MATRICES, job.place(), added[GRAM_MATRICES])]
+        own["round, reading"] = _reading(job, added[GRAM_MATRICES])
     phases = {"loading": [*_process(job), *_loading(job)]}
     if whitening := _whitening(job):
         phases["whitening"] = whitening
@@ -118,6 +117,13 @@ def _phases(job: Job) -> dict[str, list[Part]]:
         ],
         "optimizer step": [Part("similarity", device, _sampled(job)), Part("temporaries", device, _stepping(job))],
     }
+
+
+def _reading(job: Job, matrices: int) -> list[Part]:
+    """Return what is there while calibration text is read, for Gram matrices of so many bytes."""
+    passed = job.rehearsed.activations if needs(job, "output_grad") else job.rehearsed.reading
+    parts = {"gathered parameters": _gathered(job), "activations": passed, GRAM_MATRICES: matrices}
+    return [Part(name, job.place(), size) for name, size in parts.items()]
 
 
 def total(parts: Iterable[Part], place: str) -> int:

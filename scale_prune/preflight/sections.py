@@ -186,14 +186,14 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
 
 def _portions(job: Job) -> Iterator[str]:
     """Say how little memory a round can do with, where a rank keeps several Gram matrices."""
-    place, gram = job.place(), GRAM_MATRICES
-    parts = {part.name: part.size for part in memory(job).get("round", []) if part.place == place}
-    readings, one = -(-len(job.groups) // job.world_size), one_gram_matrix(job)
-    if readings > 1 and gram in parts and job.pruning.budget not in ("measured", "search"):  # trials need all of them
-        least = sum(parts.values()) - parts[gram] + one
+    readings, place, gram = -(-len(job.groups) // job.world_size), job.place(), GRAM_MATRICES
+    rounds = [parts for name, parts in memory(job).items() if name.startswith("round")]
+    kept = max((part.size for parts in rounds for part in parts if part.name == gram), default=0)
+    if readings > 1 and kept and job.pruning.budget not in ("measured", "search"):  # trials need all of them
+        most = max(total(parts, place) for parts in rounds)
         yield (
-            f"a rank with little memory keeps one of its {gram} at a time: {_size(least)} of {place} memory then "
-            f"in the place of {_size(sum(parts.values()))}, and the text is read up to {readings} times"
+            f"a rank with little memory keeps one of its {gram} at a time: {_size(most - kept + one_gram_matrix(job))} "
+            f"of {place} memory then in the place of {_size(most)}, and the text is read up to {readings} times"
         )
 
 
