@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from scale_prune.config.settings import PruningConfig
-from scale_prune.core.compaction import compact_model
+from scale_prune.core.compaction import select_units, set_members
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.low_rank import svd_factors
 from scale_prune.criteria import CRITERIA
@@ -106,6 +106,19 @@ def random_keep(groups: Sequence[UnitGroup], widths: Sequence[int], seed: int = 
         group.name: torch.randperm(group.num_units, generator=generator)[:width].sort().values
         for group, width in zip(groups, widths, strict=True)
     }
+
+
+def compact_model(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> tuple[UnitGroup, ...]:
+    """Take all units but those in `keep` out of a model that lies in one piece, and return the smaller groups."""
+    smaller = []
+    for group in groups:
+        parameters = {}
+        for member in group.members:
+            old = model.get_parameter(member.name)
+            kept = select_units(old.detach(), keep[group.name], member)
+            parameters[member.name] = nn.Parameter(kept, old.requires_grad)
+        smaller.append(set_members(model, group, parameters, keep[group.name].numel()))
+    return tuple(smaller)
 
 
 @torch.no_grad()

@@ -202,7 +202,8 @@ def analyze_flags(work: Path, output: Path, *more: str) -> list[str]:
 
 def run_of(work: Path, folder: Path) -> Path:
     """Return what a run leaves: a smaller model, and which neurons it kept of the dense one."""
-    from scale_prune.core.compaction import compact_model
+    from models import compact_model
+
     from scale_prune.models.layer_units import unit_groups
 
     model: Any = AutoModelForCausalLM.from_pretrained(work / "model")

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import LAYERS, logits, mask_units, random_keep, tiny_model, tokens
+from models import LAYERS, compact_model, logits, mask_units, random_keep, tiny_model, tokens
 from torch import nn
 
 from scale_prune.core import Member
-from scale_prune.core.compaction import compact_model, pad_units, resize_group, select_units, set_members
+from scale_prune.core.compaction import pad_units, resize_group, select_units, set_members
 from scale_prune.models.families import FAMILIES
 from scale_prune.models.layer_units import unit_groups
 

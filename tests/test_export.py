@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from models import (
     VOCABULARY,
     WIDTHS,
+    compact_model,
     compacted,
     export,
     logits,
@@ -39,7 +40,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export.card import model_card
 from scale_prune.export.config_files import write_tokenizer

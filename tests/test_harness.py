@@ -12,12 +12,11 @@ import pytest
 import torch
 from command import BLOCK, SENTENCE, errors_of, make_work
 from distributed import run_ranks
-from models import WIDTHS, export, random_keep
+from models import WIDTHS, compact_model, export, random_keep
 from outcomes import outcome_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scale_prune.commands import evaluate
-from scale_prune.core.compaction import compact_model
 from scale_prune.inspection.harness import as_table
 from scale_prune.models.layer_units import unit_groups
 

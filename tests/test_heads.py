@@ -8,7 +8,7 @@ import pytest
 import torch
 from command import GROUPED_HEADS, arguments, make_work, outcome, pruned, report_of
 from distributed import run_ranks
-from models import EXTRAS, export, logits, mask_units, random_keep, tiny_model, tokens
+from models import EXTRAS, compact_model, export, logits, mask_units, random_keep, tiny_model, tokens
 from safetensors.torch import load_file
 from test_export import loaded_alone
 from test_resume import assert_same_run
@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scale_prune.config import PruningConfig, parse
 from scale_prune.core import compaction, elimination_scores, least_squares, select
-from scale_prune.core.compaction import compact_model
 from scale_prune.core.groups import UnitGroup
 from scale_prune.core.repair import UnsolvableError, taken_over
 from scale_prune.core.selection import budget

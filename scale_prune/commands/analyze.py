@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=positive, default=32, help="batches of training text; default: 32")
     parser.add_argument(
         "--sample_units",
-        type=at_least_two,
+        type=partial(positive, least=2),
         metavar="INT",
         help="neurons of each layer that are compared with all others, which bounds memory; default: all",
     )
@@ -65,13 +66,6 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     )
     output_dir = "new folder for the results; default: analysis"
     parser.add_argument("--output_dir", type=expanduser, default="analysis", help=output_dir)
-
-
-def at_least_two(text: str) -> int:
-    """Return a flag's whole number, at least 2."""
-    if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least 2")
-    return int(text)
 
 
 def _analyzed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list[GroupAnalysis]:

@@ -5,7 +5,7 @@ from scale_prune.core.divergence import token_divergence
 from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.groups import Kind, Member, Role, UnitGroup, UnitLayout, UnitSpan, remaining_fraction
 from scale_prune.core.likelihood import IGNORED, perplexity
-from scale_prune.core.low_rank import full_rank, generator_of, random_factors, saves, svd_factors, whitened_factors
+from scale_prune.core.low_rank import generator_of, random_factors, saves, svd_factors, whitened_factors
 from scale_prune.core.redundancy import Products, explained_variance, has_similar, mean_absolute, nearest, sample_units
 from scale_prune.core.repair import UnsolvableError, elimination_scores, gram_root, least_squares, mean_takeover
 from scale_prune.core.schedule import Schedule

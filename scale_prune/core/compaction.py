@@ -1,10 +1,10 @@
 """Smaller tensors: units taken out of, or zeros put into, everything that stores them.
 
 Under ZeRO-3 the caller selects from each gathered tensor with `select_units` and hands partitioned parameters to
-`set_members`; `compact_model` does both for a model that lies in one piece.
+`set_members`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -97,28 +97,3 @@ def set_members(
             if isinstance(count := getattr(attention, attribute, None), int):
                 setattr(attention, attribute, count * num_units // group.num_units)
     return resized
-
-
-def compact_model(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> tuple[UnitGroup, ...]:
-    """Take the units that are not kept out of a model that lies in memory in one piece.
-
-    The model's config still tells the old width; the export writes the new ones.
-
-    Args:
-        model: the model; changed in place, parameters that lose units are new objects.
-        groups: the model's groups.
-        keep: for each group's name int64 (K,), ascending indices of the kept units in [0, N); at least one, since
-            the Conv1D of transformers does not run on none.
-
-    Returns:
-        The groups of the smaller model.
-    """
-    return tuple(_compact_group(model, group, keep[group.name]) for group in groups)
-
-
-def _compact_group(model: nn.Module, group: UnitGroup, keep: Tensor) -> UnitGroup:
-    parameters = {}
-    for member in group.members:
-        old = model.get_parameter(member.name)
-        parameters[member.name] = nn.Parameter(select_units(old.detach(), keep, member), old.requires_grad)
-    return set_members(model, group, parameters, keep.numel())

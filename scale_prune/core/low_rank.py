@@ -69,11 +69,6 @@ def random_factors(weight: Tensor, num_components: int, generator: torch.Generat
     return down, torch.randn(rows, num_components, generator=generator) * scale
 
 
-def full_rank(shape: tuple[int, int]) -> int:
-    """Return the largest rank of a (D_out, D_in) matrix."""
-    return min(shape)
-
-
 def saves(num_components: int, shape: tuple[int, int]) -> bool:
     """Tell whether the factors have fewer elements than the (D_out, D_in) matrix they stand for."""
     return num_components * sum(shape) < math.prod(shape)

@@ -21,7 +21,6 @@ from scale_prune.core import (
     Schedule,
     UnitGroup,
     UnitSpan,
-    full_rank,
     group_fractions,
     select,
     standardized,
@@ -243,7 +242,7 @@ class Criterion:
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""
-        return self.config.initial_rank or full_rank(shape)
+        return self.config.initial_rank or min(shape)
 
 
 def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: float) -> list[float] | None:
@@ -294,14 +293,18 @@ class GatedCriterion(Criterion, ABC):
     def parameter(self, state: State) -> Tensor:
         """Return what the gates are made of, (U,)."""
 
-    @abstractmethod
+    def score(self, state: State) -> Tensor:
+        """Return what the gates are made of."""
+        return self.parameter(state)
+
     def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
-        """Return the (N,) gates of a training step.
+        """Return the (N,) gates of a training step; by default those of the end.
 
         Args:
             parameter: (N,).
             noise: (N,) uniform in (0, 1).
         """
+        return self.final_gates(parameter)
 
     @abstractmethod
     def final_gates(self, parameter: Tensor) -> Tensor:

@@ -93,17 +93,9 @@ class Ddp(GatedCriterion):
             rows.append(torch.stack([*means, whole]))
         return torch.stack(rows)
 
-    def score(self, state: State) -> Tensor:
-        """Return z."""
-        return state["z"]
-
     def parameter(self, state: State) -> Tensor:
         """Return z."""
         return state["z"]
-
-    def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
-        """Return ReLU(z)."""
-        return parameter.relu()
 
     def final_gates(self, parameter: Tensor) -> Tensor:
         """Return ReLU(z)."""

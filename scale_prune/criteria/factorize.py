@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scale_prune.core import Kind, Schedule, UnitGroup, budget, full_rank
+from scale_prune.core import Kind, Schedule, UnitGroup, budget
 from scale_prune.criteria.base import OF_COMPONENTS, Criterion
 
 
@@ -23,7 +23,7 @@ class Factorize(Criterion):
     def components(self, shape: tuple[int, int]) -> int:
         """Return the rank that the target allows, at least 1."""
         rows, columns = shape
-        full = full_rank(shape)
+        full = min(shape)
         return budget(self.config.remaining * rows * columns / ((rows + columns) * full), full)
 
     def select(

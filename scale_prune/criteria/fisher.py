@@ -6,16 +6,12 @@ and scores fade as the batch grows.
 Deviation: the running mean is over the steps in which the neuron was live, since a masked one has no activation.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from scale_prune.core import UnitSpan
-from scale_prune.criteria.base import Criterion, Moment, State
+from scale_prune.criteria.sensitivity import Sensitivity
 
 
-class Fisher(Criterion):
+class Fisher(Sensitivity):
     """Keep the units with the largest mean over sequences of (sum of h * dL/dh)^2."""
 
     needs = frozenset({"influence"})
@@ -23,18 +19,3 @@ class Fisher(Criterion):
     def of_sequences(self, influence: Tensor) -> Tensor:
         """Return the squares' sum over sequences, (N,)."""
         return influence.square().sum(0)
-
-    def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
-        """Start means and counts at 0."""
-        zeros = super().initial_state(spans, device)["total"]
-        return {"mean": zeros, "count": zeros.clone()}
-
-    def update(self, state: State, total: Tensor, moment: Moment) -> State:
-        """Take the step's total into the mean of the live units."""
-        count = state["count"] + moment.live
-        mean = state["mean"] + torch.where(moment.live, (total - state["mean"]) / count.clamp(min=1), 0.0)
-        return {"mean": mean, "count": count}
-
-    def score(self, state: State) -> Tensor:
-        """Return the means."""
-        return state["mean"]

@@ -89,10 +89,6 @@ class Flop(GatedCriterion):
         """Return the learning rate of l1 and l2."""
         return self.config.lambda_learning_rate or self.multipliers_travel / schedule.descent_steps
 
-    def score(self, state: State) -> Tensor:
-        """Return log_alpha."""
-        return state["log_alpha"]
-
     def parameter(self, state: State) -> Tensor:
         """Return log_alpha."""
         return state["log_alpha"]

@@ -6,7 +6,7 @@ start, since after an SVD it is these that differ and all gates start at 1.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ class FlopAgp(GatedCriterion):
     kind: ClassVar[Kind] = "component"
     needs = frozenset({"gate", "weight"})
     travel = 0.5
-    defaults: ClassVar[dict[str, Any]] = {"scope": "per_group"}
     settings = Criterion.settings | OF_COMPONENTS | {"gate_learning_rate", "gate_l1"}
 
     def initial_state(self, spans: Sequence[UnitSpan], device: torch.device) -> State:
@@ -54,10 +53,6 @@ class FlopAgp(GatedCriterion):
     def parameter(self, state: State) -> Tensor:
         """Return the gates themselves."""
         return state["gate"]
-
-    def training_gates(self, parameter: Tensor, noise: Tensor) -> Tensor:
-        """Return the gates, which have no noise."""
-        return parameter
 
     def final_gates(self, parameter: Tensor) -> Tensor:
         """Return the gates."""

@@ -107,8 +107,3 @@ def templates_of(spec: TaskConfig) -> tuple[Template, ...]:
 def columns_of(spec: TaskConfig) -> tuple[str, ...]:
     """Return the columns that a task's templates name; none for running text, which has no templates."""
     return tuple(dict.fromkeys(column for template in templates_of(spec) for column in template.columns))
-
-
-def label_of(spec: TaskConfig) -> str | None:
-    """Return the column of the label, None where there is none."""
-    return spec.label_column

@@ -1,11 +1,9 @@
 """A written model in another layout, tensor by tensor, without a GPU and without running the folder's code."""
 
 import json
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scale_prune.export.card import in_other_layout
@@ -114,7 +112,7 @@ def convert(
         stored: the model.
         form: one of `FORMS`.
         destination: of "gguf" the file, else the folder; must not exist, or be an empty folder.
-        dtype: of "gguf" the type of its matrices, a key of `GGUF_TYPES`; None for the folder's.
+        dtype: of "gguf" the type of its matrices, one of `GGUF_TYPES`; None for the folder's.
         replace: what has the name already goes when the new one is complete.
 
     Returns:
@@ -141,14 +139,10 @@ def convert(
         card=in_other_layout(card.read_text(encoding="utf-8", errors="replace"), layout) if card.is_file() else "",
         beside=_beside(stored.folder),
     )
-    export.write(destination, _tensors(stored), replace=replace)
+    export.write(destination, ((name, stored.tensor(name)) for name in stored.names), replace=replace)
     return [f"layout {layout}", *(padding(stored.groups) if layout == "pad" else [])]
 
 
 def _beside(folder: Path) -> list[Path]:
     """Return what comes along as it is."""
     return [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name.lower(), each) for each in BESIDE)]
-
-
-def _tensors(stored: Stored) -> Iterator[tuple[str, Tensor]]:
-    return ((name, stored.tensor(name)) for name in stored.names)

@@ -16,10 +16,10 @@ from transformers import PretrainedConfig
 from scale_prune.core import UnitGroup
 from scale_prune.export.gguf_tensors import tensors_for, type_of
 from scale_prune.export.gguf_tokens import add_tokens
-from scale_prune.export.gguf_words import add_words, head_size, unknown_rope
+from scale_prune.export.gguf_words import add_words, unknown_rope
 from scale_prune.export.layouts import LLAMA_LIKE, short_window
 from scale_prune.export.stored import Stored
-from scale_prune.models import model_type_of
+from scale_prune.models import head_size, model_type_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +63,6 @@ DIALECTS = {
 }
 """By model type, the architectures that were tried in llama.cpp."""
 
-FILE_TYPES = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-}
 PER_LAYER = Dialect(arch="deci", pairs=True, own_heads=True)
 
 
@@ -116,7 +110,7 @@ def write_gguf(stored: Stored, path: Path, dtype: str | None) -> list[str]:
     Args:
         stored: the model.
         path: the file.
-        dtype: of matrices, a key of `TYPES`, None for the folder's; vectors are fp32. Rows that blocks of 32 do not
+        dtype: of matrices, one of `TYPES`, None for the folder's; vectors are fp32. Rows that blocks of 32 do not
             divide are fp16 in "q8_0".
 
     Returns:
@@ -133,7 +127,7 @@ def write_gguf(stored: Stored, path: Path, dtype: str | None) -> list[str]:
     dtype = dtype or type_of(stored)
     tensors = tensors_for(stored, dialect, widths, dtype)
     writer = GGUFWriter(path, dialect.arch)
-    writer.add_file_type(FILE_TYPES[dtype])
+    writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     add_words(writer, stored, widths)
     has_tokens = add_tokens(writer, stored.folder, stored.config.vocab_size)
     for each in tensors:

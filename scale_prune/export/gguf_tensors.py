@@ -17,8 +17,8 @@ from scale_prune.export.gguf_words import rope_factors
 from scale_prune.export.stored import Stored
 from scale_prune.models import family_of, linear_names, stock_class
 
-TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-"""What `--dtype` calls the types of `gguf`."""
+TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Of `gguf`, in small letters."""
 
 SAME = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -52,7 +52,7 @@ class GgufTensor:
 
 
 def type_of(stored: Stored) -> str:
-    """Return the key of `TYPES` for what a folder's matrices are."""
+    """Return the one of `TYPES` for what a folder's matrices are."""
     name = stored.groups[0].members[0].name
     return SAME.get(stored.tensor(name).dtype, "f32")
 
@@ -64,7 +64,7 @@ def tensors_for(stored: Stored, dialect: Any, widths: list[int], dtype: str) -> 
         stored: the model.
         dialect: how llama.cpp wants it.
         widths: neurons of each layer in the file.
-        dtype: of matrices, a key of `TYPES`.
+        dtype: of matrices, one of `TYPES`.
 
     Raises:
         ValueError: a tensor has no name there.
@@ -80,7 +80,7 @@ def tensors_for(stored: Stored, dialect: Any, widths: list[int], dtype: str) -> 
         shape = orders.shape(name)
         wanted = dtype if len(shape) > 1 and not called.startswith("position_embd") else "f32"
         wanted = "f16" if wanted == "q8_0" and shape[-1] % 32 else wanted
-        kind = GGMLQuantizationType[TYPES[wanted]]
+        kind = GGMLQuantizationType[wanted.upper()]
         found.append(GgufTensor(name=called, shape=shape, type=kind, make=partial(orders.tensor, name)))
     if (factors := rope_factors(stored.config)) is not None:
         kind = GGMLQuantizationType.F32

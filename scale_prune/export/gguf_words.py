@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scale_prune.export.stored import Stored
+from scale_prune.models import head_size
 
 SCALES = {
     "attention_multiplier": "attention_scale",
@@ -51,11 +52,6 @@ def add_words(writer: Any, stored: Stored, widths: list[int]) -> None:
             getattr(writer, f"add_{called}")(getattr(config, name))
     if (rope := rope_of(config)) is not None:
         _add_rope(writer, config, rope)
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """Return the numbers of a head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -84,8 +84,8 @@ def names_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:
     return dict(zip(paths, paths, strict=True))
 
 
-def positive(text: str) -> int:
-    """Return a flag's whole number, at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least 1")
+def positive(text: str, least: int = 1) -> int:
+    """Return a flag's whole number, of a least size."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not valid, it must be a whole number, at least {least}")
     return int(text)

@@ -3,7 +3,7 @@
 Shape letters: C components, D_in and D_out the sides of the weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,17 +56,14 @@ def put_factors(model: nn.Module, name: str, down: nn.Parameter, up: nn.Paramete
     setattr(model.get_submodule(parent), child, factors.train(old.training))
 
 
-def factorized_names(model: nn.Module) -> list[str]:
-    """Return the names of the factorized modules, in the model's order."""
-    return [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
-
-
 def component_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
     """List the components of a model's factorized weights, one group a weight.
 
     Nothing is communicated: of a partitioned parameter only the recorded full shape is read.
     """
-    return tuple(component_group(model, name, next(_numbers(name), 0)) for name in factorized_names(model))
+    names = [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
+    layers = [next((int(part) for part in name.split(".") if part.isdecimal()), 0) for name in names]
+    return tuple(component_group(model, name, layer) for name, layer in zip(names, layers, strict=True))
 
 
 def component_group(model: nn.Module, name: str, layer: int) -> UnitGroup:
@@ -91,7 +88,3 @@ def component_group(model: nn.Module, name: str, layer: int) -> UnitGroup:
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """Return a parameter's shape, also where ZeRO-3 has left it with the shape (0,)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _numbers(name: str) -> Iterator[int]:
-    return (int(part) for part in name.split(".") if part.isdecimal())

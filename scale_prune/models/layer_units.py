@@ -203,7 +203,4 @@ def _why_no_head_leaves(model: PreTrainedModel, family: Family, attention: str, 
 
 
 def _member(model: nn.Module, name: str, dim: int, role: Role) -> Member:
-    parameter = model.get_parameter(name)
-    # ZeRO-3 leaves a partitioned parameter with the shape (0,) and records the full one here.
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    return Member(name=name, shape=shape, dim=dim, role=role)
+    return Member(name=name, shape=full_shape(model.get_parameter(name)), dim=dim, role=role)

@@ -24,7 +24,7 @@ from scale_prune.config import (
     resolve,
 )
 from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
-from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, label_of, load_text, with_templates
+from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, load_text, with_templates
 from scale_prune.export import AUTO, check_width_key, resolve_layout
 from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
 from scale_prune.preflight.budgets import afforded, check_budget, read_table, sizes_of
@@ -230,7 +230,7 @@ def _read_text(reading: Reading, split: Split) -> None:
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
         data = replace(data, dataset=None, dataset_config=None, train_file=None)
-    reading.texts[split] = load_text(data, split, columns, label_of(task))
+    reading.texts[split] = load_text(data, split, columns, task.label_column)
 
 
 CHECKS: tuple[Callable[[Reading], None], ...] = (

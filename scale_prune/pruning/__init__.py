@@ -2,7 +2,7 @@
 
 from scale_prune.pruning.activations import ActivationSampler
 from scale_prune.pruning.calibration import ROWS_AT_ONCE, Calibration, keeper_of, layer_of
-from scale_prune.pruning.choosing import choose, rate, take_calibration
+from scale_prune.pruning.choosing import choose, take_calibration
 from scale_prune.pruning.dense_units import DenseUnits
 from scale_prune.pruning.pruner import Pruner, check_min_kept
 from scale_prune.pruning.solving import roots_of, takeovers_of

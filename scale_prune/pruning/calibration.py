@@ -14,7 +14,7 @@ Where the matrices of all groups at once are too much, the text is read once for
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -74,24 +74,23 @@ class Calibration:
     def watching(self) -> Iterator[None]:
         """Watch the forward passes of the body, which all ranks make alike."""
         module = self.backend.module
-        handles = [module.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
-        for index, group in enumerate(self.groups):
-            handles.append(module.get_submodule(group.output).register_forward_pre_hook(self._watcher(index)))
-            if self._compares:
-                layer = module.get_submodule(layer_of(module, group.output))
-                handles.append(layer.register_forward_hook(self._comparer(index), with_kwargs=True))
-        with _removed_after(handles):
+        with ExitStack() as hooks:
+            hooks.enter_context(module.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
+            for index, group in enumerate(self.groups):
+                projection = module.get_submodule(group.output)
+                hooks.enter_context(projection.register_forward_pre_hook(self._watcher(index)))
+                if self._compares:
+                    layer = module.get_submodule(layer_of(module, group.output))
+                    hooks.enter_context(layer.register_forward_hook(self._comparer(index), with_kwargs=True))
             yield
 
     @contextmanager
     def watching_gradients(self) -> Iterator[None]:
         """Watch the backward passes of the body, of the sum of the tokens' losses; tokens without any add nothing."""
-        module = self.backend.module
-        handles = [
-            module.get_submodule(self.groups[index].output).register_forward_hook(self._gradient_watcher(index))
-            for index in self.portion
-        ]
-        with _removed_after(handles):
+        with ExitStack() as hooks:
+            for index in self.portion:
+                projection = self.backend.module.get_submodule(self.groups[index].output)
+                hooks.enter_context(projection.register_forward_hook(self._gradient_watcher(index)))
             yield
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -149,15 +148,6 @@ class Calibration:
                 if index not in grams:
                     grams[index] = torch.zeros(features.shape[1], features.shape[1], device=features.device)
                 grams[index][block] += total
-
-
-@contextmanager
-def _removed_after(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def portions_of(

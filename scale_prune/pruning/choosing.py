@@ -36,16 +36,6 @@ def take_calibration(pruner: Pruner, calibrations: Iterable[Calibration]) -> Cal
 
 
 @torch.no_grad()
-def rate(pruner: Pruner) -> list[Tensor]:
-    """Bring a pruner's scores up to date, and return them, (N,) a group. A collective.
-
-    Raises:
-        ValueError: scores cannot be ranked.
-    """
-    return pruner.scoring.rate()
-
-
-@torch.no_grad()
 def choose(pruner: Pruner, step: int) -> None:
     """Choose the units that leave after a step; the masks are not on the working copy after this. A collective.
 

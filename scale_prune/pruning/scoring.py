@@ -85,6 +85,7 @@ class Scoring:
         """
         return self.criterion.select(self.rate(), self.line.groups, self.schedule, step)
 
+    @torch.no_grad()
     def rate(self) -> list[Tensor]:
         """Bring the scores up to date, and return them. A collective, 4 M bytes, 8 M where they are made of weights.
 

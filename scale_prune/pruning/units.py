@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core import UnitGroup, frequency_clusters, full_rank, zipf_clusters
+from scale_prune.core import UnitGroup, frequency_clusters, zipf_clusters
 from scale_prune.criteria import CRITERIA, Criterion
 from scale_prune.models import (
     cluster_groups,
@@ -154,9 +154,9 @@ def _empty_factors(name: str, shape: tuple[int, int], criterion: Criterion, like
     """
     rows, columns = shape
     count = criterion.components(shape)
-    if count > full_rank(shape):
+    if count > min(shape):
         raise ValueError(
-            f"--initial_rank {count} is more than the full rank {full_rank(shape)} of {name} ({rows} x {columns}); "
+            f"--initial_rank {count} is more than the full rank {min(shape)} of {name} ({rows} x {columns}); "
             "give at most that"
         )
     return [

@@ -12,7 +12,7 @@ from scale_prune.core import remaining_fraction
 from scale_prune.core.level_table import LevelTable
 from scale_prune.criteria import observes
 from scale_prune.preflight import read_table
-from scale_prune.pruning import Calibration, choose, rate, take_calibration, takeovers_of
+from scale_prune.pruning import Calibration, choose, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
 from scale_prune.run.budgeting import TABLE, Trials, keep_in_time, measure_levels, search_widths
 from scale_prune.run.calibrating import read_back, read_text
@@ -142,7 +142,7 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
         return
     with run.progress.seconds.measure("budget"):
         student.engine.eval()
-        trials = Trials(run, calibration, rate(student.pruner))
+        trials = Trials(run, calibration, student.pruner.scoring.rate())
         if criterion.layers.table is None:
             criterion.layers.table = measure_levels(run, trials)
             with told_to_all(run.folder / TABLE):

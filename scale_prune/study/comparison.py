@@ -8,7 +8,7 @@ from typing import Any
 
 from scale_prune.config import Config
 from scale_prune.study.rows import CONDITIONS, LOWER_IS_BETTER, PERPLEXITY, PLAIN, FinishedRun, Row, Spread, ratio_of
-from scale_prune.system import RECIPE, REPORT, is_set_aside, markdown_table
+from scale_prune.system import RECIPE, REPORT, is_set_aside, json_text, markdown_table
 
 
 def find(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -110,7 +110,7 @@ def as_json(rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
         "rows": [_as_dict(row, rows) for row in rows],
         "unfinished": [str(folder) for folder in unfinished],
     }
-    return json.dumps(found, indent=2, allow_nan=False) + "\n"
+    return json_text(found)
 
 
 def _no_report(path: Path) -> str:
@@ -211,9 +211,5 @@ def _as_dict(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "seeds": sorted({run.settings["seed"] for run in row.runs}),
         "runs": [str(run.folder) for run in row.runs],
         "ratio": ratio_of(row, rows),
-        **{key: found and {"mean": _finite(found.mean), "std": found.std} for key, found in spreads.items()},
+        **{key: found and {"mean": found.mean, "std": found.std} for key, found in spreads.items()},
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
