@@ -96,7 +96,8 @@ def test_padding_is_left_out() -> None:
 def test_a_mask_of_another_shape_is_no_padding() -> None:
     model, ids = steady_model("gpt_neo"), tokens(BATCH, LENGTH)
     everywhere = torch.zeros(BATCH, 1, LENGTH, LENGTH)
-    assert all(rows.any(1).all() for rows in sample(model, 14, input_ids=ids, attention_mask=everywhere))
+    found = sample(model, 14, input_ids=ids, attention_mask=everywhere)
+    assert all(len(rows) == 14 and rows.any(1).all() for rows in found)
 
 
 def test_the_same_tokens_are_taken_in_every_layer_and_the_seed_decides_which() -> None:

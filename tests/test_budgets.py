@@ -217,8 +217,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"table": "no.json"}, "--table no.json cannot be read"),
     ({"scope": "global"}, "--budget measured says what each layer loses"),
     ({"budget": "log", "table": "no.json"}, "--table no.json is for --budget measured or search, not log"),
-    ({"remaining": 0.1}, "--budget measured leaves 0.2683 of the targets"),
-    ({"remaining": 0.04, "budget": "log"}, "--budget log leaves 0.05 of the targets at least, more than the 0.04"),
+    ({"remaining": 0.1}, "--budget measured leaves 0.268293 of the targets"),
+    (
+        {"remaining": 0.04, "budget": "log"},
+        "--budget log leaves 0.05 of the targets at least, more than the 0.04 that are to remain",
+    ),
     ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
     ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),

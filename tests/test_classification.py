@@ -229,6 +229,13 @@ def test_labels_are_the_classes_that_people_mean(
             labels.encode(labelled(values, names))
 
 
+@pytest.mark.distributed
+def test_the_tokens_of_short_texts_are_counted(work: Path) -> None:
+    settings = {"criterion": "obs", "max_steps": 0, "calibration_tokens": 640}
+    assert run_ranks(outcome, 1, flags(work, work / "short", "bert", **settings))[0][0] == 0
+    assert 0 < report_of(work / "short")["rounds"][0]["calibration_tokens"] < 640
+
+
 def test_whole_numbers_among_others_are_numbers_to_a_model_of_classes() -> None:
     assert of_rows(labelled([0.0, 1.0, 0.5], None), Labels(("0", "1"))) == Labels(())
 

@@ -69,7 +69,8 @@ def without_heads(model_type: str, layout: str) -> tuple[PreTrainedModel, tuple[
     """Return a model that has lost neurons and heads, its groups, and the logits of its masked form."""
     model = tiny_model(model_type, **several_heads(model_type))
     groups = unit_groups(model, HEADS)
-    kept = [2 if layout == "uniform" else 1 + group.layer for group in groups]
+    most = {"uniform": (2, 2), "pad": (1, 2)}.get(layout, (1, 3))
+    kept = [min(most[0] + group.layer, most[1]) for group in groups]
     keep = random_keep(groups, kept)
     mask_units(model, groups, keep)
     masked = logits(model, tokens())
@@ -101,7 +102,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict]:
 @pytest.mark.parametrize(("model_type", "layout"), EXPORTS)
 def test_an_exported_model_loads_with_its_heads(loaded: Mapping[str, dict], model_type: str, layout: str) -> None:
     result = loaded[f"{model_type}-{layout}"]
-    assert result["difference"] < 1e-4
+    assert result["difference"] < 5e-4  # gemma2's logits go up to 5, and sums of fewer heads are rounded otherwise
     assert result["generated"] == tokens().shape[1] + 3 * (not FAMILIES[model_type].classifies)
     assert layout != "per_layer" or loaded[f"{model_type}-{layout}-again"] == result
 
@@ -242,6 +243,17 @@ def test_heads_with_everything(settings: dict[str, Any], work: Path) -> None:
     report = pruned(work, str(abs(hash(str(settings)))), 2, **usual | settings)
     assert report["perplexity"]["masked"] == pytest.approx(report["perplexity"]["compacted"], rel=1e-2)
     assert sum(report["heads"]) < 9
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("targets", ["attention", "mlp,attention"])
+def test_a_loss_that_is_not_finite_leaves_the_model_of_before(targets: str, work: Path) -> None:
+    output = work / f"nan {targets}"
+    steep = {"criterion": "magnitude", "learning_rate": 1e30, "warmup_fraction": 0.9, "cooldown_fraction": 0.0}
+    (code, stderr), _ = run_ranks(outcome, 2, arguments(work, output, **steep, targets=targets))
+    assert code == 2
+    assert f"at step 4; the model as it was before that step is in {output}/last_good" in stderr
+    AutoModelForCausalLM.from_pretrained(output / "last_good")
 
 
 def test_as_many_heads_stay_as_are_foretold() -> None:

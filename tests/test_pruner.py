@@ -255,7 +255,7 @@ def test_a_skipped_step_changes_no_score(criterion: str) -> None:
     assert pruner.step == 5
     assert all(torch.equal(pruner.scoring.state[name], value) for name, value in before.items())
     assert torch.equal(pruner.observations.similarity, similarity)
-    assert torch.equal(in_working(backend, pruner.groups), ~torch.cat(masks)), "the masks are put on again"
+    assert torch.equal(in_working(backend, pruner.groups), ~torch.cat(masks)), "the masks are on"
     backend.overflow = False
     train(backend, pruner, BLOCKS, 1)
     changed = any(not torch.equal(pruner.scoring.state[name], value) for name, value in before.items())

@@ -123,7 +123,7 @@ class Criterion:
         freezes: weights stay as they are until what is to leave has left.
         grows: the power of what a unit has by which its score grows, 1 for a sum over it; heads and neurons that are
             ranked together are compared without it.
-        layers: what is known of the layers, for budgets.
+        of_layers: what is known of the layers, for budgets.
 
     Args:
         config: settings of pruning, without None where `defaults` has a value.
@@ -142,7 +142,7 @@ class Criterion:
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.layers = Layers()
+        self.of_layers = Layers()
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's (N,) additive part of every unit's number."""
@@ -237,7 +237,7 @@ class Criterion:
             min_kept=self.config.min_kept,
             width_multiple=[1 if group.kind == "head" else multiple for group in groups],
             fractions=fractions,
-            layers=layers if self.kind == "neuron" and self.layers.table is None else None,
+            layers=layers if self.kind == "neuron" and self.of_layers.table is None else None,
         )
 
     def components(self, shape: tuple[int, int]) -> int:
@@ -247,13 +247,13 @@ class Criterion:
 
 def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: float) -> list[float] | None:
     """Return what remains of each group under a budget, None where all lose alike."""
-    table, found = criterion.layers.table, criterion.layers.widths
+    table, found = criterion.of_layers.table, criterion.of_layers.widths
     if table is None:
         return group_fractions(
             criterion.config.budget,
             remaining,
             [group.layer for group in groups],
-            criterion.layers.redundancy,
+            criterion.of_layers.redundancy,
             [group.dense_cost for group in groups],
         )
     if found:

@@ -22,9 +22,13 @@ def without_layout(config: PretrainedConfig) -> PretrainedConfig:
     config.per_layer_config = None
     for word in PER_LAYER_WORDS:
         vars(config).pop(word, None)
-    # Code that a folder may name and that was not run, as transformers has its own, does not come along.
-    if MODELING_FILE.stem in str(getattr(config, "auto_map", None)) or is_stock(config):
+    named = getattr(config, "auto_map", None) or {}
+    if MODELING_FILE.stem in str(named) or is_stock(
+        config
+    ):  # a folder's own code does not come along, a hub's is there
         vars(config).pop("auto_map", None)
+        if named := {name: code for name, code in named.items() if "--" in str(code)}:
+            config.auto_map = named
     return config
 
 

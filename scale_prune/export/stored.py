@@ -109,7 +109,8 @@ class Stored:
     def _full_shape(self, name: str) -> tuple[int, ...]:
         parts = self.names[name]
         if name == f"{self._table}.weight":
-            return sum(self.written["factorized_embedding"]["sizes"]), self.config.get_text_config().hidden_size
+            width = next(self.files.shape(part)[1] for part in parts if part.endswith(".down"))
+            return sum(self.written["factorized_embedding"]["sizes"]), width
         if len(parts) == 1:
             return self.files.shape(parts[0])
         down, up = (self.files.shape(part) for part in sorted(parts))

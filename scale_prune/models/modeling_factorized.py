@@ -34,9 +34,9 @@ class FactorizedGPTNeoForCausalLM(GPTNeoForCausalLM):
             _put(self, name, _factors(self.get_submodule(name), rank))
         if clusters := settings.get("factorized_embedding"):
             sizes, ranks = clusters["sizes"], clusters["ranks"]
-            made = [Cluster(config.hidden_size, size, rank) for size, rank in zip(sizes, ranks, strict=True)]
-            scale = scale_of(self.get_submodule(clusters["names"][0]))
-            table = ClusteredEmbedding(made, sizes, torch.arange(sum(sizes)), scale)
+            old: Any = self.get_submodule(clusters["names"][0])
+            made = [Cluster(old.embedding_dim, size, rank) for size, rank in zip(sizes, ranks, strict=True)]
+            table = ClusteredEmbedding(made, sizes, torch.arange(sum(sizes)), scale_of(old))
             for name, module in zip(clusters["names"], (table, ClusteredOutput(table)), strict=False):
                 _put(self, name, module)
         self.post_init()

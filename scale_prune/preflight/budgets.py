@@ -71,10 +71,10 @@ def check_budget(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> None:
     least = {"log": 1 - MOST_LOST, "redundancy": 1 - MOST_LOST}.get(pruning.budget, 0.0)
     if pruning.budget in ("measured", "search") and pruning.latency_target is None:
         least = remaining_fraction(groups, [levels_of(group.num_units)[0] for group in groups])
-    if pruning.remaining < least:
+    if pruning.remaining < least - 1e-9:
         raise ValueError(
-            f"--budget {pruning.budget} leaves {least:.4g} of the targets at least, more than the "
-            f"{pruning.remaining:.4g} that are to remain; give more, or --budget uniform"
+            f"--budget {pruning.budget} leaves {least:.6g} of the targets at least, more than the "
+            f"{pruning.remaining:.6g} that are to remain; give more, or --budget uniform"
         )
 
 

@@ -17,12 +17,13 @@ import torch
 from scale_prune.config import DEFAULT, Mistakes, parse, precision
 from scale_prune.criteria import AUTO, CRITERIA, freezes, with_defaults
 from scale_prune.data import calibration_steps, embedded
+from scale_prune.preflight.disk import check_disk
 from scale_prune.preflight.dry_checks import EARLY_CHECKS, LATE_CHECKS
 from scale_prune.preflight.inputs import CHECKS
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.rehearsal import Rehearsal, rehearse, seconds_of_passes
-from scale_prune.preflight.sections import about_needs, about_run, check_disk
+from scale_prune.preflight.sections import about_needs, about_run
 from scale_prune.preflight.timing import about_time
 from scale_prune.pruning import sketch_units
 

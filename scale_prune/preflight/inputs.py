@@ -29,6 +29,7 @@ from scale_prune.export import AUTO, check_width_key, resolve_layout
 from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
 from scale_prune.preflight.budgets import afforded, check_budget, read_table, sizes_of
 from scale_prune.preflight.layout import check_layout_of, settle_heads, settle_layout
+from scale_prune.preflight.output import finds_checkpoint
 from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
 from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
@@ -170,7 +171,8 @@ def _check_groups(reading: Reading) -> None:
         pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
         reading.config = replace(reading.config, pruning=pruning)
         settle_heads(reading)
-        check_budget(pruning, reading.groups)
+        if not finds_checkpoint(reading.config):  # of a version that did not refuse it
+            check_budget(pruning, reading.groups)
         if pruning.table is not None and pruning.budget in ("measured", "search"):
             read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:

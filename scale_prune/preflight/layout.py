@@ -70,6 +70,11 @@ def settle_heads(reading: Reading) -> None:
     """
     layout, pruning, model_config = str(reading.config.output.layout), reading.config.pruning, reading.model_config
     heads = [group for group in reading.groups if group.kind == "head"]
+    if heads and max(group.num_units for group in heads) == 1:
+        raise ValueError(
+            f"--targets {pruning.targets}: all queries of a layer of --model {reading.config.training.model} share one "
+            "head of keys and values, which cannot leave; give --targets mlp"
+        )
     if not heads or layout not in ("uniform", GGUF) or not _alike(pruning):
         return
     assert model_config is not None

@@ -47,6 +47,17 @@ def goes_on(config: Config) -> bool:
     return Path(config.output.output_dir).resolve() in Path(wanted).resolve().parents
 
 
+def finds_checkpoint(config: Config) -> bool:
+    """Tell whether there is a checkpoint that the run goes on from."""
+    wanted = config.checkpoint.resume
+    return bool(own_checkpoints(config)) if wanted == NEWEST else wanted is not None
+
+
+def own_checkpoints(config: Config) -> list[Path]:
+    """Return the folders of checkpoints in the output folder, whole or not."""
+    return [*Path(config.output.output_dir).glob("checkpoints/step-????????")]
+
+
 def is_complete(config: Config) -> bool:
     """Tell whether the output folder holds a run that has come to its end."""
     return (Path(config.output.output_dir) / REPORT).is_file()

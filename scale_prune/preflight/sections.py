@@ -1,14 +1,12 @@
 """What a dry run prints: the model, the batch, the schedule, and what the run needs of memory, network and disk."""
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from scale_prune.config import PruningConfig
 from scale_prune.core import Schedule, budget, remaining_fraction
 from scale_prune.criteria import CRITERIA, Flop, freezes, schedule_of, with_defaults
-from scale_prune.preflight.disk import checkpoint_size, export_size
+from scale_prune.preflight.disk import about_disk, of_size
 from scale_prune.preflight.inputs import unused_settings
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.memory import KEPT, memory, peak, total
@@ -30,7 +28,7 @@ def about_needs(reading: Reading, job: Job) -> Iterator[str]:
     yield from _memory(job)
     yield from _communication(job)
     yield from _rounds(reading, job)
-    yield from _disk(reading, job)
+    yield from about_disk(reading, job)
 
 
 def _pruning(reading: Reading) -> PruningConfig:
@@ -140,22 +138,22 @@ def _memory(job: Job) -> Iterator[str]:
             rows = []
             for name in names:
                 sizes = [sum(p.size for p in parts if (p.name, p.place) == (name, place)) for parts in phases.values()]
-                rows.append([name, *(_size(size) if size else "" for size in sizes)])
-            rows.append(["**sum**", *(_size(total(parts, place)) for parts in phases.values())])
+                rows.append([name, *(of_size(size) if size else "" for size in sizes)])
+            rows.append(["**sum**", *(of_size(total(parts, place)) for parts in phases.values())])
             yield ""
             yield from markdown_table([f"memory of a rank, {place}", *phases], rows)
     yield ""
     if job.on_gpu:
-        yield f"peak of a rank: {_size(peak(phases, 'GPU'))} of GPU memory, without the CUDA context and what the"
-        yield f"allocator cannot use again, and {_size(peak(phases, 'host'))} of the host's"
+        yield f"peak of a rank: {of_size(peak(phases, 'GPU'))} of GPU memory, without the CUDA context and what the"
+        yield f"allocator cannot use again, and {of_size(peak(phases, 'host'))} of the host's"
     else:
         parts = {name: parts for name, parts in phases.items() if name != KEPT}
-        yield f"peak of a rank: {_size(peak(phases, 'host'))} with the settings of launch/setup.sh, under which glibc"
-        yield f"keeps what is freed, so that phases add up; {_size(peak(parts, 'host'))} without them"
+        yield f"peak of a rank: {of_size(peak(phases, 'host'))} with the settings of launch/setup.sh, under which glibc"
+        yield f"keeps what is freed, so that phases add up; {of_size(peak(parts, 'host'))} without them"
 
 
 def _communication(job: Job) -> Iterator[str]:
-    rows = [[name, _size(size)] for name, size in communication(job).items() if size]
+    rows = [[name, of_size(size)] for name, size in communication(job).items() if size]
     if rows:
         yield ""
         yield from markdown_table(["bytes that a rank receives in a step", ""], rows)
@@ -173,7 +171,7 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     if line := calibration_warning(job.pruning, job.groups):
         yield line
     yield from _portions(job)
-    received = [[name, _size(size)] for name, size in round_bytes(job, tokens).items() if size]
+    received = [[name, of_size(size)] for name, size in round_bytes(job, tokens).items() if size]
     counted = [[name, f"{count / 1e12:,.3f}"] for name, count in round_operations(job, tokens).items() if count]
     for heading, unit, rows in (
         (f"bytes that a rank receives in {what}", "", received),
@@ -191,46 +189,8 @@ def _portions(job: Job) -> Iterator[str]:
     kept = max((part.size for parts in rounds for part in parts if part.name == gram), default=0)
     if readings > 1 and kept and job.pruning.budget not in ("measured", "search"):  # trials need all of them
         most = max(total(parts, place) for parts in rounds)
+        least = of_size(most - kept + one_gram_matrix(job))
         yield (
-            f"a rank with little memory keeps one of its {gram} at a time: {_size(most - kept + one_gram_matrix(job))} "
-            f"of {place} memory then in the place of {_size(most)}, and the text is read up to {readings} times"
+            f"a rank with little memory keeps one of its {gram} at a time: {least} of {place} memory then in the "
+            f"place of {of_size(most)}, and the text is read up to {readings} times"
         )
-
-
-def check_disk(reading: Reading, job: Job) -> None:
-    """Refuse an output folder on a disk that is too full."""
-    folder = Path(reading.config.output.output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, _needed_disk(reading, job)
-    if free < needed:
-        raise ValueError(
-            f"--output_dir {reading.config.output.output_dir} is on a disk with {_size(free)} free, the run needs "
-            f"{_size(needed)} for its checkpoints and the exported model"
-        )
-
-
-def _needed_disk(reading: Reading, job: Job) -> int:
-    """Return the bytes of the export and of the checkpoints: those that are kept, and the one being written."""
-    checkpoint = reading.config.checkpoint
-    there = len([*Path(reading.config.output.output_dir).glob("checkpoints/step-????????")]) if checkpoint.resume else 0
-    checkpoints = checkpoint.keep_checkpoints + 1 - min(there, checkpoint.keep_checkpoints)
-    checkpoints *= bool(checkpoint.save_every)
-    return export_size(job, str(reading.config.output.layout)) + checkpoints * checkpoint_size(job)
-
-
-def _disk(reading: Reading, job: Job) -> Iterator[str]:
-    checkpoint = reading.config.checkpoint
-    kept = f"{checkpoint.keep_checkpoints} kept and one being written" if checkpoint.save_every else "none is saved"
-    sizes = {
-        "exported model": export_size(job, str(reading.config.output.layout)),
-        "a checkpoint": checkpoint_size(job),
-        f"all, with checkpoints: {kept}": _needed_disk(reading, job),
-    }
-    yield ""
-    yield from markdown_table(["disk", ""], [[name, _size(size)] for name, size in sizes.items()])
-
-
-def _size(size: float) -> str:
-    """Return a number of bytes with a unit in which it is easy to read."""
-    power = min(int(math.log2(max(size, 1))) // 10, 3)
-    return f"{size / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

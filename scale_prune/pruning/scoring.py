@@ -92,7 +92,7 @@ class Scoring:
         Raises:
             ValueError: scores are not finite; the message names the group.
         """
-        if "weight" in self.criterion.needs and not learns_from_gradients(self.criterion):
+        if "weight" in self.criterion.needs and "grad" not in self.criterion.needs:
             self.state = self.criterion.weigh(self.state, self.line.totals(self._share))
         line = self.line.gather(self.criterion.score(self.state))
         self.scores = self.line.by_group(line)

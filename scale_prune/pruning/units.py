@@ -51,13 +51,18 @@ def embedding_tied_as_asked(model: PreTrainedModel, pruning: PruningConfig) -> l
 
     Raises:
         ValueError: the output is not tied, be it by the config or by a checkpoint with an output of its own, though the
-            settings insist on it.
+            settings insist on it; or it is, and has a bias.
     """
     names = embedding_names(model)
     if pruning.tie_embeddings and len(names) == 1:
         raise ValueError(
             f"--tie_embeddings: the output of this model is not tied to its embedding {names[0]}; leave it out, and "
             "the embedding alone is factorized"
+        )
+    if len(names) > 1 and getattr(model.get_submodule(names[1]), "bias", None) is not None:
+        raise ValueError(
+            f"--targets {pruning.targets}: the output {names[1]}, which is tied to the embedding, has a bias, which "
+            "clusters of tokens have no place for; leave the embedding out"
         )
     return names
 

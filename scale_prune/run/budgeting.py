@@ -112,10 +112,11 @@ def keep_in_time(run: Run) -> None:
     criterion, target = run.student.pruner.scoring.criterion, run.config.pruning.latency_target
     if target is None:
         return
-    assert criterion.layers.table is not None
-    seconds, others = level_times(run, criterion.layers.table.kept)
-    criterion.layers.widths = criterion.layers.table.widths_in_time(seconds, others, target)
-    places = [own.index(width) for own, width in zip(criterion.layers.table.kept, criterion.layers.widths, strict=True)]
+    table = criterion.of_layers.table
+    assert table is not None
+    seconds, others = level_times(run, table.kept)
+    criterion.of_layers.widths = table.widths_in_time(seconds, others, target)
+    places = [own.index(width) for own, width in zip(table.kept, criterion.of_layers.widths, strict=True)]
     taken = others + sum(own[place] for own, place in zip(seconds, places, strict=True))
     dense = others + sum(own[-1] for own in seconds)
     run.monitor.say(f"matrices take {taken / dense:.3f} of the dense model's time, {1000 * dense:.3g} ms a block here")
@@ -132,7 +133,7 @@ def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
     layers that are alike and train the candidates.
     """
     generator = torch.Generator().manual_seed(run.config.training.seed)
-    widths = [*run.student.pruner.scoring.criterion.layers.widths] or table.widths(run.config.pruning.remaining)
+    widths = [*run.student.pruner.scoring.criterion.of_layers.widths] or table.widths(run.config.pruning.remaining)
     least = trials.loss(widths)
     run.monitor.say(f"search: divergence {least:.4f} by the table")
     for generation in range(GENERATIONS):

@@ -68,9 +68,9 @@ def _choose_and_repair(run: Run, step: int) -> int:
     if chooses and observes(pruning, trains=run.config.training.max_steps > 0):
         observe_gradients(run)
     first = run.progress.rounds[0] if run.progress.rounds else {}  # what it has measured holds in all rounds
-    criterion.layers.redundancy = first.get("redundancy", ())
-    criterion.layers.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
-    compares = pruning.budget == "redundancy" and not criterion.layers.redundancy
+    criterion.of_layers.redundancy = first.get("redundancy", ())
+    criterion.of_layers.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
+    compares = pruning.budget == "redundancy" and not criterion.of_layers.redundancy
     tries = pruning.budget in ("measured", "search") and not run.progress.rounds
     portions = _portions(run) if repairs or "gram" in needs else [[]]  # one reading, without any matrix
     calibration = None
@@ -79,7 +79,7 @@ def _choose_and_repair(run: Run, step: int) -> int:
         calibration = take_calibration(pruner, _readings(run, to_choose, chooses=True, compares=compares))
     elif repairs and not chooses:
         write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
-    criterion.layers.widths = first.get("searched", ())
+    criterion.of_layers.widths = first.get("searched", ())
     if tries:
         _measure(run, calibration)
     if chooses:
@@ -116,9 +116,9 @@ def _noted(run: Run) -> Iterator[dict[str, Any]]:
 
     before, criterion, said = seconds(), run.student.pruner.scoring.criterion, dict[str, Any]()
     yield said
-    layers = criterion.layers
-    table = layers.table.told() if layers.table is not None else None
-    measured = {"redundancy": list(layers.redundancy), "table": table, "searched": list(layers.widths)}
+    known = criterion.of_layers
+    table = known.table.told() if known.table is not None else None
+    measured = {"redundancy": list(known.redundancy), "table": table, "searched": list(known.widths)}
     if run.config.pruning.rounds and run.student.pruner.pruning:
         spent = {part: now - before.get(part, 0.0) for part, now in seconds().items()}
         widths = [group.num_units for group in run.student.groups]
@@ -137,20 +137,20 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
     """Measure what the budget asks for, before anything has left. A collective."""
     student, budget = run.student, run.config.pruning.budget
     criterion = student.pruner.scoring.criterion
-    if criterion.layers.table is not None and budget == "measured":
+    if criterion.of_layers.table is not None and budget == "measured":
         keep_in_time(run)
         return
     with run.progress.seconds.measure("budget"):
         student.engine.eval()
         trials = Trials(run, calibration, student.pruner.scoring.rate())
-        if criterion.layers.table is None:
-            criterion.layers.table = measure_levels(run, trials)
+        if criterion.of_layers.table is None:
+            criterion.of_layers.table = measure_levels(run, trials)
             with told_to_all(run.folder / TABLE):
                 if run.runtime.is_main:
-                    write_atomically(run.folder / TABLE, json.dumps(criterion.layers.table.told(), indent=1) + "\n")
+                    write_atomically(run.folder / TABLE, json.dumps(criterion.of_layers.table.told(), indent=1) + "\n")
         keep_in_time(run)
         if budget == "search":
-            criterion.layers.widths = search_widths(run, trials, criterion.layers.table)
+            criterion.of_layers.widths = search_widths(run, trials, criterion.of_layers.table)
         student.engine.empty_partition_cache()
         student.engine.train()
 
@@ -203,7 +203,7 @@ def _readings(
         tokens = int(run.runtime.add_over_ranks(torch.tensor([calibration.tokens])))
         criterion.config = replace(criterion.config, calibration_tokens=tokens)
         if compares:
-            criterion.layers.redundancy = calibration.redundancy()
+            criterion.of_layers.redundancy = calibration.redundancy()
         activity, compares = None, False
         yield calibration
         if portion is not portions[-1]:

@@ -50,6 +50,8 @@ def load_model(
     model, problem = None, ""
     try:
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if getattr(config, "chunk_size_feed_forward", 0):
+            config.chunk_size_feed_forward = 0  # computes the same, and activations are seen as a whole
         load = auto_model(config).from_pretrained
         with _ties_compared_whole(), _slices_read_by_their_ranks():
             model, found = load(path, config=config, output_loading_info=True, **options)
