@@ -102,7 +102,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model_type in {"MODEL": "gpt_neo", "BASE": "gpt_neo", "BERT": "bert"}.items():
         tokenizer.save_pretrained(folder / name)
         sizes = {"max_position_embeddings": 512, "intermediate_size": 64}  # at least a neuron for each of 64 ranks
-        sizes |= {"hidden_size": 12, "num_attention_heads": 2}
         tiny_config(model_type, vocab_size=len(tokenizer), **sizes).save_pretrained(folder / name)
     lines = text(40, seed=1).splitlines()
     for split in ("train", "validation"):

@@ -84,6 +84,12 @@ def test_tying_that_a_model_does_not_have_is_refused() -> None:
     assert sketch_units(tiny_model("gpt_neo"), asked)
 
 
+def test_a_tied_output_with_a_bias_is_refused() -> None:
+    asked = PruningConfig(criterion="flop", targets="embedding")
+    with pytest.raises(ValueError, match="the output lm_head, which is tied to the embedding, has a bias"):
+        sketch_units(tiny_model("gptj", tie_word_embeddings=True), asked)
+
+
 def test_a_rank_above_the_full_one_is_refused_with_its_weight() -> None:
     asked = PruningConfig(criterion="flop", initial_rank=12)
     with pytest.raises(

@@ -66,14 +66,14 @@ def settle_heads(reading: Reading) -> None:
     """Take a layout that holds as many heads as every layer will keep, or refuse one whose config cannot tell them.
 
     Raises:
-        ValueError: the user has asked for it.
+        ValueError: the user has asked for it; or there is nothing but one head in every layer.
     """
     layout, pruning, model_config = str(reading.config.output.layout), reading.config.pruning, reading.model_config
     heads = [group for group in reading.groups if group.kind == "head"]
-    if heads and max(group.num_units for group in heads) == 1:
+    if heads == [*reading.groups] and max(group.num_units for group in heads) == 1 and pruning.remaining < 1:
         raise ValueError(
-            f"--targets {pruning.targets}: all queries of a layer of --model {reading.config.training.model} share one "
-            "head of keys and values, which cannot leave; give --targets mlp"
+            f"--targets {pruning.targets}: every layer of --model {reading.config.training.model} has one head of keys "
+            "and values, which cannot leave; give --targets mlp"
         )
     if not heads or layout not in ("uniform", GGUF) or not _alike(pruning):
         return

@@ -119,6 +119,7 @@ def _built(
     model_config: PretrainedConfig, dtype: torch.dtype, gradient_checkpointing: bool, trust_remote_code: bool
 ) -> PreTrainedModel:
     model_config = copy.deepcopy(model_config)
+    model_config.chunk_size_feed_forward = 0  # as where a run loads it
     if classifies(model_config):
         model_config.problem_type = None  # it follows from the labels that are given, one class a row, as in a run
     model = auto_model(model_config).from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -46,4 +46,8 @@ def _update(job: Job) -> int:
     """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
     if job.pruning.remaining == 1 or job.pruning.rounds:
         return 0
-    return FP32 * job.layout.padded * (3 if needs(job, "grad") or needs(job, "influence") else 4)
+    return (
+        FP32
+        * job.layout.padded
+        * (3 if needs(job, "grad") or (needs(job, "influence") and not needs(job, "weight")) else 4)
+    )
