@@ -11,7 +11,7 @@
 #         datasets defusedxml dill gguf hjson multiprocess nltk pydantic pydantic_core typing-inspection
 #     DS_BUILD_OPS=0 pip wheel --no-deps -c constraints.txt -w WHEELS deepspeed rouge-score
 #
-# Nothing is compiled: all of ds_configs/ ask for torch's AdamW, and DeepSpeed builds its operators only where they are used.
+# Nothing is compiled: zero3 and zero3_fp16 ask for torch's AdamW, and DeepSpeed builds its operators only where they are used.
 set -uo pipefail
 wheels=$(realpath "${1:?the folder of wheels}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

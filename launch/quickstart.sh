@@ -10,12 +10,13 @@ say "packages and an environment, 4 minutes the first time"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 output=$root/out/quickstart
+overwrite=(--overwrite) # what is there is the last quickstart's, but in a folder that is named
 given=no
 arguments=("$@")
 for ((i = 0; i < $#; i++)); do
     case ${arguments[i]} in
-        --output_dir) output=${arguments[i + 1]:-} ;;
-        --output_dir=*) output=${arguments[i]#*=} ;;
+        --output_dir) output=${arguments[i + 1]:-} overwrite=() ;;
+        --output_dir=*) output=${arguments[i]#*=} overwrite=() ;;
         --model | --model=*) given=yes ;;
     esac
 done
@@ -39,7 +40,7 @@ fi
 
 free_port=$(python -c "import socket; s = socket.socket(); s.bind(('localhost', 0)); print(s.getsockname()[1])")
 deepspeed --num_accelerators 2 --log_level warning --master_port "$free_port" "$root/launch/prune.py" \
-    --ds_config "$root/ds_configs/zero3_cpu.json" --output_dir "$output" --overwrite "${settings[@]}" "$@"
+    --ds_config "$root/ds_configs/zero3_cpu.json" --output_dir "$output" "${overwrite[@]}" "${settings[@]}" "$@"
 
 cat << EOF
 

@@ -10,15 +10,23 @@ fail() {
 }
 
 install_packages() {
-    command -v python3 > /dev/null || fail "python3 is not on PATH; install Python 3.11 or newer."
+    local python=${PYTHON:-python3}
+    local header="import os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path('include') + '/Python.h'))"
+    command -v "$python" > /dev/null || fail "$python is not on PATH; install Python 3.11 or newer."
+    "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
+        fail "$python is $("$python" -V 2>&1), older than 3.11; name another one, e.g. PYTHON=python3.12."
+    "$python" -c "$header" || fail "$python has no Python.h, which DeepSpeed compiles with; install python3-dev."
     echo "setup: installing packages into $venv" >&2
-    python3 -m venv --clear "$venv" || fail "python3 cannot make a virtual environment; install its venv module."
+    "$python" -m venv --clear "$venv" || fail "$python cannot make a virtual environment; install its venv module."
     "$venv/bin/pip" install -q -c "$root/constraints.txt" torch==2.13.0
     "$venv/bin/pip" install -q -c "$root/constraints.txt" -e "$root[test]"
 }
 
 # torch does not quote the folder it links from.
 [[ $root != *[[:space:]]* ]] || fail "the folder '$root' has a space in its name, which compiling does not survive; move it."
+
+# DeepSpeed compiles an operator at its first start.
+command -v "${CXX:-c++}" > /dev/null || fail "no C++ compiler (${CXX:-c++}) on PATH, which DeepSpeed needs; install g++."
 
 # The folder is part of the stamp because an environment does not survive being moved.
 stamp=$(cat "$root/pyproject.toml" "$root/constraints.txt" <(echo "$root") | sha256sum)
@@ -27,9 +35,10 @@ if [ "$stamp" != "$(cat "$venv/stamp" 2> /dev/null)" ]; then
     echo "$stamp" > "$venv/stamp"
 fi
 
-# DeepSpeed compiles an operator at its first start. The folder is ours, because one built by another torch fails.
-command -v "${CXX:-c++}" > /dev/null || fail "no C++ compiler (${CXX:-c++}) on PATH, which DeepSpeed needs; install g++."
+# The folder is ours, because an operator that was built by another torch fails.
 export TORCH_EXTENSIONS_DIR=$root/.cache/torch_extensions
+# Who is killed while it compiles leaves a lock behind, for which all later starts would wait without a word.
+pgrep -x ninja > /dev/null || rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
 export PATH=$venv/bin:$PATH
 
 if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

@@ -49,7 +49,7 @@ COMMANDS = {each.__name__.rpartition(".")[2]: each for each in (evaluate, analyz
 # What stands for something of the reader's, and what stands in for it here; MODEL, BASE, BERT and files are made.
 STAND_INS = {
     "EleutherAI/gpt-j-6b": "MODEL",
-    "--dataset wikitext --dataset_config wikitext-103-raw-v1": "--train_file TEXT",
+    "--dataset Salesforce/wikitext --dataset_config wikitext-103-raw-v1": "--train_file TEXT",
     "...": "--model MODEL --train_file TEXT",
     "TEXT": "text.txt",
     "/shared/": "",

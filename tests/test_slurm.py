@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=0 exec "$@"
+SLURM_NODEID=0 "$@"
+code=$?
+exit "${SRUN_TELLS:-$code}"
 """
 SCONTROL = """#!/usr/bin/env bash
 [ "$1" != show ] || echo 127.0.0.1
@@ -48,16 +50,17 @@ def submit(environment: dict[str, str], flags: list[str]) -> subprocess.Popen[st
     )
 
 
-def test_a_job_that_is_warned_queues_itself_again_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [STOPPED, 137])  # srun has killed the launcher of another node meanwhile
+def test_a_job_that_is_warned_queues_itself_again_and_goes_on(told: int, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     environment, output = slurm(tmp_path), tmp_path / "out"
     flags = arguments(make_work(tmp_path / "work"), output, max_steps=2000)
-    job = submit(environment, flags)
+    job = submit(environment | {"SRUN_TELLS": str(told)}, flags)
     wait_until(lambda: (output / "recipe.yaml").exists())
     time.sleep(5)
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=120)
-    assert job.returncode == STOPPED, said
+    assert job.returncode == told, said
     assert (tmp_path / "requeued").read_text() == "77\n"
     step = int(newest_first(output)[0].name.removeprefix("step-"))
     again = submit(environment, [*flags, "--max_steps", str(step + 2)])
@@ -66,3 +69,12 @@ def test_a_job_that_is_warned_queues_itself_again_and_goes_on(tmp_path: Path) ->
     assert report_of(output)["resumed_at"] == [step]
     assert (tmp_path / "requeued").read_text() == "77\n"
     assert not list(ROOT.glob(".hostfile-*"))
+
+
+@pytest.mark.parametrize(("told", "restarts", "again"), [(76, 4, True), (76, 5, False), (250, 0, True), (2, 0, False)])
+def test_a_job_that_fails_alike_each_time_stops(told: int, restarts: int, again: bool, tmp_path: Path) -> None:
+    environment = slurm(tmp_path) | {"SRUN_TELLS": str(told), "SLURM_RESTART_COUNT": str(restarts)}
+    job = submit(environment, ["--help"])
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == told, said
+    assert (tmp_path / "requeued").exists() == again
