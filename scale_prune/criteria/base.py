@@ -315,8 +315,7 @@ class GatedCriterion(Criterion, ABC):
         return self.final_gates(parameter)
 
     def expected_remaining(self, parameter: Tensor, cost: Tensor) -> float | None:
-        """Return the mean of the remaining fraction, for (M,) parameters and costs of all units; None if gates have
-        no part in it."""
+        """Return the mean remaining fraction, for (M,) parameters and costs of all units, None if masks decide it."""
         return None
 
     def summary(self, parameter: Tensor, cost: Tensor, kinds: Tensor, schedule: Schedule, step: int) -> Tensor:

@@ -46,8 +46,5 @@ def _update(job: Job) -> int:
     """Return the bytes of scores gathered, of the read-back, and of shares that are taken only then."""
     if job.pruning.remaining == 1 or job.pruning.rounds:
         return 0
-    return (
-        FP32
-        * job.layout.padded
-        * (3 if needs(job, "grad") or (needs(job, "influence") and not needs(job, "weight")) else 4)
-    )
+    shares = needs(job, "weight") and not needs(job, "grad")
+    return FP32 * job.layout.padded * (3 + shares)
