@@ -42,6 +42,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     **{model_type: {"num_labels": 5} for model_type, family in FAMILIES.items() if family.classifies},
 }
 
+# Families whose heads cannot leave, in the sizes of the tests, and all others.
+HEADS_REMAIN = {"codegen", "olmo2", "olmo3", "cohere", "stablelm"}
+LOSE_HEADS = sorted(set(FAMILIES) - HEADS_REMAIN)
+
 
 @contextmanager
 def own_registrations() -> Iterator[dict[str, Family]]:
@@ -70,6 +74,21 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
     if FAMILIES[model_type].layers == "model.layers":
         sizes |= {"num_key_value_heads": 1, "head_dim": 4}
     return AutoConfig.for_model(model_type, **{**sizes, **EXTRAS.get(model_type, {}), **settings})
+
+
+def several_heads(model_type: str) -> dict[str, Any]:
+    """Return settings of a tiny model with 6 heads of 4, or 3 of keys and values with 2 of queries each."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}
+    if FAMILIES[model_type].layers != "model.layers":
+        sizes = {"hidden_size": 24, "num_attention_heads": 6}
+    own: dict[str, dict[str, Any]] = {
+        "falcon": {"num_kv_heads": 3},
+        "gpt_bigcode": {"multi_query": False},
+        "cohere": {"use_qk_norm": True},
+        "stablelm": {"qk_layernorm": True},
+        "opt": {"word_embed_proj_dim": 24},
+    }
+    return sizes | own.get(model_type, {})
 
 
 def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedModel:

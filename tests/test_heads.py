@@ -8,8 +8,22 @@ import pytest
 import torch
 from command import GROUPED_HEADS, arguments, make_work, outcome, pruned, report_of
 from distributed import run_ranks
-from models import EXTRAS, compact_model, export, logits, mask_units, random_keep, tiny_model, tokens
+from models import (
+    EXTRAS,
+    HEADS_REMAIN,
+    LOSE_HEADS,
+    WIDTH,
+    compact_model,
+    export,
+    logits,
+    mask_units,
+    random_keep,
+    several_heads,
+    tiny_model,
+    tokens,
+)
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_export import loaded_alone
 from test_resume import assert_same_run
 from torch import Tensor
@@ -29,14 +43,9 @@ from scale_prune.models.layer_units import stored_groups, unit_groups
 from scale_prune.preflight.inputs import read_inputs
 
 HEADS = ("mlp", "attention")
-NOT_REMOVABLE = {"codegen", "olmo2", "olmo3", "cohere", "stablelm"}
-"""Of these with more than one head, or with what the test makes them."""
-
-
-REMOVABLE = sorted(set(FAMILIES) - NOT_REMOVABLE)
 TELL = ("llama", "qwen3", "gemma2", "phi")
 """Some whose configs tell the number of heads without their size."""
-EXPORTS = [(each, layout) for each in REMOVABLE for layout in ("pad", "per_layer")]
+EXPORTS = [(each, layout) for each in LOSE_HEADS for layout in ("pad", "per_layer")]
 EXPORTS += [(each, "uniform") for each in TELL]
 
 
@@ -48,21 +57,6 @@ UNTRAINED = {
     "calibration_tokens": 384,
     "train_batch_size": 6,
 }
-
-
-def several_heads(model_type: str) -> dict[str, Any]:
-    """Return settings of a tiny model with 6 heads of 4, or 3 of keys and values with 2 of queries each."""
-    sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}
-    if FAMILIES[model_type].layers != "model.layers":
-        sizes = {"hidden_size": 24, "num_attention_heads": 6}
-    own: dict[str, dict[str, Any]] = {
-        "falcon": {"num_kv_heads": 3},
-        "gpt_bigcode": {"multi_query": False},
-        "cohere": {"use_qk_norm": True},
-        "stablelm": {"qk_layernorm": True},
-        "opt": {"word_embed_proj_dim": 24},
-    }
-    return sizes | own.get(model_type, {})
 
 
 def without_heads(model_type: str, layout: str) -> tuple[PreTrainedModel, tuple[UnitGroup, ...], Tensor]:
@@ -77,7 +71,7 @@ def without_heads(model_type: str, layout: str) -> tuple[PreTrainedModel, tuple[
     return model, compact_model(model, groups, keep), masked
 
 
-@pytest.mark.parametrize("model_type", REMOVABLE)
+@pytest.mark.parametrize("model_type", LOSE_HEADS)
 def test_a_masked_head_is_a_removed_head(model_type: str) -> None:
     model, groups, masked = without_heads(model_type, "per_layer")
     assert torch.allclose(logits(model, tokens()), masked, atol=1e-4)
@@ -86,7 +80,7 @@ def test_a_masked_head_is_a_removed_head(model_type: str) -> None:
     assert [group.num_units for group in groups if group.kind == "head"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("model_type", sorted(NOT_REMOVABLE))
+@pytest.mark.parametrize("model_type", sorted(HEADS_REMAIN))
 def test_heads_that_cannot_leave_are_refused(model_type: str) -> None:
     settings = several_heads(model_type) if model_type != "codegen" else EXTRAS["codegen"]
     with pytest.raises(ValueError, match=r"--targets attention: .* no head of a .* can leave; give --targets mlp"):
@@ -220,6 +214,13 @@ def test_heads_leave_in_rounds_that_go_on_bit_for_bit(work: Path) -> None:
     again = pruned(work, "again", 2, **settings, resume=work / "whole" / "checkpoints" / "step-00000003")
     assert_same_run(work / "again", work / "whole")
     assert whole["heads"] == again["heads"] != [3, 3, 3]
+    events = EventAccumulator(str(work / "whole" / "tensorboard")).Reload()
+    tags = [f"kept/{name}_{layer:02d}" for name in ("layer", "heads") for layer in range(3)]
+    shares = [{event.step: event.value for event in events.Scalars(tag)}[4] for tag in tags]
+    dense = [WIDTH] * 3 + [3] * 3
+    assert shares == pytest.approx(
+        [width / size for width, size in zip(whole["rounds"][0]["widths"], dense, strict=True)]
+    )
 
 
 @pytest.mark.distributed

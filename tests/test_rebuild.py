@@ -1,5 +1,6 @@
 """Compaction on the real ZeRO-3 engine: the smaller engine computes, remembers and trains as the masked one."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from engines import (
     start,
 )
 from memory_backend import train, zeros
-from models import WIDTH, tiny_config
+from models import LOSE_HEADS, WIDTH, several_heads, tiny_config
 from models import logits as logits_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from scale_prune import attach, compact, save
 from scale_prune.core.compaction import select_units
 from scale_prune.core.groups import UnitGroup
+from scale_prune.core.selection import budget
 from scale_prune.models.families import FAMILIES, auto_model, classifies
 from scale_prune.models.layer_units import unit_groups
 from scale_prune.zero3 import Zero3Backend, load_model, num_parameters, training_engine
@@ -205,14 +207,15 @@ def test_the_smaller_engine_goes_on_where_the_masked_one_was(
 
 # What no other test has on ranks; GPT-NeoX, OPT, ELECTRA and relatives of Llama are only among all, which take 80 s.
 SOME_FAMILIES = ("gemma3_text", "apertus", "phi", "gpt_bigcode", "codegen", "falcon")
+SOME_LOSE_HEADS = ("gpt2", "gpt_neox", "gptj", "phi3")  # queries, keys and values in one tensor by kind, by head; apart
 GROUPED = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 
 
-def family_pruned(path: Path, output: Path) -> dict[str, Any]:
+def family_pruned(path: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Prune in three steps, compact and export."""
     config, rank = ds_config(), torch.distributed.get_rank()
     engine = training_engine(load_model(str(path), config), config)
-    pruner = attach(engine, pruning("gum", scope="global", warmup_fraction=0.0), total_steps=3)
+    pruner = attach(engine, pruning("gum", warmup_fraction=0.0, **settings), total_steps=3)
     for step in range(3):
         ids = torch.stack([BLOCKS.block(6 * step + 3 * rank + row) for row in range(3)])
         labels = ids[:, 0] % 5 if classifies(engine.module.config) else ids
@@ -222,12 +225,28 @@ def family_pruned(path: Path, output: Path) -> dict[str, Any]:
         pruner.after_step()
     members = [member.name for group in pruner.groups for member in group.members]
     masks, silent = torch.cat(pruner.masks), torch.cat(zeros(gathered(engine, members).get, pruner.groups))
-    found = {"masks": masks, "silent": silent, "masked": logits(engine)}
+    found = {"masks": masks, "silent": silent, "masked": logits(engine), "left": [int(m.sum()) for m in pruner.masks]}
+    found["budgets"] = [budget(0.4, mask.numel(), nearest=mask.numel() < WIDTH) for mask in pruner.masks]
     engine = compact(pruner, partial(training_engine, ds_config=config))
     save(engine, output)
     found["compacted"] = logits(engine)
     engine.destroy()
     return found
+
+
+def assert_each_survives(folder: Path, model_types: Sequence[str], **settings: Any) -> None:
+    """Check that models of the folder lose the same units on both ranks and compute the same ever after."""
+    cases = [(folder / each, folder / f"pruned-{each}", settings) for each in model_types]
+    ranks = run_ranks(call_each, 2, family_pruned, cases, timeout=300)
+    for model_type, found, other in zip(model_types, *ranks, strict=True):
+        assert torch.equal(found["masks"], other["masks"]), model_type
+        assert torch.equal(found["silent"], ~found["masks"]), model_type
+        assert found["left"] == found["budgets"], model_type
+        torch.testing.assert_close(found["compacted"], found["masked"], rtol=0, atol=1e-4, msg=model_type)
+        exported = AutoConfig.from_pretrained(folder / f"pruned-{model_type}", trust_remote_code=True)
+        loaded = auto_model(exported).from_pretrained(folder / f"pruned-{model_type}", trust_remote_code=True)
+        again = logits_of(loaded, BLOCKS.block(1)[None])
+        torch.testing.assert_close(again, found["masked"], rtol=0, atol=1e-4, msg=model_type)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +256,13 @@ def test_families_are_pruned_compacted_and_exported(model_types: tuple[str, ...]
     for model_type in model_types:
         grouped = GROUPED if hasattr(tiny_config(model_type), "num_key_value_heads") else {}
         saved_model(tmp_path, model_type, **grouped)
-    cases = [(tmp_path / model_type, tmp_path / f"pruned-{model_type}") for model_type in model_types]
-    ranks = run_ranks(call_each, 2, family_pruned, cases, timeout=300)
-    for model_type, found, other in zip(model_types, *ranks, strict=True):
-        assert torch.equal(found["masks"], other["masks"]), model_type
-        assert torch.equal(found["silent"], ~found["masks"]), model_type
-        assert found["masks"].sum() == 13, model_type
-        torch.testing.assert_close(found["compacted"], found["masked"], rtol=0, atol=1e-4, msg=model_type)
-        exported = AutoConfig.from_pretrained(tmp_path / f"pruned-{model_type}", trust_remote_code=True)
-        loaded = auto_model(exported).from_pretrained(tmp_path / f"pruned-{model_type}", trust_remote_code=True)
-        again = logits_of(loaded, BLOCKS.block(1)[None])
-        torch.testing.assert_close(again, found["masked"], rtol=0, atol=1e-4, msg=model_type)
+    assert_each_survives(tmp_path, model_types)
+
+
+@pytest.mark.parametrize(
+    "model_types", [SOME_LOSE_HEADS, pytest.param(tuple(LOSE_HEADS), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_families_lose_heads(model_types: tuple[str, ...], tmp_path: Path) -> None:
+    for model_type in model_types:
+        saved_model(tmp_path, model_type, **several_heads(model_type))
+    assert_each_survives(tmp_path, model_types, targets="mlp,attention")

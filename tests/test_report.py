@@ -3,11 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scale_prune.run.figure import _over_steps as draw_over_steps
 from scale_prune.run.figure import draw, stairs
+from scale_prune.run.monitor import Monitor
 from scale_prune.run.quality import Quality
 from scale_prune.run.report import as_markdown, tenths, write_report
 from scale_prune.system import Seconds
@@ -108,6 +112,8 @@ def test_tenths_are_means_of_consecutive_parts() -> None:
         (20.0, 20.01, 20.1, False),
         (55985.5, 57214.4, 56907.4, True),  # cut to half without repair, in bf16, padded
         (55985.5, 57214.4, 60907.4, False),
+        (math.nan, math.nan, math.nan, True),
+        (20.0, 20.0, math.nan, False),
         (20.0, 30.0, 35.0, False),  # however far apart masked and compacted are
     ],
 )
@@ -133,3 +139,25 @@ def test_what_leaves_in_rounds_is_drawn_as_stairs(tmp_path: Path) -> None:
     assert stairs(drawn) == ([0, 4, 8, 8, 10], [100, 75, 50, 50, 50])
     draw(tmp_path, drawn)
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_a_task_without_perplexity_is_drawn_by_its_loss() -> None:
+    history = [
+        {"step": step, "remaining": 1.0, "perplexity": None, "metrics": {"loss": loss}}
+        for step, loss in ((0, 0.7), (4, 0.5))
+    ]
+    axes = Figure().subplots()
+    draw_over_steps(axes, report(21.0) | {"history": history, "rounds": []})
+    assert axes.get_ylabel() == "validation loss"
+    assert list(axes.lines[0].get_ydata()) == [0.7, 0.5]
+
+
+def test_what_was_measured_of_another_model_is_no_point_of_the_curve(tmp_path: Path) -> None:
+    monitor, nothing = Monitor(tmp_path, total_steps=1, active=True), cast(Any, None)
+    quality = Quality(nothing, monitor, Seconds())
+    for stage, perplexity in (("exported", 20.0), ("reference", 15.0)):
+        quality.keep(Measured(perplexity=perplexity), 4, stage)
+    monitor.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("validation/perplexity")] == [20.0]
+    assert quality.perplexities == {"exported": 20.0, "reference": 15.0}

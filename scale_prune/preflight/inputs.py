@@ -127,20 +127,21 @@ def _settle_bos(reading: Reading) -> None:
 
 def _check_teacher(reading: Reading) -> None:
     if (name := reading.config.distillation.teacher) != SELF:
-        _check_tokens(reading, "teacher", name)
+        _check_other(reading, "teacher", name)
 
 
 def _check_reference(reading: Reading) -> None:
-    _check_tokens(reading, "reference", reading.config.output.reference)
+    _check_other(reading, "reference", reading.config.output.reference)
 
 
-def _check_tokens(reading: Reading, flag: str, name: str | None) -> None:
-    """Refuse another model that predicts other tokens than the model."""
+def _check_other(reading: Reading, flag: str, name: str | None) -> None:
+    """Refuse another model that cannot be loaded later, or predicts other tokens than the model."""
     model, trusted = reading.config.training.model, reading.config.training.trust_remote_code
     if name is None or reading.model_config is None or reading.tokenizer is None:
         return
     size = reading.model_config.vocab_size
-    others = _read_config(name, trusted, flag=flag).get_text_config().vocab_size
+    config = _read_config(name, trusted, flag=flag)
+    others = config.get_text_config().vocab_size
     if others != size:
         raise ValueError(
             f"--{flag} {name} predicts {others} tokens, --model {model} {size}; "
@@ -152,16 +153,19 @@ def _check_tokens(reading: Reading, flag: str, name: str | None) -> None:
             f"--{flag} {name} has other tokens than --model {model}, though as many; "
             f"a {flag} needs the model's own vocabulary"
         )
+    _built(config, name, trusted, flag=flag)
+    check_weights(Path(name), flag=flag)
 
 
 def _check_groups(reading: Reading) -> None:
     if reading.model_config is None:
         return
-    model = _built(reading.model_config, reading.config.training)
+    training = reading.config.training
+    model = _built(reading.model_config, training.model, training.trust_remote_code)
     dropped = getattr(reading.model_config, "layerdrop", 0)
     if reading.needs_groups and dropped and reading.world_size > 1:
         raise ValueError(
-            f"--model {reading.config.training.model} drops layers by chance (layerdrop {dropped:g}), other ones on "
+            f"--model {training.model} drops layers by chance (layerdrop {dropped:g}), other ones on "
             'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
         )
     if reading.needs_groups:
@@ -176,9 +180,7 @@ def _check_groups(reading: Reading) -> None:
         if pruning.table is not None and pruning.budget in ("measured", "search"):
             read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:
-            raise ValueError(
-                f"--model {reading.config.training.model} has 0 neurons in {empty[0].name}; give another one"
-            )
+            raise ValueError(f"--model {training.model} has 0 neurons in {empty[0].name}; give another one")
         check_min_kept(reading.groups, reading.config.pruning)
         if not removes_components(reading.config.pruning):
             check_width_key(model)
@@ -279,7 +281,7 @@ def unused_settings(config: Config) -> str:
     return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""
 
 
-def _built(model_config: PretrainedConfig, training: TrainingConfig) -> PreTrainedModel:
+def _built(model_config: PretrainedConfig, name: str | None, trusted: bool, *, flag: str = "model") -> PreTrainedModel:
     """Return a model without weights.
 
     Raises:
@@ -288,21 +290,21 @@ def _built(model_config: PretrainedConfig, training: TrainingConfig) -> PreTrain
     values = model_config.to_dict()
     own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTORIZED, "factorized weights")}
     for key, what in own.items():
-        if values.get(key) and not training.trust_remote_code:
+        if values.get(key) and not trusted:
             raise ValueError(
-                f"--model {training.model} has {what}, which the modeling file in that folder builds; "
+                f"--{flag} {name} has {what}, which the modeling file in that folder builds; "
                 "give --trust_remote_code to run that file"
             )
     try:
         with torch.device("meta"):
-            model = auto_model(model_config).from_config(model_config, trust_remote_code=training.trust_remote_code)
+            model = auto_model(model_config).from_config(model_config, trust_remote_code=trusted)
     except Exception as error:  # whatever an architecture raises at values it cannot be built with
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise ValueError(f"--model {training.model}: no model can be built from its config: {reason}") from error
+        raise ValueError(f"--{flag} {name}: no model can be built from its config: {reason}") from error
     return model
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, *, flag: str = "model") -> None:
     """See that the files with a local model's weights are whole; what a hub has is found out when it is loaded.
 
     Raises:
@@ -314,7 +316,7 @@ def check_weights(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"--model {folder}: its weights cannot be read: {path.name} is damaged, {error}"
+                f"--{flag} {folder}: its weights cannot be read: {path.name} is damaged, {error}"
             ) from error
 
 

@@ -89,7 +89,7 @@ def carry_over(pruner: Pruner, smaller: Pruner) -> None:
     for name, values in pruner.scoring.state.items():
         if values.dim():
             lines[f"state/{name}"] = pruner.line.gather(values)[live]
-    facts = facts_of(pruner) | {"sampled": False}
+    facts = facts_of(pruner) | {"sampled": False, "churn": 0}
     restore(smaller, facts, lambda name, start, count: lines[name][start : start + count])
     smaller.seconds.update(pruner.seconds)
 

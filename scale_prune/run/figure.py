@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ def draw(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
-    points = [each for each in report["history"] if each["perplexity"] is not None]
+    name, points = _quality(report["history"])
     trained = len({each["step"] for each in points}) > 1
     steps = [each["step"] if trained else each["stage"] for each in points]
-    axes.plot(steps, [each["perplexity"] for each in points], "o-", color="C0")
+    axes.plot(steps, [each[name] for each in points], "o-", color="C0")
     axes.set(xlabel="step" if trained else "", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_ylabel("validation perplexity", color="C0")
+    axes.set_ylabel(f"validation {name}", color="C0")
     beside = axes.twinx()
     by_stairs = trained and bool(report["rounds"])
     places, remaining = stairs(report) if by_stairs else (steps, [100 * each["remaining"] for each in points])
@@ -41,6 +41,13 @@ def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
     beside.plot(places, remaining, "s--", color="C1", markersize=4, drawstyle=style)
     beside.set_ylabel("remaining, %", color="C1")
     beside.set_ylim(0, 105)
+
+
+def _quality(history: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Return what is drawn of the evaluations, perplexity or, where a task has none, loss, and those that have it."""
+    losses = [{"loss": each.get("metrics", {}).get("loss")} | each for each in history]
+    name = "perplexity" if any(each["perplexity"] is not None for each in history) else "loss"
+    return name, [each for each in losses if each[name] is not None]
 
 
 def stairs(report: Mapping[str, Any]) -> tuple[list[int], list[float]]:

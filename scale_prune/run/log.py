@@ -1,5 +1,6 @@
 """What TensorBoard shows of a step."""
 
+from scale_prune.core import UnitGroup
 from scale_prune.run.run import Run
 
 
@@ -23,4 +24,9 @@ def log(run: Run, *, loss: float, tokens_per_second: float) -> None:
     parts = {**run.progress.seconds, **pruner.seconds}
     values |= {f"seconds/{part}": seconds / step for part, seconds in parts.items()}
     run.monitor.scalars(step, values)
-    run.monitor.layers(step, masks=pruner.masks, scores=pruner.scores)
+    names = [_name(index, group) for index, group in enumerate(pruner.groups)]
+    run.monitor.layers(step, names, masks=run.student.dense.masks_with(pruner), scores=pruner.scores)
+
+
+def _name(index: int, group: UnitGroup) -> str:
+    return f"heads_{group.layer:02d}" if group.kind == "head" else f"layer_{index:02d}"

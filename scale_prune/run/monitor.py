@@ -58,17 +58,16 @@ class Monitor:
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, step)
 
-    def layers(self, step: int, *, masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
-        """Write the kept share of every layer, a heat map of it over time, and histograms of the scores."""
+    def layers(self, step: int, names: Sequence[str], *, masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
+        """Write the kept share of every layer by name, a heat map of it over time, and histograms of the scores."""
         if self.writer is None:
             return
         kept = torch.tensor([float(mask.float().mean()) for mask in masks])
         self.history.append(kept)
         with self._events():
-            for layer, (share, score) in enumerate(zip(kept, scores, strict=True)):
-                self.writer.add_scalar(f"kept/layer_{layer:02d}", float(share), step)
-                shown = score.float().cpu().clamp(-LARGEST, LARGEST)
-                self.writer.add_histogram(f"scores/layer_{layer:02d}", shown, step)
+            for name, share, score in zip(names, kept, scores, strict=True):
+                self.writer.add_scalar(f"kept/{name}", float(share), step)
+                self.writer.add_histogram(f"scores/{name}", score.float().cpu().clamp(-LARGEST, LARGEST), step)
             self.writer.add_image("kept/layers_over_time", heat_map(torch.stack(self.history, 1)), step)
 
     def say(self, message: str) -> None:

@@ -17,7 +17,7 @@ class Progress:
         step_seconds: wall-clock seconds of each step.
         resumed_at: steps after which the run has gone on from a checkpoint.
         seconds: wall-clock seconds by part of the work.
-        history: of each evaluation of the student the step, the stage, the perplexity, and what remained.
+        history: of each evaluation of the student the step, the stage, what was measured, and what remained.
         received: bytes that this rank has received for pruning's sake in the steps that prune, by collective, and under
             "steps" how many these were.
         rounds: of each round in which units left for good, what remained and what it cost.

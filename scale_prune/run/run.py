@@ -66,7 +66,8 @@ class Run:
         """Measure the student on the validation data, under its engine as it is. A collective."""
         measured = self.quality.measure(self.student.engine, self.progress.step, stage)
         told = {"step": self.progress.step, "stage": stage, "perplexity": measured.perplexity}
-        self.progress.history.append(told | {"remaining": self.student.pruner.remaining})
+        told |= {"metrics": measured.metrics, "remaining": self.student.pruner.remaining}
+        self.progress.history.append(told)
 
 
 def set_up(task: Task, runtime: Runtime, checkpoint: Checkpoint | None, stop: StopSignal) -> Run:

@@ -101,7 +101,7 @@ def _reload(run: Run) -> int:
 def _measure_reference(run: Run, name: str) -> None:
     """Measure the model that the result is compared with."""
     release(run.student.engine)
-    trusted = run.config.training.trust_remote_code
-    engine = inference_engine(load_model(name, run.inputs.ds_config, trust_remote_code=trusted), run.inputs.ds_config)
+    ds_config, trusted = run.inputs.ds_config, run.config.training.trust_remote_code
+    engine = inference_engine(load_model(name, ds_config, trust_remote_code=trusted, flag="reference"), ds_config)
     run.quality.measure(engine, run.progress.step, "reference")
     release(engine)

@@ -28,7 +28,12 @@ UNREADABLE = ("loading state_dict", "PytorchStreamReader", "magic number")
 
 
 def load_model(
-    path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
+    path: str,
+    ds_config: dict[str, Any],
+    *,
+    trust_remote_code: bool = False,
+    config: PretrainedConfig | None = None,
+    flag: str = "model",
 ) -> PreTrainedModel:
     """Load a model straight into ZeRO-3 shards, in the precision of the ds_config. A collective.
 
@@ -41,6 +46,7 @@ def load_model(
         ds_config: without "auto" values.
         trust_remote_code: run code that comes with the model.
         config: takes the place of the folder's; a classifier that is new to an encoder begins at random.
+        flag: by which the user has named it.
 
     Raises:
         ValueError: its weights are missing, damaged or of another shape, as some rank sees it.
@@ -63,7 +69,7 @@ def load_model(
         problem = " ".join(str(error).split())[:300] or type(error).__name__
     del keep_alive
     if problems := list(filter(None, of_all_ranks(problem))):  # only rank 0 may have seen it
-        raise ValueError(f"--model {path}: its weights cannot be loaded: {problems[0]}")
+        raise ValueError(f"--{flag} {path}: its weights cannot be loaded: {problems[0]}")
     assert model is not None
     return model
 

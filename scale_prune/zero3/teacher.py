@@ -30,7 +30,7 @@ class Teacher:
     """
 
     def __init__(self, path: str, ds_config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
-        model = load_model(path, ds_config, trust_remote_code=trust_remote_code)
+        model = load_model(path, ds_config, trust_remote_code=trust_remote_code, flag="teacher")
         self.num_parameters = num_parameters(model)
         self.engine = inference_engine(model, ds_config)
         self.engine.eval()
