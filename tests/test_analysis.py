@@ -255,6 +255,7 @@ def test_a_sample_counts_layers_by_their_neurons() -> None:
     assert found["uniqueness"] == pytest.approx(1 - 4 / 10)
     assert found["nearest_median"] == pytest.approx(0.5)
     assert found["neurons"] == 10
+    assert found["explained_mean"] == pytest.approx((8 * 0.5 + 2 * 0.25) / 10)
     neurons = as_json({"model": [large, small]}, None)["models"]["model"]["neurons"]
     assert neurons["8"]["nearest"][:3] == [pytest.approx(0.9), pytest.approx(0.5), None]
     assert neurons["8"]["similar"][:3] == [True, False, None]
@@ -275,7 +276,7 @@ def sampled_group(width: int, similar: list[bool], near: list[float]) -> GroupAn
         nearest=line,
         correlated=line,
         similar=flags,
-        explained=torch.zeros(2),
+        explained=torch.tensor([0.5, 0.5] if width == 8 else [0.25]),
     )
 
 
@@ -315,6 +316,7 @@ def test_a_mount_point_is_refused_before_anything_is_read(tmp_path: Path, monkey
 def test_what_is_kept_of_another_model_is_left_out() -> None:
     found: Any = {"base": [SimpleNamespace(name="h.0", sensitivity=torch.zeros(5))]}
     kept: dict[str, Any] = {"base": {"h.0": [0]}, "own": {"h.0": [0, 4]}, "other": {"h.1": [0]}, "wider": {"h.0": [5]}}
+    kept["heads"] = {"h.0": [1], "h.0.attn": [0]}
     kept |= {"list": [3], "text": {"h.0": ["0"]}, "number": {"h.0": 3}, "below": {"h.0": [-1]}}
-    assert list(_of_same_groups(kept, found, "base")) == ["own"]
+    assert _of_same_groups(kept, found, "base") == {"own": {"h.0": [0, 4]}, "heads": {"h.0": [1]}}
     assert _of_same_groups(kept, found, None) == {}

@@ -91,7 +91,7 @@ def test_factors_are_multiplied_out(tmp_path: Path, form: str) -> None:
 
 def test_what_stands_beside_comes_along_and_the_card_says_how_to_load(tmp_path: Path) -> None:
     model, groups, _ = compacted("llama", "per_layer")
-    card = '# Mine\n\nmodel = AutoModel.from_pretrained("PATH", trust_remote_code=True)\n'
+    card = '# Mine\n\n| parameters | 2,000 | 1,100 |\n\nmodel = Auto.from_pretrained("PATH", trust_remote_code=True)\n'
     folder = export(tmp_path / "pruned", model, groups, "per_layer", tokenizer=tiny_tokenizer(), card=card)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_bytes(card.encode() + b"Caf\xe9")  # not UTF-8
@@ -104,6 +104,7 @@ def test_what_stands_beside_comes_along_and_the_card_says_how_to_load(tmp_path: 
         )
         told = (tmp_path / form / "README.md").read_text()
         assert ("trust_remote_code" in told) == (form == "nemotron_nas")
+        assert "1,100" not in told  # of the folder that it was made from; another layout has another number
 
 
 OF_OLD = {"gpt2": "h.0.attn.bias", "gpt_neox": "gpt_neox.layers.0.attention.masked_bias", "llama": "inv_freq"}

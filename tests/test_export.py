@@ -206,6 +206,53 @@ def test_tokenizer_generation_config_and_card_come_along(tmp_path: Path) -> None
     assert modes["model.safetensors"] == modes["config.json"]
 
 
+PRUNED_CARD = {"criterion": "gum", "max_steps": 6, "recovery_steps": 0, "targets": "mlp"}
+STORY = "fine-tuned for {} steps on {} tokens of a-text"
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "target", "told"),
+    [
+        ({}, 6, 0.5, f"MLP neurons of a-model were removed (gum) while it was {STORY.format(6, 600)}. What is left"),
+        ({}, 6, 1.0, f"a-model was {STORY.format(6, 600)}. Nothing was removed."),
+        ({"max_steps": 0}, 0, 0.5, "were removed (gum) without training. What is left"),
+        (
+            {"criterion": "ddp"},
+            6,
+            0.5,
+            "were removed (ddp) by gates that learned for 6 steps, the weights frozen. What is left",
+        ),
+        (
+            {"criterion": "ddp", "recovery_steps": 3},
+            9,
+            0.5,
+            f"for 6 steps, the weights frozen; then it was {STORY.format(3, 300)}. What is left",
+        ),
+    ],
+)
+def test_the_card_says_what_was_done(settings: dict[str, Any], steps: int, target: float, told: str) -> None:
+    report = {
+        "settings": PRUNED_CARD | settings,
+        "steps": steps,
+        "tokens": 100 * steps,
+        "dataset": "a-text",
+        "validation": "a-text",
+        "remaining": {"target": target, "measured": target},
+        "parameters": {"dense": 2000, "stored": 1100},
+        "perplexity": {"dense": 20.0, "exported": 25.0},
+        "command": "deepspeed launch/prune.py",
+        "date": "2026-11-26T12:00:00+00:00",
+        "world_size": 2,
+        "versions": {"python": "3"},
+    }
+    groups = unit_groups(tiny_model("gpt2"))
+    card = model_card("a-model", groups=groups, layout="uniform", loader="AutoModelForCausalLM", report=report)
+    learned = steps - 6 * (settings.get("criterion") == "ddp")
+    assert told in card
+    assert ("before any fine-tuning" in card) == (learned > 0)
+    assert ("- pruned" in card) == ("structurally pruned" in card) == (target < 1)
+
+
 @pytest.mark.parametrize("license", [b"mit", b"[", b"\xe9", b"mit\n3: 4", b"mit\nmodel-index: 5"])
 def test_the_card_takes_from_the_base_what_can_be_read_of_its_own(tmp_path: Path, license: bytes) -> None:
     (tmp_path / "README.md").write_bytes(b"---\nlicense: " + license + b"\n---\n")
@@ -214,6 +261,13 @@ def test_the_card_takes_from_the_base_what_can_be_read_of_its_own(tmp_path: Path
     with nullcontext() if readable else pytest.warns(UserWarning, match="its license and languages are not told on"):
         card: Any = ModelCard(model_card(str(tmp_path), groups=groups, layout="uniform", loader="AutoModelForCausalLM"))
     assert card.data.license == ("mit" if readable else None)
+
+
+def test_a_license_of_another_name_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    groups = unit_groups(tiny_model("gpt2"))
+    card: Any = ModelCard(model_card(str(tmp_path), groups=groups, layout="uniform", loader="AutoModelForCausalLM"))
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "own", "LICENSE")
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -101,6 +101,16 @@ def test_an_exported_model_loads_with_its_heads(loaded: Mapping[str, dict], mode
     assert layout != "per_layer" or loaded[f"{model_type}-{layout}-again"] == result
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "qwen2"])  # whose configs do not tell the size of a head
+def test_a_cache_that_is_made_at_once_fits_fewer_heads(model_type: str, tmp_path: Path) -> None:
+    model, groups, _ = without_heads(model_type, "per_layer")
+    folder = export(tmp_path / "own", model, groups, "per_layer")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    static = loaded.generate(tokens(), cache_implementation="static", prefill_chunk_size=3, **how)
+    assert torch.equal(static, loaded.generate(tokens(), **how))
+
+
 @pytest.mark.parametrize("model_type", ["gptj", "llama"])
 def test_a_folder_with_fewer_heads_is_converted(model_type: str, tmp_path: Path) -> None:
     model, groups, masked = without_heads(model_type, "per_layer")

@@ -119,3 +119,4 @@ def test_a_unit_without_variance_is_not_explained_and_a_repeated_one_is() -> Non
     found = explained_variance(h.T @ h)
     assert found[[9, 11]].tolist() == [0.0, 0.0]
     assert found[[1, 2, 4, 7]].min() > 0.999
+    assert explained_variance(torch.zeros(0, 0)).shape == (0,)  # of a layer none of whose sampled neurons lives

@@ -127,13 +127,14 @@ def _kept(inputs: dict[str, Inputs]) -> dict[str, Any]:
 def _of_same_groups(
     kept: dict[str, Any], found: dict[str, list[GroupAnalysis]], baseline: str | None
 ) -> dict[str, Any]:
-    """Leave out the baseline, and runs that began with another model."""
+    """Leave out the baseline, runs that began with another model, and units that are no neurons."""
     sizes = {group.name: len(group.sensitivity) for group in found[baseline]} if baseline is not None else {}
 
     def fits(indices: Any) -> bool:
-        if not isinstance(indices, dict) or indices.keys() != sizes.keys():
+        if not sizes or not isinstance(indices, dict) or not sizes.keys() <= indices.keys():
             return False
-        units = {name: range(size) for name, size in sizes.items()}
-        return all(isinstance(each, list) and all(i in units[name] for i in each) for name, each in indices.items())
+        pairs = [(indices[name], range(size)) for name, size in sizes.items()]
+        return all(isinstance(each, list) and all(i in units for i in each) for each, units in pairs)
 
-    return {name: indices for name, indices in kept.items() if name != baseline and fits(indices)}
+    fitting = {name: indices for name, indices in kept.items() if name != baseline and fits(indices)}
+    return {name: {group: indices[group] for group in sizes} for name, indices in fitting.items()}

@@ -124,12 +124,14 @@ def explained_variance(covariances: Tensor) -> Tensor:
     """Return for each of some units how much of its variance a linear combination of the others explains, R^2.
 
     Args:
-        covariances: (K, K) of their activations.
+        covariances: (K, K) of their activations; K may be 0.
 
     Returns:
         (K,) in [0, 1]; 0 for a unit without variance.
     """
     variances = covariances.diagonal().double()
+    if not len(variances):
+        return variances.float()
     varying = variances > 1e-12 * variances.amax().clamp(min=1e-300)
     kept = covariances.double()[varying][:, varying]
     ridge = RIDGE * kept.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64, device=kept.device)

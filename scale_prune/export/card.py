@@ -1,6 +1,7 @@
 """The model card: what an exported folder says of itself, without a word of the machine that it was made on."""
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -11,9 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from scale_prune.core import Kind, UnitGroup
+from scale_prune.criteria import CRITERIA
 from scale_prune.export.layouts import needs_code
 
 TRUST = ", trust_remote_code=True"
+PARAMETERS = "| parameters | {} | {} |"
 REMOVED = {"neuron": "MLP neurons", "head": "attention heads", "component": "Rank-1 components of weights"}
 
 
@@ -29,20 +32,15 @@ def model_card(
         loader: name of the class that loads it.
         report: contents of report.json, once there are any.
     """
-    name, kinds = public_name(model), dict.fromkeys(group.kind for group in groups)
-    removed = " and ".join(REMOVED[kind] for kind in _removed(kinds, report))
-    made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
-    share = f", {report['remaining']['measured']:.1%}" if report else ""
-    lefts = {kind: _widths([group.num_units for group in groups if group.kind == kind]) for kind in kinds}
-    left = "; ".join(f"{REMOVED[kind]} {each}" if len(lefts) > 1 else each for kind, each in lefts.items())
+    name = public_name(model)
     lines = [
         "---",
         _front_matter(model, report, loader).to_yaml(),
         "---",
         "",
-        f"# {name}, structurally pruned",
+        f"# {name}, {'structurally pruned' if _is_pruned(report) else 'fine-tuned'}",
         "",
-        f"{removed} of {name} were removed {made}. What is left{share}: {left}.",
+        _story(name, groups, report),
         "",
         *(_numbers(name, report) if report else []),
         "```python",
@@ -59,8 +57,8 @@ def model_card(
 
 
 def in_other_layout(card: str, layout: str) -> str:
-    """Return a card that says how the folder is loaded in another layout."""
-    card = card.replace(TRUST, "")
+    """Return a card of another layout, which is loaded otherwise, and which stores another number of parameters."""
+    card = re.sub(PARAMETERS.format(r"[\d,]+", r"[\d,]+").replace("|", r"\|") + "\n", "", card.replace(TRUST, ""))
     code = TRUST if needs_code(layout) else ""
     return card.replace('from_pretrained("PATH")', f'from_pretrained("PATH"{code})', 1)
 
@@ -86,7 +84,8 @@ def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> 
         datasets=[settings["dataset"]] if settings.get("dataset") and not Path(settings["dataset"]).exists() else None,
         library_name="transformers",
         pipeline_tag="text-generation" if "Causal" in loader else "text-classification",
-        tags=["pruned", "structured-pruning", "scale_prune"],
+        tags=[*(["pruned", "structured-pruning"] if _is_pruned(report) else []), "scale_prune"],
+        **{key: base[key] for key in ("license_name", "license_link") if key in base},
     )
 
 
@@ -106,6 +105,23 @@ def _widths(widths: Sequence[int]) -> str:
     return f"{min(widths):,} to {max(widths):,}: {', '.join(map(str, widths))}"
 
 
+def _is_pruned(report: Mapping[str, Any] | None) -> bool:
+    return report is None or report["remaining"]["target"] < 1
+
+
+def _story(name: str, groups: Sequence[UnitGroup], report: Mapping[str, Any] | None) -> str:
+    """Say what was removed, how, and what is left."""
+    if report is not None and not _is_pruned(report):
+        return f"{name} was {_tuned(report)}. Nothing was removed."
+    kinds = dict.fromkeys(group.kind for group in groups)
+    removed = " and ".join(REMOVED[kind] for kind in _removed(kinds, report))
+    made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"
+    share = f", {report['remaining']['measured']:.1%}" if report else ""
+    lefts = {kind: _widths([group.num_units for group in groups if group.kind == kind]) for kind in kinds}
+    left = "; ".join(f"{REMOVED[kind]} {each}" if len(lefts) > 1 else each for kind, each in lefts.items())
+    return f"{removed} of {name} were removed {made}. What is left{share}: {left}."
+
+
 def _removed(kinds: Iterable[Kind], report: Mapping[str, Any] | None) -> list[Kind]:
     """Return which kinds of units a run has removed, of those that the folder tells of."""
     targets = report["settings"].get("targets", "mlp") if report else "mlp,attention"
@@ -120,13 +136,27 @@ def _made(report: Mapping[str, Any]) -> str:
     if settings.get("rounds"):
         how += [f"{settings['rounds']} rounds" if settings["rounds"] > 1 else "all at once"]
     how += [f"repair by {settings['repair']}"] if settings.get("repair") not in (None, "none") else []
-    text = f"{report['tokens']:,} tokens of {public_name(str(report['dataset']))}" if report["dataset"] else "its text"
-    when = f"fine-tuned for {report['steps']:,} steps on {text}"
-    if not report["steps"]:
-        when = "without training"
-    else:
-        when = f"while it was {when}" if settings["max_steps"] else f"without training; then it was {when}"
-    return f"({', '.join(how)}) {when}"
+    when = "while it was" if settings["max_steps"] else "without training; then it was"
+    if settings["criterion"] in CRITERIA and CRITERIA[settings["criterion"]].freezes:
+        when = f"by gates that learned for {settings['max_steps']:,} steps, the weights frozen; then it was"
+    if not _learned(report):
+        return f"({', '.join(how)}) {when.removesuffix('; then it was')}"
+    return f"({', '.join(how)}) {when} {_tuned(report)}"
+
+
+def _learned(report: Mapping[str, Any]) -> int:
+    """Return the steps in which weights learned."""
+    settings = report["settings"]
+    criterion = CRITERIA.get(settings["criterion"])
+    frozen = criterion is not None and criterion.freezes and _is_pruned(report)
+    return int(report["steps"]) - (settings["max_steps"] if frozen else 0)
+
+
+def _tuned(report: Mapping[str, Any]) -> str:
+    learned = _learned(report)
+    tokens = report["tokens"] * learned // max(1, report["steps"])  # as many in a step of gates as in one of weights
+    text = f"{tokens:,} tokens of {public_name(str(report['dataset']))}" if report["dataset"] else "its text"
+    return f"fine-tuned for {learned:,} steps on {text}"
 
 
 def _numbers(name: str, report: Mapping[str, Any]) -> list[str]:
@@ -134,14 +164,14 @@ def _numbers(name: str, report: Mapping[str, Any]) -> list[str]:
     rows = [
         f"| | {name} | this model |",
         "|---|---:|---:|",
-        f"| parameters | {parameters['dense']:,} | {parameters['stored']:,} |",
+        PARAMETERS.format(f"{parameters['dense']:,}", f"{parameters['stored']:,}"),
     ]
     if perplexity["exported"] is not None and perplexity["dense"] is not None:
         rows += [f"| validation perplexity | {perplexity['dense']:.2f} | {perplexity['exported']:.2f} |"]
     metrics = report.get("metrics", {})
     for key, value in metrics.get("exported", {}).items():
         rows += [f"| {key} | {metrics['dense'][key]:.3f} | {value:.3f} |"]
-    beside = f" {name} was measured before any fine-tuning." if report["steps"] else ""
+    beside = f" {name} was measured before any fine-tuning." if _learned(report) else ""
     if (reference := perplexity.get("reference")) is not None:
         other = public_name(str(report["settings"]["reference"]))
         beside += f" For comparison: {other} has a perplexity of {reference:.2f}."

@@ -22,6 +22,7 @@ from scale_prune.models import (
     auto_model,
     classifies,
     family_of,
+    head_size,
     model_type_of,
     stock_class,
     unit_groups,
@@ -216,8 +217,9 @@ def _nemotron(config: PretrainedConfig, widths: Sequence[int]) -> PretrainedConf
 def _set_per_layer(config: PretrainedConfig, widths: dict[int, int], heads: Sequence[UnitGroup]) -> None:
     key = family_of(config).width_key
     own = {group.layer: head_words(config, group) for group in heads}
-    if heads:  # of the dense model, by which configs check themselves and tell the size of a head
+    if heads:  # the numbers of the dense model, by which configs check themselves
         config.allow_global_per_layer_attribute_access = True
+        config.head_dim = head_size(config)  # which caches would take from a layer's own number of heads
     config.per_layer_config = {layer: {key: width, **own.get(layer, {})} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True

@@ -27,6 +27,9 @@ def summary(groups: Sequence[GroupAnalysis]) -> dict[str, float]:
     live = torch.cat([group.live for group in groups])
     sampled = torch.cat([group.sampled for group in groups])
     weights = torch.cat([weights_of(group) for group in groups])[sampled]
+    counts = [len(group.explained) for group in groups]  # of some of the sampled neurons
+    each = [torch.full((count,), int(g.live.sum()) / max(1, count)) for g, count in zip(groups, counts, strict=True)]
+    explained, stand_for = torch.cat([group.explained for group in groups]), torch.cat(each)
 
     def values(name: str) -> Tensor:
         return torch.cat([getattr(group, name) for group in groups]).double()
@@ -39,7 +42,7 @@ def summary(groups: Sequence[GroupAnalysis]) -> dict[str, float]:
         "similarity_mean": float(values("similarity")[live].mean()),
         "nearest_median": _median(values("nearest")[sampled], weights),
         "correlated_median": _median(values("correlated")[sampled], weights),
-        "explained_mean": float(torch.cat([group.explained for group in groups]).mean()),
+        "explained_mean": float(explained @ stand_for / stand_for.sum()),
     }
 
 

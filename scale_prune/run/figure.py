@@ -45,7 +45,7 @@ def _over_steps(axes: Any, report: Mapping[str, Any]) -> None:
 
 def _quality(history: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """Return what is drawn of the evaluations, perplexity or, where a task has none, loss, and those that have it."""
-    losses = [{"loss": each.get("metrics", {}).get("loss")} | each for each in history]
+    losses = [{"loss": each.get("metrics", {}).get("loss"), **each} for each in history]
     name = "perplexity" if any(each["perplexity"] is not None for each in history) else "loss"
     return name, [each for each in losses if each[name] is not None]
 

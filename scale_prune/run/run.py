@@ -65,9 +65,9 @@ class Run:
     def measure(self, stage: str | None = None) -> None:
         """Measure the student on the validation data, under its engine as it is. A collective."""
         measured = self.quality.measure(self.student.engine, self.progress.step, stage)
-        told = {"step": self.progress.step, "stage": stage, "perplexity": measured.perplexity}
-        told |= {"metrics": measured.metrics, "remaining": self.student.pruner.remaining}
-        self.progress.history.append(told)
+        told = {"step": self.progress.step, "stage": stage, "remaining": self.student.pruner.remaining}
+        quality = {"perplexity": measured.perplexity, "metrics": measured.metrics}
+        self.progress.history.append({**told, **quality})
 
 
 def set_up(task: Task, runtime: Runtime, checkpoint: Checkpoint | None, stop: StopSignal) -> Run:

@@ -52,16 +52,11 @@ def load_model(
         ValueError: its weights are missing, damaged or of another shape, as some rank sees it.
     """
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))
-    options: dict[str, Any] = {"dtype": precision(ds_config), "trust_remote_code": trust_remote_code}
     model, problem = None, ""
     try:
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if getattr(config, "chunk_size_feed_forward", 0):
-            config.chunk_size_feed_forward = 0  # computes the same, and activations are seen as a whole
-        load = auto_model(config).from_pretrained
-        with _ties_compared_whole(), _slices_read_by_their_ranks():
-            model, found = load(path, config=config, output_loading_info=True, **options)
-        if missing := sorted(name for name in found["missing_keys"] if not _may_begin(model, name)):
+        model, missing = _in_shards(path, config, dtype=precision(ds_config), trust_remote_code=trust_remote_code)
+        if missing:
             problem = f"{len(missing)} of them are missing and would be random, {missing[0]} for one"
     except Exception as error:  # a broken file raises whatever its content comes to
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNREADABLE):
@@ -72,6 +67,15 @@ def load_model(
         raise ValueError(f"--{flag} {path}: its weights cannot be loaded: {problems[0]}")
     assert model is not None
     return model
+
+
+def _in_shards(path: str, config: PretrainedConfig, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Return a model and the names of its parameters that the files lack and that must not begin at random."""
+    if getattr(config, "chunk_size_feed_forward", 0):
+        config.chunk_size_feed_forward = 0  # computes the same, and activations are seen as a whole
+    with _ties_compared_whole(), _slices_read_by_their_ranks():
+        model, found = auto_model(config).from_pretrained(path, config=config, output_loading_info=True, **options)
+    return model, sorted(name for name in found["missing_keys"] if not _may_begin(model, name))
 
 
 @contextmanager
