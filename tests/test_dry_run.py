@@ -353,6 +353,8 @@ def test_one_rank_speaks(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ("flags", "expected"),
     [
         (["--world_size", "8"], "--world_size belongs to --dry_run"),
+    code, stderr = outcome(["--dry_run", "--max_steps", str(STEPS), "--validation_file", "nowhere.txt"])
+    assert (code, errors_of(stderr)) == (2, ["error: data set nowhere.txt is missing: there is no such file"])
         (["--dry_run", "--world_size", "0"], "--world_size 0 is not valid, it must be a whole number, at least 1"),
         (["--dry_run", "--world_size", "many"], "--world_size many is not valid"),
         (["--dry_run", "--world_size"], "--world_size: expected one argument"),

@@ -228,7 +228,8 @@ def _read_text(reading: Reading, split: Split) -> None:
     task, columns = reading.config.task, columns_of(reading.config.task)
     if split not in reading.splits or (task.task != "lm" and not columns):
         return  # or a dry run, in which other mistakes have kept the templates from being filled in
-    if reading.config.training.model is None and data.dataset is None and data.train_file is None:
+    given = data.validation_file if split == "validation" else None
+    if reading.config.training.model is None and not (data.dataset or data.train_file or given):
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
         data = replace(data, dataset=None, dataset_config=None, train_file=None)
