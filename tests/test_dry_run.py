@@ -15,10 +15,11 @@ from test_families import BLOOM
 from transformers import AutoConfig, AutoTokenizer
 
 from scale_prune.commands import analyze, evaluate
+from scale_prune.config import Config
 from scale_prune.core.schedule import Schedule
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.models.families import register
-from scale_prune.preflight import timing
+from scale_prune.preflight import fill_in, timing, unused_settings
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,8 @@ def test_what_nothing_uses_is_said(work: Path, capsys: pytest.CaptureFixture[str
     assert dry(work, criterion="movement", **settings) == (0, [])
     said = "nothing uses --min_kept 2, --gate_l1 0.5, --distill_alpha 0.3, --num_beams 2 in this run, of --criterion"
     assert said in capsys.readouterr().out
+    labeled = Config.from_flat({"task": "classification", "eval_tokens": 9})
+    assert unused_settings(fill_in(labeled)).startswith("nothing uses --eval_tokens 9 in this run")
 
 
 def test_every_bad_input_is_found(work: Path) -> None:

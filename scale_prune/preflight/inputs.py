@@ -275,6 +275,7 @@ def unused_settings(config: Config) -> str:
     names = [] if config.distillation.teacher else ["distill_alpha", "distill_temperature"]
     names += ["max_new_tokens", "num_beams", "generation_batch_size"] if task in ("lm", CLASSIFICATION) else []
     names += ["long_examples", "eval_examples"] if task == "lm" else []
+    names += ["eval_tokens"] if task == CLASSIFICATION else []
     found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
     listed = ", ".join(f"--{name} {value}" for name, value in found.items())
     return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""
