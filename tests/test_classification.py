@@ -1,6 +1,7 @@
 """Labelled texts and encoders, by the command itself: learnt, measured, pruned in every layout, loaded again."""
 
 import csv
+import hashlib
 import json
 import logging
 import random
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from command import SENTENCE, arguments, errors_of, outcome, outcomes, report_of
@@ -21,6 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from scale_prune.commands import evaluate
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.data.rows import Text, say
+from scale_prune.tasks.classification import Labeled
 from scale_prune.tasks.label_metrics import measured
 from scale_prune.tasks.labels import Labels, of_rows
 
@@ -257,6 +260,15 @@ def write_bad(work: Path) -> None:
         "no_label.csv": ["a,fast", "b,", "c,layer"],
         "one_class.csv": ["a,fast", "b,fast"],
         "unknown.csv": ["a,fast", "b,slow"],
+def test_a_fingerprint_is_that_of_earlier_checkpoints() -> None:
+    texts = [torch.tensor([3, 1, 2], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)]
+    data = Labeled(texts=texts, labels=torch.tensor([1, 0]), padding=0, dropped=0)
+    whole = b"".join(
+        np.array(part, dtype).tobytes() for part, dtype in (([3, 1], "q"), ([3, 1, 2, 5], "i"), ([1, 0], "q"))
+    )
+    assert data.fingerprint() == hashlib.sha256(whole).hexdigest()
+
+
     }
     for name, lines in rows.items():
         (work / name).write_text("\n".join(["sentence,label", *lines]) + "\n")

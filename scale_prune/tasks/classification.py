@@ -56,9 +56,9 @@ class Labeled:
 
     def fingerprint(self) -> str:
         """Return a hash of all tokens, of where they are cut, and of the labels."""
-        found = hashlib.sha256(np.array([len(tokens) for tokens in self.texts]).tobytes())
+        found = hashlib.sha256(np.array([len(tokens) for tokens in self.texts]).data)
         for part in (torch.cat(self.texts), self.labels):
-            found.update(part.numpy().tobytes())
+            found.update(part.numpy().data)
         return found.hexdigest()
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:

@@ -55,4 +55,4 @@ class LanguageModeling(Task):
 
 def fingerprint(blocks: TokenBlocks) -> str:
     """Return a hash of a text's tokens."""
-    return hashlib.sha256(blocks.all_tokens.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(blocks.all_tokens.numpy().data).hexdigest()
