@@ -74,7 +74,7 @@ def prune(
     if line := unused_settings(config):
         runtime.say(line)
     run = set_up(make_task(inputs, runtime), runtime, checkpoint, stop)
-    if line := calibration_warning(config.pruning, run.student.groups):
+    if line := calibration_warning(config.pruning, run.student.groups, run.inputs.calibration_tokens):
         runtime.say(line)
     try:
         report = go(run, checkpoint)

@@ -95,7 +95,8 @@ class Classification(Task):
         self.dropped = {split: each.dropped for split, each in self.data.items()}
         config = copy.deepcopy(inputs.model_config)
         self.labels.put_into(config)
-        self.inputs = replace(inputs, model_config=config)
+        rows = len(self.data["train"].texts) if "train" in splits else None
+        self.inputs = replace(inputs, model_config=config, train_rows=rows)
         self.model_config = config
 
     @property
