@@ -1,6 +1,7 @@
 """Labelled texts and encoders, by the command itself: learnt, measured, pruned in every layout, loaded again."""
 
 import csv
+import hashlib
 import json
 import logging
 import random
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from command import SENTENCE, arguments, errors_of, outcome, outcomes, report_of
@@ -21,6 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from scale_prune.commands import evaluate
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.data.rows import Text, say
+from scale_prune.tasks.classification import Labeled
 from scale_prune.tasks.label_metrics import measured
 from scale_prune.tasks.labels import Labels, of_rows
 
@@ -215,9 +218,7 @@ def test_labels_are_the_classes_that_people_mean(
 ) -> None:
     say.cache_clear()
     caplog.set_level(logging.WARNING, logger="scale_prune.data.rows")  # an earlier rank 1 in this process was quiet
-    found = of_rows(labelled(values, names), None if own is None else Labels(own))
-    assert bool(found.classes) == bool(classes)
-    labels = found if own is None else Labels(own)
+    labels = of_rows(labelled(values, names)) if own is None else Labels(own)
     assert labels.classes == classes
     text = labelled([value for value in values if value is not None], names)
     assert labels.encode(text).tolist() == encoded
@@ -230,14 +231,24 @@ def test_labels_are_the_classes_that_people_mean(
 
 
 @pytest.mark.distributed
-def test_the_tokens_of_short_texts_are_counted(work: Path) -> None:
-    settings = {"criterion": "obs", "max_steps": 0, "calibration_tokens": 640}
-    assert run_ranks(outcome, 1, flags(work, work / "short", "bert", **settings))[0][0] == 0
-    assert 0 < report_of(work / "short")["rounds"][0]["calibration_tokens"] < 640
+@pytest.mark.parametrize("asked", [640, 40_000])
+def test_the_tokens_of_short_texts_are_counted_and_each_is_read_once(asked: int, work: Path) -> None:
+    settings = {"criterion": "obs", "max_steps": 0, "calibration_tokens": asked}
+    assert run_ranks(outcome, 1, flags(work, work / f"short-{asked}", "bert", **settings))[0][0] == 0
+    found = report_of(work / f"short-{asked}")["rounds"][0]["calibration_tokens"]
+    with (work / "train.csv").open(newline="") as file:
+        texts = [row["sentence"] for row in csv.DictReader(file)]
+    there = sum(map(len, AutoTokenizer.from_pretrained(work / "bert")(texts)["input_ids"]))
+    assert 0 < found < 640 if asked == 640 else found == there
 
 
-def test_whole_numbers_among_others_are_numbers_to_a_model_of_classes() -> None:
-    assert of_rows(labelled([0.0, 1.0, 0.5], None), Labels(("0", "1"))) == Labels(())
+def test_a_row_is_held_against_what_the_model_predicts_whatever_the_others_are() -> None:
+    assert Labels(()).encode(labelled([1, 3, 3])).tolist() == [1.0, 3.0, 3.0]
+    assert Labels(("a", "b")).encode(labelled(["b", "b"])).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"row 3 of rows has the unknown label 0\.5, known are 0, 1, in column"):
+        Labels(("0", "1")).encode(labelled([0.0, 1.0, 0.5]))
+    with pytest.raises(ValueError, match="row 1 of rows has the label 'a', which is no number, in column 'label'"):
+        Labels(()).encode(labelled(["a", "b"]))
 
 
 def test_a_model_may_have_the_numbers_of_the_data_sets_names() -> None:
@@ -247,6 +258,15 @@ def test_a_model_may_have_the_numbers_of_the_data_sets_names() -> None:
     assert not named.agrees(numbered, labelled([0, 1]))
     assert not named.agrees(swapped, labelled([0, 1], NAMES))
     assert not named.agrees(None, labelled([0, 1], NAMES))
+
+
+def test_a_fingerprint_is_that_of_earlier_checkpoints() -> None:
+    texts = [torch.tensor([3, 1, 2], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)]
+    data = Labeled(texts=texts, labels=torch.tensor([1, 0]), padding=0, dropped=0)
+    whole = b"".join(
+        np.array(part, dtype).tobytes() for part, dtype in (([3, 1], "q"), ([3, 1, 2, 5], "i"), ([1, 0], "q"))
+    )
+    assert data.fingerprint() == hashlib.sha256(whole).hexdigest()
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

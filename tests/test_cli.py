@@ -1,6 +1,7 @@
 """Flags and recipes become settings; whatever is wrong becomes one sentence."""
 
 import errno
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -180,10 +181,24 @@ def test_help_shows_every_flag_with_its_range_and_default(capsys: pytest.Capture
 @pytest.mark.parametrize(
     "mistake", [ValueError("no such thing"), FileNotFoundError("no such thing"), PermissionError("no such thing")]
 )
-@pytest.mark.parametrize(("rank", "shown"), [(0, "error: no such thing\n"), (1, "")])
-def test_a_mistake_is_one_message_of_rank_0_and_exit_code_2(
-    mistake: Exception, rank: int, shown: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "shown"),
+    [
+        (0, "0", "error: no such thing\n"),
+        (1, "1", ""),
+        (8, "0", f"error: {socket.gethostname()}: no such thing\n"),
+        (9, "1", ""),
+    ],
+)
+def test_a_mistake_is_one_message_a_host_and_exit_code_2(
+    mistake: Exception,
+    rank: int,
+    local_rank: str,
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit) as stop, user_errors(rank):
         raise mistake
     assert stop.value.code == 2

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from scale_prune.config.settings import DataConfig
+from scale_prune.data import text_files
 from scale_prune.data.beginnings import continuing
 from scale_prune.data.embedded import END_OF_TEXT, train_tokenizer
 from scale_prune.data.holdout import neighbors, stratified
-from scale_prune.data.rows import SPLITS, Split, load_text
+from scale_prune.data.rows import SPLITS, Split, _one_message, load_text
 from scale_prune.data.text import check_length, prepare, token_stream
 
 DOCUMENTS = ["A first one.", "", "NA", "2020", 'two\nlines, "quoted"', "  null ", "größer ≥ 7 🌲", "A first one."]
@@ -292,6 +295,52 @@ def test_labels_of_which_none_can_be_held_out(labels: list[str], tmp_path: Path)
     datasets.Dataset.from_dict({"text": labels, "label": labels}).to_parquet(tmp_path / "few.parquet")
     with pytest.raises(ValueError, match=rf"few.parquet has {len(labels)} rows, too few to hold out any"):
         load_text(DataConfig(dataset=str(tmp_path / "few.parquet")), "train", ("text",), "label")
+
+
+@pytest.mark.parametrize(("content", "reads"), [("text\na\n", True), ("text\na,b\n", False)])
+def test_of_all_ranks_of_a_host_one_converts_a_file(
+    content: str, reads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write, written = tmp_path / "rows.csv", text_files._write, []
+
+    def write_slowly(*args: Any) -> None:
+        written.append(args)
+        time.sleep(0.3)
+        write(*args)
+
+    def load(_: int) -> str:
+        try:
+            return load_text(DataConfig(train_file=str(file), validation_file=str(file)), "train").rows["text"][0]
+        except ValueError as error:
+            return str(error)
+
+    monkeypatch.setattr(text_files, "_write", write_slowly)
+    file.write_text(content)
+    with ThreadPoolExecutor(3) as ranks:
+        (found,) = set(ranks.map(load, range(3)))
+    assert (found == "a") == reads
+    assert reads or "rows.csv cannot be read: row 1 has 2 fields, the header 1" in found
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_texts_that_look_like_dates_stay_as_they_are_written(name: str, tmp_path: Path) -> None:
+    written = ["2020-01-01", None, "2020-01-02T10:00:00Z"]
+    rows = [{"when": each, "text": "a"} for each in written]
+    lines = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(lines)
+    spec = DataConfig(train_file=str(tmp_path / name), validation_file=str(tmp_path / name), text_column="when")
+    assert load_text(spec, "train").rows["when"][:] == written
+    assert load_text(spec, "train", ("text",), "when").rows["when"][:] == written
+
+
+def test_all_that_a_reader_says_is_told_on_in_one_line() -> None:
+    reason = "Config name is missing.\nPlease pick one among the available configs: ['raw', 'v1']"
+    with pytest.raises(ValueError, match=r"a/b cannot be read: Config name is missing\. Please"), _one_message("a/b"):
+        raise ValueError(reason)
+    with pytest.raises(ValueError, match=r"cannot be read: x+$") as caught, _one_message("a/b"):
+        raise ValueError(9999 * "x")
+    assert len(str(caught.value)) < 600
 
 
 def test_other_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

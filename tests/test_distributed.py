@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from distributed import run_ranks
 
+from scale_prune.system import LOST_CONTACT
 from scale_prune.zero3 import Runtime
 
 pytestmark = pytest.mark.distributed
@@ -61,6 +63,67 @@ def test_ranks_of_a_host_without_gpus_share_its_memory(launcher: str, monkeypatc
     alone = runtime.free_memory()
     monkeypatch.setenv(launcher, "4")
     assert runtime.free_memory() == pytest.approx(alone / 4)
+
+
+def turns(local_size: int) -> list[float]:
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank % local_size)
+    runtime, spent = Runtime.start(), []
+    for _ in range(2):
+        with runtime.main_first():
+            spent += [time.monotonic()]
+            time.sleep(0.1)
+            spent += [time.monotonic()]
+        spent += [time.monotonic()]
+    with suppress(ValueError), runtime.main_first():
+        raise ValueError("the same mistake on all ranks")
+    return spent
+
+
+def test_of_every_host_one_rank_goes_first_and_all_go_on_together() -> None:
+    found = run_ranks(turns, 4, 2)
+    for turn in (0, 3):
+        begun, done, left = ([spent[turn + place] for spent in found] for place in range(3))
+        assert done[0] < min(begun[1:]), "rank 0 goes first"
+        assert done[2] < begun[3], "then the first rank of the other host"
+        assert min(left) > max(done)
+    assert max(spent[2] for spent in found) > max(spent[1] for spent in found)
+
+
+WAITING = """
+import os, sys, time
+from scale_prune.zero3 import joined
+rank, dead = map(int, sys.argv[1:])
+with joined(rank, timeout=2) as runtime:
+    with runtime.main_first():
+        time.sleep(6 * (rank == 0))
+    print("waited", flush=True)
+    with runtime.main_first():
+        if rank == dead:
+            os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_ranks_wait_for_the_first_without_end_but_not_for_one_that_is_gone(dead: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, str(rank), str(dead)],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=100) for process in ranks]
+    assert [ranks[dead].returncode, ranks[1 - dead].returncode] == [9, LOST_CONTACT], said
+    assert all("waited" in out for out, _ in said)
+    assert said[1 - dead][1].count(f"error: rank {1 - dead} has lost contact with the other ranks") == 1
 
 
 def test_a_port_that_another_run_has_taken_is_named() -> None:

@@ -15,10 +15,11 @@ from test_families import BLOOM
 from transformers import AutoConfig, AutoTokenizer
 
 from scale_prune.commands import analyze, evaluate
+from scale_prune.config import Config
 from scale_prune.core.schedule import Schedule
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.models.families import register
-from scale_prune.preflight import timing
+from scale_prune.preflight import fill_in, timing, unused_settings
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,8 @@ def test_what_nothing_uses_is_said(work: Path, capsys: pytest.CaptureFixture[str
     assert dry(work, criterion="movement", **settings) == (0, [])
     said = "nothing uses --min_kept 2, --gate_l1 0.5, --distill_alpha 0.3, --num_beams 2 in this run, of --criterion"
     assert said in capsys.readouterr().out
+    labeled = Config.from_flat({"task": "classification", "eval_tokens": 9})
+    assert unused_settings(fill_in(labeled)).startswith("nothing uses --eval_tokens 9 in this run")
 
 
 def test_every_bad_input_is_found(work: Path) -> None:
@@ -303,23 +306,38 @@ def test_labels_are_held_against_the_classes_of_the_model(work: Path) -> None:
             work, "number", tiny_config("bert", vocab_size=size), **told, problem_type="regression"
         ),
         "few": with_config(work, "few", tiny_config("bert", vocab_size=20), **told),
+        "swapped": with_config(
+            work, "swapped", tiny_config("bert", vocab_size=size), **told | {"id2label": {"0": "b", "1": "a"}}
+        ),
+        "encoder": with_config(work, "encoder", tiny_config("bert", vocab_size=size), architectures=["BertModel"]),
+        "nowhere": work / "nowhere",
     }
-    for folder in made.values():
-        tokenizer.save_pretrained(folder)
-    for name, labels_there in {"good": "ab", "bad": "ac"}.items():
+    for name in made.keys() - {"nowhere"}:
+        tokenizer.save_pretrained(made[name])
+    for name, labels_there in {"good": "ab", "bad": "ac", "one": "aa", "whole": "13"}.items():
         rows = "".join(f"the model learns,{labels_there[row % 2]}\n" for row in range(40))
         (work / f"{name}.csv").write_text(f"text,label\n{rows}")
-    for model, file, piece in [
-        ("single", "good", ""),
-        ("multi", "good", ""),
-        ("single", "bad", "has the unknown label 'c', known are a, b,"),
-        ("regression", "good", "predicts numbers, but column 'label'"),
-        ("few", "good", "knows 20; the tokenizer is of another model"),
+    other = "is no classifier of the 2 classes of the data"
+    for model, file, reference, piece in [
+        ("single", "good", "single", ""),
+        ("single", "one", None, ""),
+        ("multi", "good", None, ""),
+        ("regression", "whole", "regression", ""),
+        ("single", "bad", None, "has the unknown label 'c', known are a, b,"),
+        ("regression", "good", None, "has the label 'a', which is no number, in column 'label'"),
+        ("few", "good", None, "knows 20; the tokenizer is of another model"),
+        ("single", "good", "swapped", f"--reference {made['swapped']} {other}"),
+        ("single", "good", "encoder", f"--reference {made['encoder']} {other}"),
+        ("encoder", "good", "regression", f"--reference {made['regression']} {other}"),
+        ("regression", "whole", "single", f"--reference {made['single']} is no predictor of the numbers of the data"),
+        ("single", "good", "nowhere", f"--reference {made['nowhere']}"),
     ]:
         files = dict.fromkeys(("train_file", "validation_file"), work / f"{file}.csv")
-        code, errors = dry(work, model=made[model], task="classification", **files)
-        assert (code, len(errors)) == ((2, 1) if piece else (0, 0)), errors
+        compared = {"reference": made[reference]} if reference else {}
+        code, errors = dry(work, model=made[model], task="classification", **files, **compared)
+        assert (code, len(errors) > 0) == ((2, True) if piece else (0, False)), errors
         assert all(piece in error for error in errors)
+        assert reference == "nowhere" or len(errors) < 2
 
 
 def test_a_checkpoint_that_is_none_is_found(work: Path) -> None:
@@ -335,6 +353,8 @@ def test_without_a_model_the_embedded_one_is_described(
     monkeypatch.chdir(tmp_path)
     assert outcome(["--dry_run", "--max_steps", str(STEPS)]) == (0, "")
     assert "groups: 4, of 768 neurons; 3,072 neurons in all" in capsys.readouterr().out
+    code, stderr = outcome(["--dry_run", "--max_steps", str(STEPS), "--validation_file", "nowhere.txt"])
+    assert (code, errors_of(stderr)) == (2, ["error: data set nowhere.txt is missing: there is no such file"])
     assert not list(tmp_path.iterdir())
 
 

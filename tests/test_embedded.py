@@ -2,15 +2,22 @@
 
 import json
 import sysconfig
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from distributed import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scale_prune.config import Config
 from scale_prune.data import embedded
 from scale_prune.data.embedded import END_OF_TEXT, SHORT, build, corpus
+from scale_prune.run import start
+from scale_prune.system import REPORT
+from scale_prune.zero3 import Runtime
 
 FEW = {"vocab_size": 300, "max_documents": 31}
 
@@ -110,3 +117,22 @@ def test_two_builds_at_once_leave_one(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = build(tmp_path, **FEW)
     assert (folder / "mark").exists()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def text_of_default(folder: Path, **given: str) -> tuple[str | None, str | None]:
+    with patch.object(start, "build", return_value=folder):  # it takes minutes until there is a trained base
+        config = start.embedded_default(Config.from_flat(given), frozenset(given), Runtime.start())
+    return config.data.train_file, config.data.validation_file
+
+
+@pytest.mark.distributed
+def test_a_run_without_a_model_keeps_the_texts_that_are_given(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / REPORT).touch()
+    own = tuple(str(tmp_path / f"{split}.jsonl") for split in ("train", "validation"))
+    for given, expected in (
+        ({}, own),
+        ({"validation_file": "mine.txt"}, (own[0], "mine.txt")),
+        ({"train_file": "mine.txt"}, ("mine.txt", None)),
+    ):
+        assert run_ranks(partial(text_of_default, tmp_path, **given), 1) == [expected]

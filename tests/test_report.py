@@ -36,7 +36,7 @@ def report(exported: float) -> dict[str, Any]:
         "tokens": 1280,
         "world_size": 2,
         "peak_memory_bytes": [2**30, 2**31],
-        "settings": {"seed": 0, "dataset": None},
+        "settings": {"seed": 0, "dataset": None, "prompt_template": "{a}\n{b} | c"},
         "versions": {"python": "3"},
         "date": "2026-11-26T12:00:00+00:00",
         "host": {"processor": "A CPU", "cores": 2, "memory_bytes": 2**34, "accelerator": None},
@@ -76,6 +76,7 @@ def test_the_table_has_the_ratios_and_no_setting_without_a_value() -> None:
     assert "| parameters in the file | 2,000 | 1,100 | 0.550 |" in text
     assert "| validation perplexity | 20.000 | 25.000 | 1.250 |" in text
     assert "| seed | 0 |" in text
+    assert "| prompt_template | {a}\\n{b} \\| c |" in text
     assert "dataset" not in text
     assert "49.7% of the factorized weights' parameters" in text
     assert "| tokens | components after |" in text

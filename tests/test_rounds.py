@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from command import arguments, errors_of, make_work, outcome, outcomes, report_of
+from command import BLOCK, arguments, errors_of, make_work, outcome, outcomes, report_of, said_by
 from distributed import run_ranks
 from memory_backend import DROPOUTS
 from safetensors.torch import load_file
@@ -174,6 +174,18 @@ def test_rounds_with_everything(settings: dict[str, Any], work: Path) -> None:
     perplexity = report_of(output)["perplexity"]
     assert perplexity["recovered"] is None or settings.get("rounds")
     assert report_of(output)["remaining"]["measured"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_text_that_is_shorter_than_the_calibration_is_read_once(world_size: int, work: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("".join((work / "train.txt").read_text().splitlines(keepends=True)[:40]))
+    settings = UNTRAINED | {"criterion": "obs", "train_file": tmp_path / "short.txt", "calibration_tokens": 20_000}
+    said = run_ranks(said_by, world_size, arguments(work, tmp_path / "out", **settings))
+    tokens = len(AutoTokenizer.from_pretrained(work / "model")((tmp_path / "short.txt").read_text())["input_ids"])
+    once = tokens // BLOCK // 6 * 6 * BLOCK
+    assert [each["calibration_tokens"] for each in report_of(tmp_path / "out")["rounds"]] == [once]
+    line = f"--calibration_tokens 20000 are more than the training text has, whose {once} at most are read once a round"
+    assert "".join(said).splitlines().count(line) == 1
 
 
 def test_what_no_criterion_is_named_for(work: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ KEPT = "kept.json"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `launch/analyze.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    """Run `launch/analyze.py`; a user's mistake ends in one message a host and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):

@@ -38,7 +38,7 @@ RESULT = ("baseline", "models", "flags", "versions")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `launch/evaluate.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    """Run `launch/evaluate.py`; a user's mistake ends in one message a host and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):

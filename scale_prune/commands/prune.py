@@ -17,7 +17,7 @@ from scale_prune.zero3 import joined, launched_as
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `launch/prune.py`; a user's mistake ends in one message from rank 0 and exit code 2."""
+    """Run `launch/prune.py`; a user's mistake ends in one message a host and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
         load_plugins(plugins_of(argv))

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -160,7 +161,8 @@ def user_errors(rank: int) -> Iterator[None]:
     its traceback. With SCALE_PRUNE_TRACEBACK=1 in the environment every rank shows the traceback of a mistake as well.
 
     Args:
-        rank: rank of this process; only rank 0 prints, warnings too, every rank exits.
+        rank: rank of this process; only rank 0 prints, warnings too, and the first rank of every other host, whose
+            files and disks are its own. Every rank exits.
     """
     if rank:
         logging.getLogger("scale_prune").setLevel(logging.ERROR)
@@ -172,9 +174,9 @@ def user_errors(rank: int) -> Iterator[None]:
             raise
         if os.environ.get("SCALE_PRUNE_TRACEBACK") == "1":
             sys.excepthook(type(error), error, error.__traceback__)
-        if rank == 0:
-            reason = " ".join(str(error).splitlines())
-            print(f"error: {'a disk is full: ' if full else ''}{reason}", file=sys.stderr, flush=True)
+        if rank == 0 or os.environ.get("LOCAL_RANK") == "0":
+            where, reason = f"{socket.gethostname()}: " if rank else "", " ".join(str(error).splitlines())
+            print(f"error: {where}{'a disk is full: ' if full else ''}{reason}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

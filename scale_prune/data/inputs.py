@@ -22,6 +22,7 @@ class Inputs:
         model_config: the model's own configuration.
         tokenizer: the model's tokenizer.
         validation: what the validation text is, in words.
+        train_rows: blocks or examples of the training text; None before they are known, and where there is none.
     """
 
     config: Config
@@ -29,6 +30,7 @@ class Inputs:
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     validation: str = ""
+    train_rows: int | None = None
 
     @property
     def bos(self) -> int | None:
@@ -47,8 +49,15 @@ class Inputs:
 
     @property
     def calibration_steps(self) -> int:
-        """Optimizer steps whose text a round is calibrated on."""
-        return calibration_steps(self.config, self.batch_size)
+        """Optimizer steps whose text a round is calibrated on: none reads a row again, but there is one at least."""
+        asked = calibration_steps(self.config, self.batch_size)
+        return asked if self.train_rows is None else min(asked, max(1, self.train_rows // self.batch_size))
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens that a round is calibrated on, at most: rows may be shorter than a block."""
+        found = self.calibration_steps * self.batch_size * self.config.data.block_size
+        return min(self.config.pruning.calibration_tokens, found)
 
     @property
     def pruning_steps(self) -> int:

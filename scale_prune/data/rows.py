@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ NUMBERS = (*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64
 READABLE = (*STRINGS, *NUMBERS, "list of string", "list of large_string")
 """What can stand in an example."""
 
+REASON = 500
+"""Characters of what a reader says that are told on; the hub lists what it has in the second line."""
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +217,21 @@ def _read(path: Path, reader: str, label: str | None) -> datasets.Dataset:
             cache = _cache() / f"{__version__} {hashlib.file_digest(packed, 'sha256').hexdigest()}"
         if reader in ("csv", "text"):
             return text_files.read(file, cache / f"{reader}.arrow", is_csv=reader == "csv", label=label)
-    return datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
+    load = partial(
+        datasets.load_dataset, reader, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache)
+    )
+    rows = load()
+    return _dates_as_texts(rows, load) if reader == "json" else rows
+
+
+def _dates_as_texts(rows: datasets.Dataset, load: Callable[..., datasets.Dataset]) -> datasets.Dataset:
+    """Return the rows of a JSON file with texts that look like dates, and are taken for such, as they stand there."""
+    dates = [name for name, feature in rows.features.items() if _kind(feature).startswith("timestamp")]
+    if dates:
+        written = load(features=datasets.Features(rows.features | dict.fromkeys(dates, datasets.Json())))
+        for name in dates:
+            rows = rows.remove_columns([name]).add_column(name, written[name][:])
+    return rows
 
 
 def _suffix(path: Path) -> str:
@@ -229,7 +245,7 @@ def _one_message(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # the readers hand on the errors of pandas, pyarrow, json, gzip and the network
         cause = error.__cause__ or error
-        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        reason = " ".join(str(cause).split())[:REASON] or type(cause).__name__
         raise ValueError(f"data set {name} cannot be read: {reason}") from error
 
 

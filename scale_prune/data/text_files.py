@@ -1,11 +1,13 @@
 """The rows of csv and txt files as they stand there: every word of the file, as a text, or an error that says where."""
 
 import csv
+import fcntl
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from gzip import GzipFile
+from gzip import BadGzipFile, GzipFile
 from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
@@ -15,6 +17,7 @@ import datasets
 import pyarrow as pa
 
 BATCH = 1000
+CONTENT_ERRORS = (ValueError, EOFError, BadGzipFile, zlib.error)
 QUOTING = 'a text with a comma stands in quotation marks, and one inside of it is doubled, ""'
 
 
@@ -35,7 +38,7 @@ def read(file: GzipFile | BufferedReader, cache: Path, *, is_csv: bool, label: s
     """
     if not cache.exists():
         text = TextIOWrapper(file, encoding="utf-8-sig", newline="" if is_csv else None)
-        _write(_records(text) if is_csv else chain([["text"]], ([line] for line in text)), cache)
+        _write_once(_records(text) if is_csv else chain([["text"]], ([line] for line in text)), cache)
     rows = datasets.Dataset.from_file(str(cache))
     if label in rows.column_names and len(rows):
         for kind in (pa.int64(), pa.float64(), pa.bool_()):
@@ -45,10 +48,27 @@ def read(file: GzipFile | BufferedReader, cache: Path, *, is_csv: bool, label: s
     return rows
 
 
+def _write_once(found: Iterator[Sequence[str]], cache: Path) -> None:
+    """Let one process write, while all others that want the same wait for the file, or for why there is none."""
+    cache.parent.mkdir(exist_ok=True)
+    with cache.with_name(f"{cache.name}.lock").open("a+", encoding="utf-8") as lock:
+        with suppress(OSError):  # a disk without locks, where everyone writes
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, by the end of the process too
+        lock.seek(0)
+        # The launcher ends all ranks soon after the first, before rank 0, which says why, could have tried it too.
+        if reason := lock.read():
+            raise ValueError(reason)
+        if not cache.exists():
+            try:
+                _write(found, cache)
+            except CONTENT_ERRORS as error:
+                lock.write(str(error))
+                raise
+
+
 def _write(found: Iterator[Sequence[str]], cache: Path) -> None:
     """Write the names of the columns, then the rows, as an arrow file that is there as a whole or not at all."""
     schema = pa.schema([(name, pa.string()) for name in next(found)])
-    cache.parent.mkdir(exist_ok=True)
     partial = cache.with_name(f"{cache.name}.{token_hex(4)}")  # nobody's: containers have the same numbers of processes
     try:
         with pa.ipc.new_stream(str(partial), schema) as stream:

@@ -230,7 +230,8 @@ def _read_text(reading: Reading, split: Split) -> None:
     task, columns = reading.config.task, columns_of(reading.config.task)
     if split not in reading.splits or (task.task != "lm" and not columns):
         return  # or a dry run, in which other mistakes have kept the templates from being filled in
-    if reading.config.training.model is None and data.dataset is None and data.train_file is None:
+    given = data.validation_file if split == "validation" else None
+    if reading.config.training.model is None and not (data.dataset or data.train_file or given):
         return  # a dry run of the embedded model, whose text needs no check
     if split == "validation" and data.validation_file is not None:  # what is wrong with the training text is known
         data = replace(data, dataset=None, dataset_config=None, train_file=None)
@@ -276,6 +277,7 @@ def unused_settings(config: Config) -> str:
     names = [] if config.distillation.teacher else ["distill_alpha", "distill_temperature"]
     names += ["max_new_tokens", "num_beams", "generation_batch_size"] if task in ("lm", CLASSIFICATION) else []
     names += ["long_examples", "eval_examples"] if task == "lm" else []
+    names += ["eval_tokens"] if task == CLASSIFICATION else []
     found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
     listed = ", ".join(f"--{name} {value}" for name, value in found.items())
     return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""

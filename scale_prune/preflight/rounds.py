@@ -116,16 +116,27 @@ def check_calibration(config: Config, batch_size: int) -> None:
         )
 
 
-def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> str:
-    """Return a line where the damping decides more than the text, empty where it does not."""
-    criterion = CRITERIA[pruning.criterion]
+def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup], found: int | None = None) -> str:
+    """Return a line where there is less text than was asked for, or the damping decides more than it, else nothing.
+
+    Args:
+        pruning: the settings.
+        groups: the model's.
+        found: tokens that a round is calibrated on, where the text is known.
+    """
+    criterion, tokens = CRITERIA[pruning.criterion], found or pruning.calibration_tokens
     whitens = criterion.kind == "component" and pruning.factors == "whitened"
     widest = max(group.members[0].shape[1] if whitens else group.num_features for group in groups)
     solves = pruning.repair == "least_squares" or "gram" in criterion.needs or whitens
-    if pruning.remaining == 1 or not solves or pruning.calibration_tokens >= widest:
+    asked, short = f"--calibration_tokens {pruning.calibration_tokens}", ""
+    if pruning.remaining == 1 or not (solves or pruning.rounds or pruning.repair != "none"):
         return ""
-    damping = f"{pruning.damping_of(widest):.3g}"
+    if tokens < pruning.calibration_tokens:
+        short = f"{asked} are more than the training text has, whose {tokens} at most are read once a round"
+    if not solves or tokens >= widest:
+        return short
+    damping = f"{replace(pruning, calibration_tokens=tokens).damping_of(widest):.3g}"
     return (
-        f"--calibration_tokens {pruning.calibration_tokens} are fewer than the {widest} numbers a token whose products "
+        f"{f'{short} and' if short else asked} are fewer than the {widest} numbers a token whose products "
         f"are solved for, so --repair_damping {damping} decides as much as the text; a few times {widest} are better"
     )

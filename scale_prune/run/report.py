@@ -67,7 +67,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         *_origin(report),
         "| setting | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in report["settings"].items() if value is not None),
+        *(f"| {name} | {_cell(value)} |" for name, value in report["settings"].items() if value is not None),
         "",
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
@@ -156,6 +156,11 @@ def tenths(seconds: Sequence[float]) -> list[float]:
 def _row(name: str, dense: float, pruned: float) -> str:
     ratio = f"{pruned / dense:.3f}" if dense else ""
     return f"| {name} | {_number(dense)} | {_number(pruned)} | {ratio} |"
+
+
+def _cell(value: Any) -> str:
+    """Return a setting as one cell of a table: templates have new lines and bars."""
+    return str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def _number(value: float) -> str:

@@ -24,7 +24,7 @@ def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime)
     """Build and train the small model that stands in where the user names none; both are cached.
 
     Returns:
-        The settings with that model, and with its text where the user names none.
+        The settings with that model, and with its text where the user names none; a validation file is the user's.
     """
     with runtime.main_first():
         folder = build(CACHE)
@@ -39,8 +39,11 @@ def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime)
         )
         prune(Config.from_flat(settings), frozenset(), runtime)  # the ds_config wins
         runtime.barrier()
-    own_text = config.data.dataset is not None or config.data.train_file is not None
-    return Config.from_flat(config.flat() | ({} if own_text else text) | {"model": str(base / "pruned")})
+    if config.data.dataset is not None or config.data.train_file is not None:
+        text = {}
+    elif config.data.validation_file is not None:
+        text["validation_file"] = config.data.validation_file
+    return Config.from_flat(config.flat() | text | {"model": str(base / "pruned")})
 
 
 def prune(
@@ -71,7 +74,7 @@ def prune(
     if line := unused_settings(config):
         runtime.say(line)
     run = set_up(make_task(inputs, runtime), runtime, checkpoint, stop)
-    if line := calibration_warning(config.pruning, run.student.groups):
+    if line := calibration_warning(config.pruning, run.student.groups, run.inputs.calibration_tokens):
         runtime.say(line)
     try:
         report = go(run, checkpoint)

@@ -56,9 +56,9 @@ class Labeled:
 
     def fingerprint(self) -> str:
         """Return a hash of all tokens, of where they are cut, and of the labels."""
-        found = hashlib.sha256(np.array([len(tokens) for tokens in self.texts]).tobytes())
+        found = hashlib.sha256(np.array([len(tokens) for tokens in self.texts]).data)
         for part in (torch.cat(self.texts), self.labels):
-            found.update(part.numpy().tobytes())
+            found.update(part.numpy().data)
         return found.hexdigest()
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class Classification(Task):
     The classes are the model's own where it is a classifier already, else those of the training labels.
 
     Raises:
-        ValueError: the data cannot be used, or model, teacher and data have different classes.
+        ValueError: the data cannot be used, or model, teacher, reference and data have different classes.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -95,7 +95,8 @@ class Classification(Task):
         self.dropped = {split: each.dropped for split, each in self.data.items()}
         config = copy.deepcopy(inputs.model_config)
         self.labels.put_into(config)
-        self.inputs = replace(inputs, model_config=config)
+        rows = len(self.data["train"].texts) if "train" in splits else None
+        self.inputs = replace(inputs, model_config=config, train_rows=rows)
         self.model_config = config
 
     @property
@@ -145,32 +146,33 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
     """Return the classes of a run, or of an evaluation.
 
     Args:
-        inputs: the model, and the teacher's name.
+        inputs: the model, and the names of teacher and reference.
         text: the training rows; of an evaluation, which has a classifier, the validation rows.
         training_follows: False for an evaluation, which needs a classifier.
 
     Raises:
-        ValueError: model, teacher and data have different classes, or there is a teacher that cannot have any.
+        ValueError: the rows have no classes, where the model has none of its own, or teacher or reference has others.
     """
-    training, teacher = inputs.config.training, inputs.config.distillation.teacher
+    config, training = inputs.config, inputs.config.training
     own = of_model(inputs.model_config)
-    there = of_rows(text, own)
     if own is None and not training_follows:
         raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
-    if own is not None and (not own.classes) != (not there.classes):
-        kinds = {True: "classes", False: "numbers"}
-        raise ValueError(
-            f"--model {training.model} predicts {kinds[bool(own.classes)]}, but column {text.label!r} of {text.name} "
-            f"holds {kinds[bool(there.classes)]}"
-        )
-    labels = own or there
-    if teacher is not None:
-        config = inputs.model_config
-        if teacher != SELF:
-            config = AutoConfig.from_pretrained(teacher, trust_remote_code=training.trust_remote_code)
-        if not labels.agrees(of_model(config), text):
-            raise ValueError(f"--teacher {teacher} is no classifier of the {len(labels.classes)} classes of the data")
+    labels = own or of_rows(text)  # what is not of the model's own, the row tells where it is encoded
+    for flag, name in (("teacher", config.distillation.teacher), ("reference", config.output.reference)):
+        if name is not None and not labels.agrees(_classes_of(flag, name, inputs), text):
+            count = len(labels.classes)
+            wanted = f"classifier of the {count} classes" if count else "predictor of the numbers"
+            raise ValueError(f"--{flag} {name} is no {wanted} of the data")
     return labels
+
+
+def _classes_of(flag: str, name: str, inputs: Inputs) -> Labels | None:
+    if (flag, name) == ("teacher", SELF):
+        return of_model(inputs.model_config)
+    try:
+        return of_model(AutoConfig.from_pretrained(name, trust_remote_code=inputs.config.training.trust_remote_code))
+    except OSError as error:  # as another check has said, and a dry run goes on
+        raise ValueError(f"--{flag} {name} cannot be read, so that its classes are not known") from error
 
 
 def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Labeled:

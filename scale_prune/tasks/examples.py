@@ -72,8 +72,8 @@ class Examples:
         """Return a hash of all tokens and of where they are cut."""
         found = hashlib.sha256()
         for part in (self.prompts, self.completions):
-            found.update(np.array([len(tokens) for tokens in part]).tobytes())
-            found.update(torch.cat(part).numpy().tobytes())
+            found.update(np.array([len(tokens) for tokens in part]).data)
+            found.update(torch.cat(part).numpy().data)
         return found.hexdigest()
 
 

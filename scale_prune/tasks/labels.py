@@ -54,7 +54,7 @@ class Labels:
             return "no label"
         if not self.classes:
             number = isinstance(value, int | float) and math.isfinite(value)
-            return "" if number else f"the label {value!r}, where others have numbers,"
+            return "" if number else f"the label {value!r}, which is no number,"
         known = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
         return "" if str(value) in self.classes else f"the unknown label {value!r}, known are {known},"
 
@@ -89,21 +89,17 @@ def _values(text: Text, classes: Sequence[str]) -> list[Any]:
     return [found[value] for value in values]
 
 
-def of_rows(text: Text, own: Labels | None = None) -> Labels:
+def of_rows(text: Text) -> Labels:
     """Return the classes of a data set: its own names, else its texts or whole numbers, sorted; none of other numbers.
-
-    Args:
-        text: the rows.
-        own: the classes of the model, where it has some.
 
     Raises:
         ValueError: all rows have the same label, or -1 is one and may say that there is none.
     """
-    found = sorted({value for value in _values(text, own.classes if own else ()) if not is_missing(value)})
+    found = sorted({value for value in _values(text, ()) if not is_missing(value)})
     if any(isinstance(value, float) for value in found):
         whole = all(float(value).is_integer() for value in found)
-        if not whole or len(found) != 2 or own == Labels(()):
-            if whole and own is None:
+        if not whole or len(found) != 2:
+            if whole:
                 say(
                     f"column {text.label!r} of {text.name} has whole numbers with a decimal point, which are predicted "
                     "as numbers; write 1, not 1.0, to have classes"
@@ -118,14 +114,14 @@ def of_rows(text: Text, own: Labels | None = None) -> Labels:
             if classes
             else f"column {text.label!r} of {text.name} has no label at all"
         )
-    _check_classes(text, classes, own)
+    _check_classes(text, classes)
     return Labels(_names(text) or classes)
 
 
-def _check_classes(text: Text, classes: Sequence[str], own: Labels | None) -> None:
+def _check_classes(text: Text, classes: Sequence[str]) -> None:
     """Say what looks alike, and refuse -1 beside 0: SNLI and GLUE write it where there is no label."""
     negative = [name for name in classes if name.startswith("-")]
-    if "0" in classes and negative == ["-1"] and (own is None or "-1" not in own.classes):
+    if "0" in classes and negative == ["-1"]:
         raise ValueError(
             f"column {text.label!r} of {text.name} has the label -1 beside {', '.join(classes[1:8])}; if it says that "
             "there is no label, leave these rows out, and if it is a class, write the classes as words"

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ class LanguageModeling(Task):
         super().__init__(inputs, runtime)
         with runtime.main_first():
             self.blocks = {split: prepare(inputs.config.data, split, inputs.tokenizer) for split in splits}
+        self.inputs = replace(inputs, train_rows=len(self.blocks["train"]) if "train" in splits else None)
         check_tokens({split: int(blocks.all_tokens.max()) for split, blocks in self.blocks.items()}, inputs)
         self.fingerprints = {split: fingerprint(blocks) for split, blocks in self.blocks.items()}
 
@@ -55,4 +57,4 @@ class LanguageModeling(Task):
 
 def fingerprint(blocks: TokenBlocks) -> str:
     """Return a hash of a text's tokens."""
-    return hashlib.sha256(blocks.all_tokens.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(blocks.all_tokens.numpy().data).hexdigest()

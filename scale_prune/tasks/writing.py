@@ -1,6 +1,7 @@
 """Tasks whose examples are a prompt and its completion: the completion is learned, generated and compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,7 @@ class Writing(Task):
         super().__init__(inputs, runtime)
         with runtime.main_first():
             self.examples = {split: prepare(inputs.config, split, inputs.tokenizer) for split in splits}
+        self.inputs = replace(inputs, train_rows=len(self.examples["train"]) if "train" in splits else None)
         tokens = {split: each.prompts + each.completions for split, each in self.examples.items()}
         check_tokens({split: int(torch.cat(parts).max()) for split, parts in tokens.items()}, inputs)
         check_positions(inputs, self.questions)

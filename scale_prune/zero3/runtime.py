@@ -3,10 +3,12 @@
 import copy
 import os
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from scale_prune.zero3.quiet import quieten
 KIBIBYTE = 1024
 LEAVING_SECONDS = 10.0
 TEXT_BYTES = 500
+LONGEST_PAUSE = 0.2
+TURNS = count()
+"""Numbers of `main_first`, the same on all ranks; of a process, since process groups may share a store."""
 
 
 class Runtime:
@@ -30,6 +35,7 @@ class Runtime:
     rank: int
     world_size: int
     device: torch.device
+    timeout: float
 
     @classmethod
     def start(cls, timeout: float = 1800.0) -> "Runtime":
@@ -44,6 +50,7 @@ class Runtime:
             os.environ.update(alone)
         deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
         runtime = cls()
+        runtime.timeout = timeout
         runtime.rank, runtime.world_size = dist.get_rank(), dist.get_world_size()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         get_accelerator().set_device(local_rank)
@@ -86,14 +93,31 @@ class Runtime:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0 first, so that the others find its caches."""
+        """Run the body on rank 0, then on the first rank of every other host, then on the rest, which find its caches.
+
+        All leave it together. It may take longer than a collective: who is in the body says so again and again.
+
+        Raises:
+            DistError: for the time of a collective nobody has said so, or the store is gone, and rank 0 with it.
+        """
+        store, turn = torch.distributed.distributed_c10d._get_default_store(), f"turn {next(TURNS)}"
+        alive = f"{turn}, alive"
+
+        def wait_for(place: str, needed: int) -> None:
+            if not _wait_for(store, place, needed, self.timeout, alive):
+                raise torch.distributed.DistStoreError(f"nothing was heard of them for {self.timeout:g} seconds")
+
+        first = max(0, self.rank - int(os.environ.get("LOCAL_RANK", "0")))  # of this host: its ranks follow each other
         if not self.is_main:
-            dist.barrier()
+            wait_for(f"{turn}, rank {0 if first == self.rank else first}", 1)
         try:
-            yield
+            with _counting(store, alive, self.timeout / 4):
+                yield
         finally:  # also where the body fails: the others must meet the same mistake, not wait for ever
-            if self.is_main:
-                dist.barrier()
+            with suppress(RuntimeError):  # they have met it, and rank 0 has left
+                store.add(f"{turn}, rank {self.rank}", 1)
+                store.add(turn, 1)
+        wait_for(turn, self.world_size)
 
     def peak_memory(self) -> list[int]:
         """Return every rank's peak memory in bytes: of the device, or of the process on a CPU."""
@@ -121,19 +145,54 @@ class Runtime:
 
     def _wait_for_leaving(self) -> None:
         """Wait for the others without a collective: they may be in another one, and then it would not be the same."""
-        store, deadline = torch.distributed.distributed_c10d._get_default_store(), time.monotonic() + LEAVING_SECONDS
-
-        def wait_for(place: str, needed: int) -> None:
-            while store.add(place, 0) < needed and time.monotonic() < deadline:
-                time.sleep(0.02)
-
+        store = torch.distributed.distributed_c10d._get_default_store()
         with suppress(RuntimeError):  # rank 0, which keeps the store, is gone
             store.add("leaving", 1)
-            wait_for("leaving", self.world_size)
-            if self.is_main:
-                wait_for("left", self.world_size - 1)
-            else:
+            together = _wait_for(store, "leaving", self.world_size, LEAVING_SECONDS)
+            if not self.is_main:
                 store.add("left", 1)
+            elif together:
+                _wait_for(store, "left", self.world_size - 1, LEAVING_SECONDS)
+
+
+def _wait_for(store: Any, place: str, needed: int, patience: float, alive: str = "") -> bool:
+    """Wait until a number of the store is as large as is needed, and tell whether it has come to that.
+
+    Args:
+        store: the process group's.
+        place: the number's name.
+        needed: how large.
+        patience: seconds after which it is given up.
+        alive: name of another number; while it goes up nothing is given up.
+    """
+    pause, last, deadline = 0.01, 0, time.monotonic() + patience
+    while store.add(place, 0) < needed:
+        if alive and (now := store.add(alive, 0)) != last:
+            last, deadline = now, time.monotonic() + patience
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)  # of 1,000 ranks rank 0 answers 10,000 questions a second
+    return True
+
+
+@contextmanager
+def _counting(store: Any, place: str, seconds: float) -> Iterator[None]:
+    """Add 1 to a number of the store every so many seconds, until the body is left."""
+    left = threading.Event()
+
+    def count_up() -> None:
+        with suppress(RuntimeError):  # the store is gone: who waits for it says so
+            while not left.wait(seconds):
+                store.add(place, 1)
+
+    thread = threading.Thread(target=count_up, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 def remove_shared_memory(rank: int) -> None:
