@@ -21,7 +21,6 @@ from scale_prune.zero3.quiet import quieten
 
 KIBIBYTE = 1024
 LEAVING_SECONDS = 10.0
-TEXT_BYTES = 500
 
 
 class Runtime:
@@ -75,14 +74,6 @@ class Runtime:
         own = torch.zeros(self.world_size, dtype=torch.float64)
         own[self.rank] = value
         return [float(number) for number in self.add_over_ranks(own)]
-
-    def gather_texts(self, text: str) -> list[str]:
-        """Return one short text of every rank, in order of rank; cut to TEXT_BYTES."""
-        encoded = text.encode()[:TEXT_BYTES]
-        own = torch.zeros(self.world_size, TEXT_BYTES, dtype=torch.int64)
-        own[self.rank, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
-        rows = self.add_over_ranks(own).tolist()
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
