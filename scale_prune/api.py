@@ -180,7 +180,8 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
             the new engine can be evaluated and saved, not trained.
 
     Raises:
-        ValueError: the engine has made steps that the pruner has not seen; it is left as it was.
+        ValueError: the engine has made steps that the pruner has not seen, or its optimizer keeps what a smaller one
+            cannot take over; it is left as it was.
     """
     assert isinstance(pruner.backend, Zero3Backend)
     pruner.calls.check(pruner.step, "pruner.after_backward() and pruner.after_step()")
@@ -191,9 +192,8 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
             f"keeps {pruner.remaining:.1%}, the target is {pruner.config.remaining:.1%}",
             stacklevel=2,
         )
-    _uncompacted.discard(pruner.backend.engine)
-    gates = pruner.take_gates_off()
-    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masking.by_name, make_engine, gates)
+    masks, take_gates_off = pruner.masking.by_name, pruner.take_gates_off
+    engine, _ = compact_engine(pruner.backend, pruner.groups, masks, make_engine, take_gates_off)
     return engine
 
 
