@@ -35,7 +35,7 @@ from scale_prune.core.compaction import select_units
 from scale_prune.core.groups import UnitGroup
 from scale_prune.models.families import FAMILIES, auto_model, classifies
 from scale_prune.models.layer_units import unit_groups
-from scale_prune.zero3 import Zero3Backend, load_model, num_parameters, training_engine
+from scale_prune.zero3 import Zero3Backend, load_model, num_parameters, release, training_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -248,7 +248,7 @@ def rates_of(path: Path, scheduler: Any) -> dict[str, list[float]]:
         for _ in range(STEPS_AFTER):
             train(engine, again, BLOCKS, 1)
             found += engine.get_lr()
-        engine.destroy()
+        release(engine)
     return rates
 
 
@@ -270,10 +270,23 @@ def refused_optimizer(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def released(path: Path, config: dict[str, Any]) -> list[int]:
+    """Return the bytes that an engine which has trained holds once it is released."""
+    engine, pruner = start(path, config, pruning("magnitude"))
+    train(engine, pruner, BLOCKS, 2)
+    optimizer = engine.optimizer
+    held = [*held_state(engine), *optimizer.fp16_partitioned_groups_flat, optimizer.grad_partitions_flat_buffer]
+    held += [param.ds_tensor for param in engine.module.parameters()]
+    assert all(tensor.untyped_storage().nbytes() for tensor in held)
+    release(engine)
+    return [tensor.untyped_storage().nbytes() for tensor in held]
+
+
 def of_own_loops(path: Path) -> dict[str, Any]:
     return {
         "rates": {scheduler.__name__: rates_of(path, scheduler) for scheduler in (linear, milestones, sequence)},
         "refused": refused_optimizer(path),
+        "released": [released(path, ds_config(**more)) for more in ({}, {"bf16": {"enabled": True}})],
     }
 
 
@@ -283,6 +296,8 @@ def test_a_loop_of_ones_own_keeps_its_scheduler_or_its_engine(folder: Path) -> N
         assert rates["compacted"] == rates["masked"], name
         assert len(set(rates["masked"])) > 1, name
     assert torch.equal(found["refused"]["after"], found["refused"]["before"])
+    for held in found["released"]:
+        assert held == [0] * len(held)
 
 
 # --- every family ----------------------------------------------------------------------------------------------------

@@ -164,6 +164,18 @@ def reading(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[Zero3Backen
     backend.let_go()
 
 
+def release(engine: Any) -> None:
+    """Take an engine apart for good, and free the memory of its shards, masters, moments and gradients."""
+    backend = Zero3Backend(engine)
+    before = _working_copy(backend)
+    take_apart(backend)
+    sharded: Any = backend.module.parameters()
+    for param in sharded:
+        param.ds_tensor.data = param.ds_tensor.new_empty(0)
+        param.data = param.data.new_empty(0)
+    _free(before, unless_used_by=backend.module)
+
+
 def _free_state(sharded_optimizer: Any, kinds: Sequence[str] | None = None) -> None:
     """Give back masters, moments and gradients, which `destroy` leaves in memory while anything holds the engine."""
     working = {flat.data_ptr() for flat in sharded_optimizer.fp16_partitioned_groups_flat if flat is not None}

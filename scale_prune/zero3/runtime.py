@@ -163,11 +163,3 @@ def inference_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.D
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(config))
     return engine
-
-
-def release(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Take an engine apart for good, and free the memory of its shards."""
-    for param in engine.module.parameters():
-        param.ds_tensor.data = param.ds_tensor.new_empty(0)
-        param.data = param.data.new_empty(0)
-    engine.destroy()
