@@ -21,9 +21,9 @@ from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_uniqueness, with_def
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
-from scale_prune.system import write_atomically
+from scale_prune.system import whole_or_absent, write_atomically
 from scale_prune.system.slices import SliceReader, write_slices
-from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units, write_model
+from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units, told_to_all, write_model
 
 STATE = "pruner.json"
 _uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner
@@ -116,17 +116,22 @@ def _check_in_a_loop(config: PruningConfig) -> None:
 def save_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
     """Write what the pruner remembers, between two steps, beside the loop's own checkpoint of the engine.
 
-    Every rank calls it and writes a file of its own.
+    A collective: every rank writes a file of its own, then rank 0 what holds for all.
 
     Args:
         pruner: from `attach`.
         folder: an existing folder that all ranks see.
+
+    Raises:
+        ValueError: on all ranks, what keeps one of them from writing.
     """
-    rank = pruner.backend.rank
-    write_slices(Path(folder) / f"pruner-{rank:05d}.safetensors", dict(pruner_slices(pruner)))
-    if rank == 0:
-        more = {"world_size": pruner.backend.world_size, "engine_steps": pruner.backend.steps_made()}
-        write_atomically(Path(folder) / STATE, json.dumps(facts_of(pruner) | more))
+    rank, folder = pruner.backend.rank, Path(folder)
+    with told_to_all(folder), whole_or_absent(folder / f"pruner-{rank:05d}.safetensors") as partial:
+        write_slices(partial, dict(pruner_slices(pruner)), pruner.step)
+    with told_to_all(folder):
+        if rank == 0:
+            more = {"world_size": pruner.backend.world_size, "engine_steps": pruner.backend.steps_made()}
+            write_atomically(folder / STATE, json.dumps(facts_of(pruner) | more))
 
 
 def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
@@ -137,8 +142,8 @@ def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
         folder: as for `save_state`.
 
     Raises:
-        ValueError: the groups of the model are not those of the folder, the engine's checkpoint is of another step, or
-            the folder holds something else.
+        ValueError: the groups of the model are not those of the folder, the engine's checkpoint is of another step,
+            `save_state` was cut off in between, or the folder holds something else.
     """
     try:
         facts = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
@@ -157,6 +162,11 @@ def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
         )
     files = sorted(Path(folder).glob("pruner-*.safetensors"))  # more than were written, if there were more ranks once
     with SliceReader(files[: facts.get("world_size")]) as reader:
+        if others := reader.steps - {facts["step"]}:
+            raise ValueError(
+                f"{folder} holds slices of the steps {sorted(others)} beside {STATE} of step {facts['step']}: "
+                "`save_state` was cut off; go on from an earlier folder"
+            )
         restore(pruner, facts, reader.read)
     pruner.put_masks_on()
 
@@ -170,7 +180,8 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
             the new engine can be evaluated and saved, not trained.
 
     Raises:
-        ValueError: the engine has made steps that the pruner has not seen; it is left as it was.
+        ValueError: the engine has made steps that the pruner has not seen, or its optimizer keeps what a smaller one
+            cannot take over; it is left as it was.
     """
     assert isinstance(pruner.backend, Zero3Backend)
     pruner.calls.check(pruner.step, "pruner.after_backward() and pruner.after_step()")
@@ -181,9 +192,8 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
             f"keeps {pruner.remaining:.1%}, the target is {pruner.config.remaining:.1%}",
             stacklevel=2,
         )
-    _uncompacted.discard(pruner.backend.engine)
-    gates = pruner.take_gates_off()
-    engine, _ = compact_engine(pruner.backend, pruner.groups, pruner.masking.by_name, make_engine, gates)
+    masks, take_gates_off = pruner.masking.by_name, pruner.take_gates_off
+    engine, _ = compact_engine(pruner.backend, pruner.groups, masks, make_engine, take_gates_off)
     return engine
 
 

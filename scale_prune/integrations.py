@@ -98,12 +98,17 @@ class PruningCallback(TrainerCallback):
             )
         engine = self.trainer.model_wrapped
         self.pruner = follow(engine, self.config, total_steps=state.max_steps, seed=args.seed)
+        save_checkpoint = engine.save_checkpoint
+
+        @wraps(save_checkpoint)
+        def save_both(folder: str, *more: Any, **options: Any) -> Any:
+            result = save_checkpoint(folder, *more, **options)
+            save_state(self.pruner, folder)
+            return result
+
+        engine.save_checkpoint = save_both  # the Trainer removes older checkpoints before it calls `on_save`
         if state.global_step:
             load_state(self.pruner, checkpoint)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the pruner's state into the Trainer's checkpoint."""
-        save_state(self.pruner, self._checkpoint(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -172,9 +172,9 @@ class InMemoryBackend:
                 self.parameters[member.name].data.copy_(self.masters[member.name])
             self.parameters[member.name].data.movedim(member.dim, 0)[~mask] = 0.0
 
-    def gather(self, member: Member) -> Tensor:
-        """Return a member's whole working copy."""
-        return self.parameters[member.name].detach().float().clone()
+    def gather(self, name: str) -> Tensor:
+        """Return a parameter's whole working copy."""
+        return self.parameters[name].detach().float().clone()
 
     def reduce(self, values: Tensor, rank: int) -> Tensor:
         """Add up a tensor over ranks."""

@@ -30,8 +30,12 @@ DS_CONFIGS: list[tuple[str, Any, str]] = [
     ("optimizer.params.eps", -1, '"optimizer.params.eps": -1, it must be a number, at least 0'),
     ("optimizer.params.lr", [0.1], '"optimizer.params.lr": [0.1], it must be a number, at least 0'),
     ("optimizer.params.weight_decay", float("nan"), "NaN is not a finite number"),
-    ("scheduler.type", "Warmup", '"scheduler.type": "Warmup", which is unknown, choose LRRangeTest, OneCycle'),
-    ("scheduler.type", "Enum", '"scheduler.type": "Enum", which is unknown'),
+    (
+        "scheduler.type",
+        "Warmup",
+        '"scheduler.type": "Warmup", which is none of DeepSpeed\'s, choose LRRangeTest,',
+    ),
+    ("scheduler.type", "Enum", '"scheduler.type": "Enum", which is none of DeepSpeed\'s'),
     ("scheduler.params.warmup_steps", 3, "unexpected keyword argument 'warmup_steps'"),
     (
         "zero_optimization.offload_optimizer",

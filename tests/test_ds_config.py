@@ -314,10 +314,20 @@ def test_what_pruning_cannot_work_with_is_refused(change: dict[str, Any], piece:
         resolved(changed(TRAINER, **change))
 
 
-def test_a_scheduler_that_no_checkpoint_could_hold_is_refused() -> None:
-    by_milestones = {"type": "MultiStepLR", "params": {"milestones": [100, 200]}}
-    with pytest.raises(ValueError, match=r'"scheduler.type": "MultiStepLR": .* keeps a Counter, which a checkpoint'):
-        ds_check.check(resolved(changed(TRAINER, scheduler=by_milestones)))
+@pytest.mark.parametrize(
+    ("section", "named", "says"),
+    [
+        ("scheduler", {"type": "StepLR", "params": {"step_size": 7}}, "is none of DeepSpeed's, choose LRRangeTest, "),
+        ("scheduler", {"type": "CosineAnnealingLR", "params": {"T_max": 7}}, "OneCycle, WarmupLR, WarmupDecayLR, "),
+        ("optimizer", {"type": "Muon", "params": {"lr": 0.1}}, "not of one kind, choose adagrad, adam, adamw, "),
+    ],
+)
+def test_what_no_engine_starts_with_or_no_checkpoint_holds_is_refused(
+    section: str, named: dict[str, Any], says: str
+) -> None:
+    raw = changed(BARE, zero_optimization__reduce_scatter=False) | {section: named}
+    with pytest.raises(ValueError, match=f'"{section}.type": "{named["type"]}", which .*{says}|whose .*{says}'):
+        ds_check.check(resolved(raw))
 
 
 @pytest.mark.parametrize("path", REFUSED)

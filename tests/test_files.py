@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from scale_prune.checkpoint import folder as checkpoint_folder
 from scale_prune.checkpoint.folder import newest_first, set_newer_aside
 from scale_prune.checkpoint.writing import save
 from scale_prune.models.layer_units import unit_groups
@@ -116,9 +117,8 @@ def test_a_checkpoint_that_somebody_reads_while_it_is_removed_ends_no_run(
         if not ignore_errors:
             raise OSError("Directory not empty")
 
-    alone: Any = SimpleNamespace(
-        rank=0, world_size=1, is_main=True, gather_numbers=lambda number: [number], gather_texts=lambda text: [text]
-    )
+    alone: Any = SimpleNamespace(rank=0, world_size=1, is_main=True)
+    monkeypatch.setattr(checkpoint_folder, "of_all_ranks", lambda problem: [problem])
     monkeypatch.setattr(shutil, "rmtree", busy)
     for step in (1, 2, 3):
         state = {"step": step, "perplexities": {"dense": math.inf}}

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer and an accelerate loop keep the neurons that a loop of one's own keeps."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -91,8 +95,19 @@ def make_trainer(model_folder: Path, output: Path, **more: Any) -> Trainer:
     return Trainer(model, arguments, processing_class=tiny_tokenizer(), **data)
 
 
+class Older(TrainerCallback):
+    """Sees what is on the disk when the Trainer has removed what is older than its newest checkpoint."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See that the run could go on from the only checkpoint, were it killed now."""
+        torch.distributed.barrier()
+        (only,) = Path(str(args.output_dir)).glob("checkpoint-*")
+        assert json.loads((only / "pruner.json").read_text())["step"] == state.global_step
+
+
 def trainer_loop(model_folder: Path, output: Path) -> Pruner:
-    trainer = make_trainer(model_folder, output, save_strategy="steps", save_steps=SAVED)
+    trainer = make_trainer(model_folder, output, save_strategy="steps", save_steps=SAVED // 2, save_total_limit=1)
+    trainer.add_callback(Older())
     trainer.add_callback(callback := scale_prune.PruningCallback(trainer, PRUNING))
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0  # of the pruned model

@@ -10,6 +10,8 @@ import torch
 from distributed import run_ranks
 from engines import BLOCKS, STEPS, ds_config, gathered, pruning, saved_model, start
 from memory_backend import train
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scale_prune import attach, compact, load_state, save, save_state
@@ -19,12 +21,18 @@ from scale_prune.zero3.runtime import training_engine
 pytestmark = pytest.mark.distributed
 
 CUT = 4
+FIRST_FILE, LAST_FILE = "pruner-00000.safetensors", "pruner-00001.safetensors"
 
 
 def whole_and_cut(path: Path, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what a run ends with, and what one that was cut after some steps ends with."""
     engine, pruner = start(path, ds_config(), pruning("gum"))
-    train(engine, pruner, BLOCKS, CUT)
+    with pytest.raises(ValueError, match="nowhere cannot be written"):  # on both ranks
+        save_state(pruner, folder / "nowhere")
+    train(engine, pruner, BLOCKS, CUT - 1)
+    save_state(pruner, folder)
+    before = (folder / LAST_FILE).read_bytes()
+    train(engine, pruner, BLOCKS, 1)
     engine.save_checkpoint(str(folder))
     save_state(pruner, folder)
     train(engine, pruner, BLOCKS, STEPS - CUT)
@@ -33,10 +41,29 @@ def whole_and_cut(path: Path, folder: Path) -> tuple[dict[str, Tensor], dict[str
 
     engine, pruner = start(path, ds_config(), pruning("gum"))
     engine.load_checkpoint(str(folder))
+    see_what_was_cut_off_refused(pruner, folder, before)
     load_state(pruner, folder)
     assert pruner.step == CUT
     train(engine, pruner, BLOCKS, STEPS - CUT)
     return whole, result(engine, pruner)
+
+
+def see_what_was_cut_off_refused(pruner: Pruner, folder: Path, before: bytes) -> None:
+    """Load with a file of the save before, and leave the last one without its step, as earlier versions wrote it."""
+    main, (file, now) = pruner.backend.rank == 0, (folder / LAST_FILE, (folder / LAST_FILE).read_bytes())
+    torch.distributed.barrier()
+    if main:
+        file.write_bytes(before)
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match=rf"the steps \[{CUT - 1}\] beside pruner.json of step {CUT}: .* cut off"):
+        load_state(pruner, folder)
+    torch.distributed.barrier()
+    if main:
+        with safe_open(folder / FIRST_FILE, "pt") as first:
+            starts = first.metadata()["starts"]
+        save_file(load_file(folder / FIRST_FILE), folder / FIRST_FILE, {"starts": starts})
+        file.write_bytes(now)
+    torch.distributed.barrier()
 
 
 def result(engine: Any, pruner: Pruner) -> dict[str, Tensor]:

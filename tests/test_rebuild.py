@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -27,7 +28,8 @@ from memory_backend import train, zeros
 from models import LOSE_HEADS, WIDTH, several_heads, tiny_config
 from models import logits as logits_of
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.optim.lr_scheduler import ConstantLR, MultiStepLR, SequentialLR, StepLR
+from transformers import AutoConfig, AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from scale_prune import attach, compact, save
 from scale_prune.core.compaction import select_units
@@ -35,7 +37,7 @@ from scale_prune.core.groups import UnitGroup
 from scale_prune.core.selection import budget
 from scale_prune.models.families import FAMILIES, auto_model, classifies
 from scale_prune.models.layer_units import unit_groups
-from scale_prune.zero3 import Zero3Backend, load_model, num_parameters, training_engine
+from scale_prune.zero3 import Zero3Backend, load_model, num_parameters, release, training_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -201,6 +203,103 @@ def test_the_smaller_engine_goes_on_where_the_masked_one_was(
     with torch.no_grad():
         found = loaded(BLOCKS.block(1)[None], use_cache=False).logits.float()
     torch.testing.assert_close(found, snapshots["compacted"]["logits"], rtol=0, atol=tolerance)
+
+
+# --- schedulers and optimizers of a loop of one's own -----------------------------------------------------------------
+
+
+class Halves(torch.optim.Optimizer):
+    """An optimizer that keeps one number for two weights, as those in 8 bits keep one for a block."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param].setdefault("absmax", torch.ones(param.numel() // 2))
+                param.data.add_(param.grad, alpha=-group["lr"])
+
+
+def linear(optimizer: Any) -> Any:
+    return get_linear_schedule_with_warmup(optimizer, 4, 20)
+
+
+def milestones(optimizer: Any) -> Any:
+    return MultiStepLR(optimizer, [3, STEPS + 2], gamma=0.5)
+
+
+def sequence(optimizer: Any) -> Any:
+    parts = [ConstantLR(optimizer, 0.5, total_iters=2), StepLR(optimizer, 3)]
+    return SequentialLR(optimizer, parts, milestones=[3])
+
+
+def rates_of(path: Path, scheduler: Any) -> dict[str, list[float]]:
+    """Return the rates of two runs under a scheduler of torch's, one of which is compacted."""
+
+    def make_engine(module: Any) -> Any:
+        engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=list(module.parameters()), config=ds_config(), lr_scheduler=scheduler
+        )
+        return engine
+
+    rates: dict[str, list[float]] = {"masked": [], "compacted": []}
+    for name, found in rates.items():
+        engine = make_engine(load_model(str(path), ds_config()))
+        pruner = attach(engine, pruning("magnitude"), total_steps=STEPS)
+        train(engine, pruner, BLOCKS, STEPS)
+        engine = compact(pruner, make_engine) if name == "compacted" else engine
+        again = attach(engine, pruning("random", remaining=1.0), total_steps=STEPS)
+        for _ in range(STEPS_AFTER):
+            train(engine, again, BLOCKS, 1)
+            found += engine.get_lr()
+        release(engine)
+    return rates
+
+
+def refused_optimizer(path: Path) -> dict[str, Tensor]:
+    """Return what the model computes before and after a compaction that is refused, and that it trains on."""
+    config = ds_config(zero_allow_untested_optimizer=True)
+    del config["optimizer"]
+    model = load_model(str(path), config)
+    optimizer = Halves(model.parameters(), {"lr": 1e-2})
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    pruner = attach(engine, pruning("neuron_l0"), total_steps=STEPS + 1)
+    train(engine, pruner, BLOCKS, STEPS)
+    before = logits(engine)
+    with pytest.raises(ValueError, match=r"Halves keeps absmax, \d+ float32 for \d+ weights, which cannot be cut"):
+        compact(pruner, partial(training_engine, ds_config=config))
+    found = {"before": before, "after": logits(engine)}
+    train(engine, pruner, BLOCKS, 1)
+    compact(pruner)
+    return found
+
+
+def released(path: Path, config: dict[str, Any]) -> list[int]:
+    """Return the bytes that an engine which has trained holds once it is released."""
+    engine, pruner = start(path, config, pruning("magnitude"))
+    train(engine, pruner, BLOCKS, 2)
+    optimizer = engine.optimizer
+    held = [*held_state(engine), *optimizer.fp16_partitioned_groups_flat, optimizer.grad_partitions_flat_buffer]
+    held += [param.ds_tensor for param in engine.module.parameters()]
+    assert all(tensor.untyped_storage().nbytes() for tensor in held)
+    release(engine)
+    return [tensor.untyped_storage().nbytes() for tensor in held]
+
+
+def of_own_loops(path: Path) -> dict[str, Any]:
+    return {
+        "rates": {scheduler.__name__: rates_of(path, scheduler) for scheduler in (linear, milestones, sequence)},
+        "refused": refused_optimizer(path),
+        "released": [released(path, ds_config(**more)) for more in ({}, {"bf16": {"enabled": True}})],
+    }
+
+
+def test_a_loop_of_ones_own_keeps_its_scheduler_or_its_engine(folder: Path) -> None:
+    (found,) = run_ranks(of_own_loops, 1, saved_model(folder, "gpt_neo"))
+    for name, rates in found["rates"].items():
+        assert rates["compacted"] == rates["masked"], name
+        assert len(set(rates["masked"])) > 1, name
+    assert torch.equal(found["refused"]["after"], found["refused"]["before"])
+    for held in found["released"]:
+        assert held == [0] * len(held)
 
 
 # --- every family ----------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_padding_is_no_token_of_the_calibration() -> None:
 
 def output_weight(backend: InMemoryBackend, group: UnitGroup) -> Tensor:
     member = next(member for member in group.members if member.role == "out")
-    return backend.gather(member).movedim(member.dim, -1)
+    return backend.gather(member.name).movedim(member.dim, -1)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2"])

@@ -21,7 +21,8 @@ from scale_prune.tasks.generation import complete, neutral
 from scale_prune.tasks.metrics import bleu
 from scale_prune.zero3 import Runtime
 from scale_prune.zero3.loading import load_model
-from scale_prune.zero3.runtime import inference_engine, release
+from scale_prune.zero3.rebuild import release
+from scale_prune.zero3.runtime import inference_engine
 
 pytestmark = pytest.mark.distributed
 

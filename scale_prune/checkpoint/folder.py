@@ -21,7 +21,7 @@ from typing import Any
 from scale_prune.checkpoint.schema import problem_of
 from scale_prune.system import name_beside
 from scale_prune.system.slices import SliceReader
-from scale_prune.zero3 import Runtime
+from scale_prune.zero3 import Runtime, of_all_ranks
 
 FOLDER = "checkpoints"
 NEWEST = "newest"
@@ -118,7 +118,7 @@ def newest_whole(output: Path, runtime: Runtime, say: Callable[[str], None]) -> 
     """
     names = [path.name for path in newest_first(output)][:AT_MOST]
     problems = []
-    for name in runtime.gather_texts(" ".join(names))[0].split():
+    for name in of_all_ranks(names)[0]:
         folder = output / FOLDER / name
         problem = damage(folder, runtime)
         if problem is None:
@@ -144,7 +144,7 @@ def damage(folder: Path, runtime: Runtime) -> str | None:
         own = sorted(checkpoint.files.items())[runtime.rank :: runtime.world_size]
         _check_contents(folder, dict(own))
 
-    return next(filter(None, problems_of_ranks(check, runtime)), None)
+    return next(filter(None, problems_of_ranks(check)), None)
 
 
 def set_newer_aside(output: Path, step: int) -> None:
@@ -184,13 +184,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def problems_of_ranks(work: Callable[[], None], runtime: Runtime) -> list[str]:
+def problems_of_ranks(work: Callable[[], None]) -> list[str]:
     """Do this rank's work and return what went wrong with it on every rank, "" where nothing did. A collective."""
     problem = ""
     try:
         work()
     except (OSError, DamagedError) as error:
         problem = str(error)
-    if not any(runtime.gather_numbers(float(bool(problem)))):
-        return [""] * runtime.world_size
-    return runtime.gather_texts(problem)
+    return of_all_ranks(problem)

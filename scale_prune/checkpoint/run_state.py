@@ -79,7 +79,7 @@ def save_run(
         "ds_config": inputs.ds_config,
         "kept_groups": {} if dense.untouched else {group.name: group.num_units for group in dense.groups},
         "pruner": pruner_state.facts_of(pruner),
-        "engine": engine_state.facts_of(backend),
+        "engine": engine_state.plain(engine_state.facts_of(backend)),
         "validation": inputs.validation,
         "versions": versions(),
     }

@@ -122,7 +122,7 @@ def _remove(folder: Path) -> None:
 def _together(what: str, work: Callable[[], None], runtime: Runtime, folder: Path, *, main_only: bool = False) -> None:
     """Do a part of the writing, on rank 0 or on all; if it fails anywhere, all ranks raise."""
     own = work if runtime.is_main or not main_only else lambda: None
-    failed = {rank: problem for rank, problem in enumerate(problems_of_ranks(own, runtime)) if problem}
+    failed = {rank: problem for rank, problem in enumerate(problems_of_ranks(own)) if problem}
     if failed:
         rank, problem = next(iter(failed.items()))
         whole = ", ".join(path.name for path in newest_first(folder.parents[1])) or "none"

@@ -48,7 +48,7 @@ from scale_prune.criteria import CRITERIA
 from scale_prune.data import Inputs, TokenBlocks, training_batches
 from scale_prune.models import unit_groups
 from scale_prune.pruning import ActivationSampler
-from scale_prune.zero3 import Runtime, Zero3Backend, load_model, release, training_engine
+from scale_prune.zero3 import Runtime, Zero3Backend, give_back, load_model, release, training_engine
 
 CHOSEN = 512
 """Neurons of a group among which explained variance is computed."""
@@ -138,6 +138,7 @@ def analyze(
             break
     found = list(measuring.results(runtime))
     release(engine)
+    give_back()
     return found
 
 

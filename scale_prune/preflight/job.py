@@ -16,7 +16,7 @@ from scale_prune.preflight.rehearsal import Rehearsal
 
 FP32 = 4
 # Tensors of the parameters' size that an optimizer keeps; Adam's two moments where the name is not listed.
-MOMENTS = {"sgd": 1, "lion": 1, "adagrad": 1, "muon": 1}
+MOMENTS = {"sgd": 1, "lion": 1, "adagrad": 1}
 
 # DeepSpeed's defaults of what may be absent from a ds_config.
 REDUCE_BUCKET, PREFETCH_BUCKET, SUB_GROUP, REUSE_DISTANCE, PERSISTENT = 5 * 10**8, 5 * 10**7, 10**9, 10**9, 10**5

@@ -43,8 +43,8 @@ class ShardBackend(Protocol):
         With `anew` the others are the master's again, if there is one, as a step leaves them.
         """
 
-    def gather(self, member: Member) -> Tensor:
-        """Return the whole working copy of a member in float32, as a forward pass gathers it."""
+    def gather(self, name: str) -> Tensor:
+        """Return the whole working copy of a parameter in float32, as a forward pass gathers it."""
 
     def reduce(self, values: Tensor, rank: int) -> Tensor:
         """Add up a tensor over ranks; the sum is `rank`'s, what the others get must not be used."""

@@ -104,7 +104,7 @@ def _solved(
 def _output_weight(backend: ShardBackend, group: UnitGroup, index: int) -> Tensor | None:
     """Return the (D, features) float32 weight that reads the units, on the rank that keeps the group. A collective."""
     member = next(member for member in group.members if member.role == "out")
-    weight = backend.gather(member)
+    weight = backend.gather(member.name)
     return weight.movedim(member.dim, -1) if keeper_of(index, backend) == backend.rank else None
 
 

@@ -11,7 +11,7 @@ from scale_prune.checkpoint import Checkpoint, set_newer_aside
 from scale_prune.config import Config
 from scale_prune.preflight import goes_on, is_empty
 from scale_prune.system import RECIPE, appears, complete_or_absent, is_set_aside, name_beside, write_atomically
-from scale_prune.zero3 import Runtime
+from scale_prune.zero3 import Runtime, of_all_ranks
 
 REPLACES = ".replaces"  # names of the folders that a run has set aside
 
@@ -28,7 +28,7 @@ def open_output(config: Config, checkpoint: Checkpoint | None, runtime: Runtime)
             _prepare(config, checkpoint)
     except OSError as error:
         problem = str(error)
-    if problem := runtime.gather_texts(problem)[0]:  # the other ranks have not tried
+    if problem := of_all_ranks(problem)[0]:  # the other ranks have not tried
         raise ValueError(f"--output_dir {config.output.output_dir} cannot be written: {problem}")
     _check_shared(Path(config.output.output_dir), runtime)
 

@@ -122,11 +122,14 @@ class Student:
         if not self.pruner.pruning:
             return
         with seconds.measure("compaction"):
-            gates, masks = self.pruner.take_gates_off(), self.pruner.masking.by_name
             trained = self._inputs.config.training.max_steps > 0 and not self.is_frozen
-            make_engine = partial(self._engine_around, finished=finished)
             self.engine, self.groups = compact_engine(
-                self.backend, self.groups, masks, make_engine, gates, anew=finished and not trained
+                self.backend,
+                self.groups,
+                self.pruner.masking.by_name,
+                partial(self._engine_around, finished=finished),
+                self.pruner.take_gates_off,
+                anew=finished and not trained,
             )
             self.backend = Zero3Backend(self.engine)
             if not finished:

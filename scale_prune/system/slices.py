@@ -1,7 +1,8 @@
 """Tensors that many ranks store in slices, and any other number of ranks reads back in slices of its own.
 
 A file is safetensors: 1-D slices by the name of the tensor they are cut from, with the offsets of their first elements
-in the header. Nothing is unpickled, and a reader takes from disk only the elements it asks for.
+in the header, and the step they are of where it is given. Nothing is unpickled, and a reader takes from disk only the
+elements it asks for.
 """
 
 import json
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from scale_prune.core import FlatSlice
 
-STARTS = "starts"
+STARTS, STEP = "starts", "step"
 
 
-def write_slices(path: Path, slices: dict[str, FlatSlice]) -> None:
+def write_slices(path: Path, slices: dict[str, FlatSlice], step: int | None = None) -> None:
     """Write the slices of one rank.
 
     Raises:
@@ -28,8 +29,9 @@ def write_slices(path: Path, slices: dict[str, FlatSlice]) -> None:
     """
     starts = {name: each.start for name, each in slices.items()}
     tensors = {name: each.values.contiguous() for name, each in slices.items()}
+    of_step = {} if step is None else {STEP: str(step)}
     try:
-        save_file(tensors, path, metadata={STARTS: json.dumps(starts)})
+        save_file(tensors, path, metadata={STARTS: json.dumps(starts)} | of_step)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
@@ -53,14 +55,21 @@ class SliceReader:
 
     Args:
         paths: the files.
+
+    Attributes:
+        steps: those that the files are of, of files that say it.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._open = ExitStack()
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
+        self.steps: set[int] = set()
         for path in paths:
             file = self._open.enter_context(safe_open(path, framework="pt"))
-            for name, start in json.loads(file.metadata()[STARTS]).items():
+            said = file.metadata()
+            if STEP in said:
+                self.steps.add(int(said[STEP]))
+            for name, start in json.loads(said[STARTS]).items():
                 (count,) = file.get_slice(name).get_shape()
                 self._pieces.setdefault(name, []).append((start, count, file))
 

@@ -126,9 +126,9 @@ class Zero3Backend(Collectives):
             shard.zero_units(removed, member)
         settle()
 
-    def gather(self, member: Member) -> Tensor:
-        """Return a member's whole working copy in float32. A collective; a rank receives it once."""
-        param: Any = self.parameters[member.name]
+    def gather(self, name: str) -> Tensor:
+        """Return a parameter's whole working copy in float32. A collective; a rank receives it once."""
+        param: Any = self.parameters[name]
         with GatheredParameters([param]):
             return param.detach().float().clone()
 

@@ -1,10 +1,12 @@
 """What an engine remembers between steps, apart from the weights' working copy, and how another engine takes it over.
 
-Tensors are taken out as this rank's flat slices, everything else as plain values that JSON can hold. The other engine
-may have smaller parameters (compaction) or another number of ranks (a resumed run): who calls cuts the slices anew.
+Tensors are taken out as this rank's flat slices, everything else as values, which `plain` turns into those of JSON. The
+other engine may have smaller parameters (compaction) or another number of ranks (a resumed run): who calls cuts the
+slices anew.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -24,23 +26,45 @@ def facts_of(backend: Zero3Backend) -> dict[str, Any]:
     """Return what is the same on all ranks: step counts, rates, scheduler, loss scale, names of the moments.
 
     Raises:
-        ValueError: the learning rate scheduler keeps something that JSON cannot hold.
+        ValueError: the optimizer keeps moments of another form than the weights'.
     """
     if not backend.trains:
         nothing: dict[str, Any] = {"moments": [], "scalars": {}, "options": [], "scheduler": {}, "loss_scaler": {}}
         return {"counters": dict.fromkeys(COUNTERS, 0)} | nothing
     engine, optimizer = backend.engine, backend.engine.optimizer.optimizer
+    moments, scheduler = _moments(optimizer), engine.lr_scheduler
     state: dict[str, Any] = next(iter(optimizer.state.values()), {})
-    moments = [key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0]
-    scheduler = engine.lr_scheduler
     return {
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "moments": moments,
         "scalars": {key: plain(value) for key, value in state.items() if key not in moments},
-        "options": [{key: plain(group[key]) for key in OPTIONS if key in group} for group in _groups(backend)],
-        "scheduler": None if scheduler is None else {k: plain(v) for k, v in scheduler.state_dict().items()},
+        "options": [_only(OPTIONS, group) for group in _groups(backend)],
+        "scheduler": None if scheduler is None else deepcopy(scheduler.state_dict()),
         "loss_scaler": _only(SCALER, vars(engine.optimizer.loss_scaler)),
     }
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of the tensors that an optimizer keeps, each of its weights' form.
+
+    Raises:
+        ValueError: one is of another form, as in 8 bits, or is kept of some weights alone, as by Muon.
+    """
+    kept = [
+        (flat.numel(), {key: each for key, each in state.items() if torch.is_tensor(each) and each.dim()})
+        for flat, state in optimizer.state.items()
+    ]
+    names = list(dict.fromkeys(name for _, held in kept for name in held))
+    for count, held in kept:
+        for name in names:
+            moment = held.get(name, torch.empty(0))
+            if moment.numel() != count or not moment.is_floating_point():
+                found = f"{moment.numel()} {str(moment.dtype).removeprefix('torch.')}"
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {name}, {found} for {count} weights, which cannot be cut with "
+                    "them, as one floating point number a weight can; compact without make_engine leaves moments behind"
+                )
+    return names
 
 
 def kinds_of(facts: Mapping[str, Any]) -> list[str]:
@@ -119,7 +143,7 @@ def _group_of_each(sharded: Any) -> Iterable[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value in a form that JSON holds; a tensor's number keeps its kind as {"tensor": number}.
+    """Return a value, or those in lists and dicts, as JSON holds it; a tensor's number becomes {"tensor": number}.
 
     Raises:
         ValueError: there is none.
@@ -128,6 +152,8 @@ def plain(value: Any) -> Any:
         return {"tensor": value.item()}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, int | float | str | None):
         return value
     raise ValueError(f"the optimizer or scheduler keeps a {type(value).__name__}, which a checkpoint cannot hold")

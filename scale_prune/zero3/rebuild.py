@@ -31,7 +31,7 @@ def compact_engine(
     groups: tuple[UnitGroup, ...],
     masks: Mapping[str, Tensor],
     make_engine: Callable[[nn.Module], deepspeed.DeepSpeedEngine] | None,
-    gates: Mapping[str, Tensor] | None = None,
+    take_gates_off: Callable[[], Mapping[str, Tensor]],
     *,
     anew: bool = False,
 ) -> tuple[deepspeed.DeepSpeedEngine, tuple[UnitGroup, ...]]:
@@ -42,19 +42,20 @@ def compact_engine(
         groups: the groups of its model.
         masks: (N,) bool by group name, True = keep.
         make_engine: builds an engine of the same settings around the module; None for one that only reads.
-        gates: (N,) by group name, numbers that the weights which read the units are multiplied by for good.
+        take_gates_off: returns (N,) by group name, numbers that the weights which read the units take on for good.
         anew: the new engine takes over the weights alone.
 
     Returns:
         The new engine and the groups with their new widths. Masters, optimizer state, learning rates, schedulers and
         the loss scale are carried over into an engine that trains.
 
-    Source: the order of calls that DeepSpeed 0.19 needs: partition the smaller parameters before `initialize`.
+    Raises:
+        ValueError: the optimizer's state cannot be carried over; everything is as it was.
     """
-    reduced = _reductions(groups, masks, gates or {})
     facts = facts_of(backend) if make_engine and backend.trains and not anew else None
+    reduced = _reductions(groups, masks, take_gates_off())
     slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
-    smaller = _smaller_parameters(backend, reduced)
+    smaller = _smaller_parameters(backend, reduced)  # before `initialize`: the order that DeepSpeed 0.19 needs
     ds_config = backend.engine._config._param_dict  # `engine.config` may be the path of a file
     before = _working_copy(backend)
     take_apart(backend)
@@ -161,6 +162,18 @@ def reading(model: nn.Module, ds_config: dict[str, Any]) -> Iterator[Zero3Backen
     yield backend
     take_apart(backend)
     backend.let_go()
+
+
+def release(engine: Any) -> None:
+    """Take an engine apart for good, and free the memory of its shards, masters, moments and gradients."""
+    backend = Zero3Backend(engine)
+    before = _working_copy(backend)
+    take_apart(backend)
+    sharded: Any = backend.module.parameters()
+    for param in sharded:
+        param.ds_tensor.data = param.ds_tensor.new_empty(0)
+        param.data = param.data.new_empty(0)
+    _free(before, unless_used_by=backend.module)
 
 
 def _free_state(sharded_optimizer: Any, kinds: Sequence[str] | None = None) -> None:

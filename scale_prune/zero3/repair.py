@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
@@ -57,7 +55,7 @@ def tried(
     before = {name: Shard(backend.parameters[name]).working().clone() for name in names if name in backend.parameters}
     try:
         if takeovers is not None:
-            for shard, values in _repaired(backend, groups, masks, takeovers, _working):
+            for shard, values in _repaired(backend, groups, masks, takeovers, Zero3Backend.gather):
                 shard.write_working(values)
         for group, mask in changed:
             backend.mask_working_copy(group, mask)
@@ -109,17 +107,9 @@ def _bias(group: UnitGroup) -> str:
     return f"{group.output}.bias"
 
 
-def _working(backend: Zero3Backend, name: str) -> Tensor:
-    """Return the working copy of a parameter, in float32. A collective."""
-    param: Any = backend.parameters[name]
-    with GatheredParameters([param]):
-        return param.detach().float().clone()
-
-
 def _whole(backend: Zero3Backend, name: str) -> Tensor:
     """Return a parameter in float32, the master where there is one. A collective."""
-    param: Any = backend.parameters[name]
-    if backend.trains:
-        full: Tensor = safe_get_full_fp32_param(param)
-        return full
-    return _working(backend, name)
+    if not backend.trains:
+        return backend.gather(name)
+    full: Tensor = safe_get_full_fp32_param(backend.parameters[name])
+    return full

@@ -23,7 +23,6 @@ from scale_prune.zero3.quiet import quieten
 
 KIBIBYTE = 1024
 LEAVING_SECONDS = 10.0
-TEXT_BYTES = 500
 LONGEST_PAUSE = 0.2
 TURNS = count()
 """Numbers of `main_first`, the same on all ranks; of a process, since process groups may share a store."""
@@ -82,14 +81,6 @@ class Runtime:
         own = torch.zeros(self.world_size, dtype=torch.float64)
         own[self.rank] = value
         return [float(number) for number in self.add_over_ranks(own)]
-
-    def gather_texts(self, text: str) -> list[str]:
-        """Return one short text of every rank, in order of rank; cut to TEXT_BYTES."""
-        encoded = text.encode()[:TEXT_BYTES]
-        own = torch.zeros(self.world_size, TEXT_BYTES, dtype=torch.int64)
-        own[self.rank, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
-        rows = self.add_over_ranks(own).tolist()
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -231,11 +222,3 @@ def inference_engine(model: nn.Module, ds_config: dict[str, Any]) -> deepspeed.D
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(config))
     return engine
-
-
-def release(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Take an engine apart for good, and free the memory of its shards."""
-    for param in engine.module.parameters():
-        param.ds_tensor.data = param.ds_tensor.new_empty(0)
-        param.data = param.data.new_empty(0)
-    engine.destroy()

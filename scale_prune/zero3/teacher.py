@@ -17,7 +17,8 @@ from torch import Tensor
 
 from scale_prune.zero3.backend import num_parameters
 from scale_prune.zero3.loading import load_model
-from scale_prune.zero3.runtime import inference_engine, release
+from scale_prune.zero3.rebuild import release
+from scale_prune.zero3.runtime import inference_engine
 
 
 class Teacher:
