@@ -101,6 +101,7 @@ def test_without_plain_fine_tuning_the_dense_model_is_the_reference(tmp_path: Pa
         (
             [{"criterion": "movement"}, {"criterion": "movement", "scope": "per_group"}, {}],
             ["movement, global", "movement, per_group", "gum, global"],
+        ([{"remaining": 0.7}, {"latency_target": 0.7}], ["gum, latency_target none", "gum, latency_target 0.7"]),
         ),
         ([{}, {"learning_rate": 1e-4}], ["gum, learning_rate 0.0005", "gum, learning_rate 0.0001"]),
         ([{"regularization": 1.0}, {"criterion": "random", "layout": "pad"}], ["gum", "random"]),

@@ -117,6 +117,9 @@ def test_cells_hold_what_belongs_together(tmp_path: Path) -> None:
         ({"model": ["/a/base", "/b/base"]}, ["model__a_base", "model__b_base"]),
         ({"teacher": [None, "self"]}, ["run", "teacher_self"]),
         ({"gradient_checkpointing": [True, False]}, ["gradient_checkpointing_true", "gradient_checkpointing_false"]),
+        ({"max_parameters": [10, 20]}, ["max_parameters_10", "max_parameters_20"]),
+        ({"max_flops": [10, 20]}, ["max_flops_10", "max_flops_20"]),
+        ({"latency_target": [0.5, 0.7]}, ["latency_target_0.5", "latency_target_0.7"]),
     ],
 )
 def test_a_cell_is_named_after_what_differs(lines: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
