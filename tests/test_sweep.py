@@ -280,7 +280,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     assert outcome(*sweep)[0] == 0
 
 
-def test_a_finished_cell_is_not_taken_for_one_of_other_settings(
+def test_a_finished_or_begun_cell_is_not_taken_for_one_of_other_settings(
     sweep: list[str], tmp_path: Path, signals: None
 ) -> None:
     write(tmp_path, seed=[0])
@@ -291,6 +291,15 @@ def test_a_finished_cell_is_not_taken_for_one_of_other_settings(
     code, stderr = outcome(*sweep)
     assert code == 2
     assert "seed_0 is finished and was run with max_steps 300, the recipe now has 7" in stderr
+    (tmp_path / "sweep" / "seed_0" / "report.json").unlink()
+    code, stderr = outcome(*sweep)
+    assert code == 2
+    assert "seed_0 is begun and was run with max_steps 300, the recipe now has 7" in stderr
+    write(tmp_path, seed=[0, 3])
+    (tmp_path / "sweep" / "seed_0" / "recipe.yaml").write_text("criterion: gum\nwarmup_fraction: 0.0\n")
+    code, stderr = outcome(*sweep)
+    assert code == 2, "a default that has changed since"
+    assert "seed_0 is begun and was run with criterion gum, the recipe now has kfac" in stderr
 
 
 @pytest.mark.slow
