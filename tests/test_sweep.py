@@ -39,7 +39,7 @@ def save(*_):
 
 signal.signal(signal.SIGTERM, save)
 if settings["seed"] == 2 and (folder.parent / "broken").exists():
-    print("error: it is broken")
+    print((folder.parent / "broken").read_text())
     sys.exit(2)
 (folder / "recipe.yaml").touch()
 if settings["seed"] == 1 and "--resume" not in sys.argv:
@@ -265,7 +265,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 ) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
-    (folder / "broken").touch()
+    (folder / "broken").write_text("error: it is broken")
     write(tmp_path, seed=[2, 3])
     assert outcome(*sweep)[0] == 1
     reason = f"error: it is broken; see {folder / 'seed_2.log'}"
@@ -276,6 +276,9 @@ def test_a_cell_that_fails_does_not_stop_the_others(
         "1 of 2 cells failed; the same command tries them again:",
         f"  seed_2: {reason}",
     ]
+    (folder / "broken").write_text("Killed")
+    assert outcome(*sweep)[0] == 1
+    assert f"failed: seed_2, exit code 2; see {folder / 'seed_2.log'}" in capsys.readouterr().out.splitlines()
     (folder / "broken").unlink()
     assert outcome(*sweep)[0] == 0
 
