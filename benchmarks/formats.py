@@ -1,7 +1,7 @@
 """Perplexity and speed of a model in the engines that people serve with, beside its own: benchmarks/formats.md.
 
     python benchmarks/formats.py --dense smollm2 --pruned out/quickstart/pruned --text validation.txt \\
-        --llama_cpp .cache/serving/llama_cpp/bin/python --vllm .cache/serving/vllm/bin/python
+        --llama_cpp .venv/bin/python --vllm .cache/serving/vllm/bin/python
 """
 
 import argparse

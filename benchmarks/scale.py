@@ -22,8 +22,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -153,7 +153,7 @@ def watched(command: list[str]) -> dict[int, dict[str, int]]:
     process = subprocess.Popen(command)
     peaks: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     while process.poll() is None:
-        for rank, memory in memory_of_ranks():
+        for rank, memory in memory_of_ranks(process.pid):
             for kind, size in memory.items():
                 peaks[rank][kind] = max(peaks[rank][kind], size)
         time.sleep(EVERY)
@@ -162,9 +162,9 @@ def watched(command: list[str]) -> dict[int, dict[str, int]]:
     return peaks
 
 
-def memory_of_ranks() -> Iterator[tuple[int, dict[str, int]]]:
-    """Yield each rank's proportional set size in bytes, in all and by kind, as Linux tells it."""
-    for folder in Path("/proc").glob("[0-9]*"):
+def memory_of_ranks(launcher: int) -> Iterator[tuple[int, dict[str, int]]]:
+    """Yield the proportional set size in bytes, in all and by kind, of each rank below a process, as Linux tells it."""
+    for folder in (Path(f"/proc/{each.pid}") for each in psutil.Process(launcher).children(recursive=True)):
         try:
             if b"launch/prune.py" not in (words := (folder / "cmdline").read_bytes()) or b"--local_rank" not in words:
                 continue
@@ -235,11 +235,12 @@ def compare_repair(model: Path, output: Path) -> str:
     tokens T than neurons least squares is solved by T x T matrices, of activations without their means: the bias takes
     these over.
     """
-    config = Config.from_flat(yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8")))
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    config = Config.from_flat(report["settings"])
     if config.pruning.repair != "least_squares":
         return f"repair: {config.pruning.repair}"
     dense, pruned, first = TensorFiles(model), TensorFiles(output / "pruned"), "transformer.h.0"
-    rows = calibration_rows(config, AutoTokenizer.from_pretrained(model))
+    rows = calibration_rows(config, report["ds_config"]["train_batch_size"], AutoTokenizer.from_pretrained(model))
     x = functional.embedding(rows.flatten(), dense.read("transformer.wte.weight"))
     scale, shift = (dense.read(f"{first}.ln_1.{name}") for name in ("weight", "bias"))
     x = functional.layer_norm(x, x.shape[-1:], scale, shift)
@@ -264,12 +265,10 @@ def compare_repair(model: Path, output: Path) -> str:
     )
 
 
-def calibration_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return the blocks that a run is calibrated on."""
-    blocks, size = prepare(config.data, "train", tokenizer), config.training.train_batch_size
-    assert size is not None
+def calibration_rows(config: Config, size: int, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the blocks that a run of so many blocks a step is calibrated on."""
     batches = training_batches(
-        blocks,
+        prepare(config.data, "train", tokenizer),
         batch_size=size,
         micro_batch_size=size,
         accumulation=1,

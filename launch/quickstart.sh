@@ -20,6 +20,7 @@ for ((i = 0; i < $#; i++)); do
         --model | --model=*) given=yes ;;
     esac
 done
+output=${output/#\~\//$HOME/} # which bash leaves behind an = and in quotes
 
 model=$root/.cache/smollm2
 settings=(--max_steps 150)

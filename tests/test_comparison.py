@@ -14,7 +14,7 @@ from outcomes import outcome_of
 
 from scale_prune.commands.compare import main
 from scale_prune.config.settings import Config
-from scale_prune.study.comparison import find, read
+from scale_prune.study.comparison import UNSAID, as_table, find, read
 from scale_prune.study.rows import PLAIN, FinishedRun, labels, ratio_of, rows_of, spread
 
 BASE = {"model": "/models/tiny", "train_file": "/text/train.txt", "validation_file": "/text/validation.txt"}
@@ -68,7 +68,6 @@ def test_rows_are_methods_and_fractions_over_seeds(tmp_path: Path) -> None:
         ("gum", 0.25, 1),
     ]
     perplexity = found[1].spread("quality")
-    assert perplexity is not None
     assert (perplexity.mean, perplexity.std) == (33.0, 3.0)
     assert [ratio_of(row, found) for row in found] == [1.0, 33.0 / 15.0, 50.0 / 15.0]
 
@@ -77,7 +76,6 @@ def test_runs_of_the_same_seed_count_once(tmp_path: Path) -> None:
     twice = [report(value, remaining=1.0, criterion=name) for name, value in (("gum", 10.0), ("random", 12.0))]
     (row,) = rows_of(runs(tmp_path, *twice, report(15.0, remaining=1.0, seed=1)))
     perplexity = row.spread("quality")
-    assert perplexity is not None
     assert (perplexity.mean, perplexity.std) == (13.0, pytest.approx(8**0.5))
 
 
@@ -103,6 +101,7 @@ def test_without_plain_fine_tuning_the_dense_model_is_the_reference(tmp_path: Pa
             ["movement, global", "movement, per_group", "gum, global"],
         ),
         ([{}, {"learning_rate": 1e-4}], ["gum, learning_rate 0.0005", "gum, learning_rate 0.0001"]),
+        ([{"remaining": 0.7}, {"latency_target": 0.7}], ["gum, latency_target none", "gum, latency_target 0.7"]),
         ([{"regularization": 1.0}, {"criterion": "random", "layout": "pad"}], ["gum", "random"]),
         (
             [{"regularization": 1.0}, {"regularization": 0.1}, {"criterion": "random"}],
@@ -128,27 +127,40 @@ def test_a_label_names_what_differs(settings: list[dict[str, Any]], expected: li
     assert labels(runs(tmp_path, *(report(30.0, **each) for each in settings))) == expected
 
 
+def test_a_run_from_before_there_was_a_setting_is_of_the_same_method(tmp_path: Path) -> None:
+    old = report(30.0)
+    for name in UNSAID:
+        del old["settings"][name]
+    assert labels(runs(tmp_path, old, report(31.0, **UNSAID))) == ["gum", "gum"]
+
+
+def test_validation_text_that_was_held_out_is_named(tmp_path: Path) -> None:
+    rows = rows_of(runs(tmp_path, report(30.0, validation_file=None) | {"validation": "a twentieth of train.txt"}))
+    assert "validation text a twentieth of train.txt, blocks of 128 tokens" in as_table(rows, [])
+
+
 def test_the_command_leaves_a_table_numbers_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs(tmp_path / "all", report(30.0), report(34.0, seed=1), report(None, criterion="random"))
     write(tmp_path / "plain", report(15.0, remaining=1.0))
-    timed = write(tmp_path / "timed", report(31.0, criterion="movement") | {"latency": {"ms_per_token": 7.5}})
+    other = write(tmp_path / "other", report(31.0, criterion="movement"))
     (tmp_path / "all" / "half").mkdir()
     (tmp_path / "all" / "half" / "recipe.yaml").touch()
     output = tmp_path / "output"
-    assert outcome(tmp_path / "all", tmp_path / "plain", timed, tmp_path / "plain", "--output_dir", output)[0] == 0
+    assert outcome(tmp_path / "all", tmp_path / "plain", other, tmp_path / "plain", "--output_dir", output)[0] == 0
     assert {path.name for path in output.iterdir()} == {"table.md", "comparison.json", "quality.png", "quality.svg"}
     table = (output / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| gum | 50.0% | 2 | 32.00 ± 2.83 | 2.133 | 500 |  | 60 |" in table
-    assert "| movement | 50.0% | 1 | 31.00 | 2.067 | 500 | 7.50 | 60 |" in table
-    assert "| random | 50.0% | 1 | inf |  | 500 |  | 60 |" in table
+    assert "| gum | 50.0% | 2 | 32.00 ± 2.83 | 2.133 | 500 | 60 |" in table
+    assert "| movement | 50.0% | 1 | 31.00 | 2.067 | 500 | 60 |" in table
+    assert "| random | 50.0% | 1 | inf |  | 500 | 60 |" in table
     assert f"not finished: {tmp_path / 'all' / 'half'}." in table
     found = json.loads((output / "comparison.json").read_text())
     assert found["reference"] == PLAIN
     assert [row["perplexity"]["mean"] for row in found["rows"]] == [15.0, 31.0, 32.0, None]
     assert found["rows"][2]["seeds"] == [0, 1]
     drawing = (output / "quality.svg").read_text()
-    assert all(f"<!-- {text}" in drawing for text in ("gum", "movement", "plain fine-tuning (15.00)", "time of a"))
+    texts = ("gum", "movement", "plain fine-tuning (15.00)", "% of the neurons, or of the targets' parameters")
+    assert all(f"<!-- {text}" in drawing for text in texts)
 
 
 def lacks(folder: Path) -> list[Path]:

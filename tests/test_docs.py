@@ -176,6 +176,14 @@ def test_a_printed_command_is_one_that_runs(
     CHECKS[script](flags)
 
 
+@pytest.mark.parametrize("words", [["--output_dir=~/x"], ["--max_steps", "3", "--output_dir", "~/x"]])
+def test_the_quickstart_finds_its_output_in_the_home_folder(words: list[str]) -> None:
+    script = (ROOT / "launch/quickstart.sh").read_text("utf-8")
+    reads = script[script.index("output=$root") : script.index("model=$root")]
+    shell = ["bash", "-euc", f'root=/root\n{reads}\necho "$output"', "quickstart.sh", *words]
+    assert subprocess.run(shell, env={"HOME": "/home/me"}, capture_output=True, text=True).stdout == "/home/me/x\n"
+
+
 def test_commands_stand_in_blocks_that_say_so() -> None:
     for page, content in PAGES.items():
         assert {language for language, _ in re.findall(BLOCK, content)} <= {"", "bash", "python"}

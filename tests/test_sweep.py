@@ -39,7 +39,7 @@ def save(*_):
 
 signal.signal(signal.SIGTERM, save)
 if settings["seed"] == 2 and (folder.parent / "broken").exists():
-    print("error: it is broken")
+    print((folder.parent / "broken").read_text())
     sys.exit(2)
 (folder / "recipe.yaml").touch()
 if settings["seed"] == 1 and "--resume" not in sys.argv:
@@ -117,6 +117,9 @@ def test_cells_hold_what_belongs_together(tmp_path: Path) -> None:
         ({"model": ["/a/base", "/b/base"]}, ["model__a_base", "model__b_base"]),
         ({"teacher": [None, "self"]}, ["run", "teacher_self"]),
         ({"gradient_checkpointing": [True, False]}, ["gradient_checkpointing_true", "gradient_checkpointing_false"]),
+        ({"max_parameters": [10, 20]}, ["max_parameters_10", "max_parameters_20"]),
+        ({"max_flops": [10, 20]}, ["max_flops_10", "max_flops_20"]),
+        ({"latency_target": [0.5, 0.7]}, ["latency_target_0.5", "latency_target_0.7"]),
     ],
 )
 def test_a_cell_is_named_after_what_differs(lines: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
@@ -262,7 +265,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 ) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
-    (folder / "broken").touch()
+    (folder / "broken").write_text("error: it is broken")
     write(tmp_path, seed=[2, 3])
     assert outcome(*sweep)[0] == 1
     reason = f"error: it is broken; see {folder / 'seed_2.log'}"
@@ -273,11 +276,14 @@ def test_a_cell_that_fails_does_not_stop_the_others(
         "1 of 2 cells failed; the same command tries them again:",
         f"  seed_2: {reason}",
     ]
+    (folder / "broken").write_text("Killed")
+    assert outcome(*sweep)[0] == 1
+    assert f"failed: seed_2, exit code 2; see {folder / 'seed_2.log'}" in capsys.readouterr().out.splitlines()
     (folder / "broken").unlink()
     assert outcome(*sweep)[0] == 0
 
 
-def test_a_finished_cell_is_not_taken_for_one_of_other_settings(
+def test_a_finished_or_begun_cell_is_not_taken_for_one_of_other_settings(
     sweep: list[str], tmp_path: Path, signals: None
 ) -> None:
     write(tmp_path, seed=[0])
@@ -288,6 +294,15 @@ def test_a_finished_cell_is_not_taken_for_one_of_other_settings(
     code, stderr = outcome(*sweep)
     assert code == 2
     assert "seed_0 is finished and was run with max_steps 300, the recipe now has 7" in stderr
+    (tmp_path / "sweep" / "seed_0" / "report.json").unlink()
+    code, stderr = outcome(*sweep)
+    assert code == 2
+    assert "seed_0 is begun and was run with max_steps 300, the recipe now has 7" in stderr
+    write(tmp_path, seed=[0, 3])
+    (tmp_path / "sweep" / "seed_0" / "recipe.yaml").write_text("criterion: gum\nwarmup_fraction: 0.0\n")
+    code, stderr = outcome(*sweep)
+    assert code == 2, "a default that has changed since"
+    assert "seed_0 is begun and was run with criterion gum, the recipe now has kfac" in stderr
 
 
 @pytest.mark.slow

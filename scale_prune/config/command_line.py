@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from scale_prune.config.recipes import NOUNS, check_value, kind_of, nearest, read_recipe, read_yaml, specs
@@ -192,9 +192,7 @@ def _build(given: Mapping[str, Any], noted: Noted) -> Config:
         parts[name] = concern()
         with noted():
             parts[name] = concern(**{key: given[key] for key in concern.__dataclass_fields__ if key in given})
-    with noted():
-        return Config(**parts)
-    return Config(**parts | {"output": replace(parts["output"], layout=None)})
+    return Config(**parts)
 
 
 def _read_flags(argv: Sequence[str], criteria: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -163,20 +163,17 @@ class PruningConfig(Settings):
         "parameters that are left at the end at most, in the place of remaining",
         within=Range(1),
         otherwise="what remaining leaves",
-        compared=IGNORED,
     )
     max_flops: int | None = setting(
         "operations a token of the matrices that are left, two for each of their elements, in the place of remaining",
         within=Range(1),
         otherwise="what remaining leaves",
-        compared=IGNORED,
     )
     latency_target: float | None = setting(
         "time that products with matrices of weights take at the end at most, measured on the machine of the run, as a "
         "fraction of the dense model's; with budget measured or search, in the place of remaining",
         within=Range(0, 1, "()"),
         otherwise="what remaining leaves",
-        compared=IGNORED,
     )
     remaining: float = setting(
         "fraction of the neurons that is kept at the end, of the targets' parameters where not only neurons leave; 1 "

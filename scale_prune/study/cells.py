@@ -88,8 +88,8 @@ def read_sweep(path: str, plugin: str | None = None) -> list[Cell]:
     Raises:
         ValueError: the recipe cannot be read; a key is unknown, or one that a sweep cannot have; a list is empty; the
             settings of a cell are not valid; two cells are the same run or have the same name; a file that no sweep has
-            written stands where a cell's recipe would; a finished cell has been run with other settings; or a plugin
-            cannot be imported.
+            written stands where a cell's recipe would; a finished or begun cell has been run with other settings; or a
+            plugin cannot be imported.
     """
     common = with_keys(path, read_yaml(path), also=(CELLS,))
     over = _over(path, common.pop(CELLS, [{}]))
@@ -107,7 +107,7 @@ def read_sweep(path: str, plugin: str | None = None) -> list[Cell]:
         raise ValueError(f"--config {path}: output_dir {sweep} holds a run, a sweep needs a folder of its own")
     for cell in cells:
         _check_own_recipe(path, cell)
-        _check_done(cell)
+        _check_settings(cell)
     return cells
 
 
@@ -198,17 +198,20 @@ def _check_own_recipe(path: str, cell: Cell) -> None:
         )
 
 
-def _check_done(cell: Cell) -> None:
-    """Refuse a finished cell whose settings are not those of the recipe any more."""
-    if not cell.is_done or not cell.recipe.is_file():
+def _check_settings(cell: Cell) -> None:
+    """Refuse a cell that is finished or begun and whose settings are not those of the recipe any more."""
+    own = cell.folder / RECIPE
+    if not (cell.is_done or cell.is_begun) or not cell.recipe.is_file():
         return
-    config = Config.from_flat(read_recipe(str(cell.recipe)))
+    ran = read_recipe(str(own)) if own.is_file() else {}
+    chosen = {name: ran[name] for name in NAMES_ITSELF if name in ran}  # by the defaults of the time
+    config = Config.from_flat(read_recipe(str(cell.recipe)) | chosen)
     before = _result(replace(config, pruning=with_defaults(config.pruning)))
     for name, value in _result(cell.config).items():
         if before[name] != value:
             raise ValueError(
-                f"{cell.folder} is finished and was run with {name} {before[name]}, the recipe now has {value}; give "
-                "another output_dir, or remove that folder"
+                f"{cell.folder} is {'finished' if cell.is_done else 'begun'} and was run with {name} {before[name]}, "
+                f"the recipe now has {value}; give another output_dir, or remove that folder"
             )
 
 

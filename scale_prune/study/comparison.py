@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from scale_prune.config import Config
-from scale_prune.study.rows import CONDITIONS, LOWER_IS_BETTER, PERPLEXITY, PLAIN, FinishedRun, Row, Spread, ratio_of
+from scale_prune.study.rows import CONDITIONS, LOWER_IS_BETTER, PERPLEXITY, PLAIN, FinishedRun, Row, ratio_of
 from scale_prune.system import RECIPE, REPORT, is_set_aside, json_text, markdown_table
+
+UNSAID = {"bos": "never", "rounds": 0, "repair": "none"}
+"""What held in runs from before there was the setting."""
 
 
 def find(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -62,14 +65,14 @@ def read(path: Path, metric: str = PERPLEXITY) -> FinishedRun:
         _value(path, report, f"settings.{name}", object)
     return FinishedRun(
         folder=path.parent,
-        settings=Config().flat() | {"bos": "never"} | settings,  # what held before there was the setting
+        settings=Config().flat() | UNSAID | settings,
+        validation=str(report.get("validation") or settings.get("validation_file") or settings.get("dataset")),
         target=_number(path, report, "remaining.target"),
         measured=_number(path, report, "remaining.measured"),
         metric=metric,
         quality=_quality(path, report, metric, "exported"),
         dense=_quality(path, report, metric, "dense"),
         parameters=_number(path, report, "parameters.pruned"),
-        latency=_number(path, report, "latency.ms_per_token") if report.get("latency") else None,
         seconds=_number(path, report, "seconds.total"),
     )
 
@@ -93,12 +96,10 @@ def check_same(runs: Sequence[FinishedRun]) -> None:
 
 def as_table(rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
     """Lay the rows out as a Markdown table, and say below what its numbers mean."""
-    timed = any(row.spread("latency") for row in rows)
     plain = any(row.is_plain for row in rows)
     ratio = f"ratio to {PLAIN if plain else 'dense'}"
-    latency = ["ms per token"] if timed else []
-    columns = ["method", "remaining", "runs", rows[0].runs[0].metric, ratio, "parameters", *latency, "seconds"]
-    lines = markdown_table(columns, (_cells(row, rows, timed) for row in rows))
+    columns = ["method", "remaining", "runs", rows[0].runs[0].metric, ratio, "parameters", "seconds"]
+    lines = markdown_table(columns, (_cells(row, rows) for row in rows))
     return "\n".join([*lines, "", *_notes(rows, unfinished, plain)]) + "\n"
 
 
@@ -149,30 +150,22 @@ def _quality(path: Path, report: Any, metric: str, stage: str) -> float:
     return math.inf if value is None else float(value)
 
 
-def _cells(row: Row, rows: Sequence[Row], timed: bool) -> list[str]:
-    ratio, latency = ratio_of(row, rows), row.spread("latency")
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    ratio, quality = ratio_of(row, rows), row.spread("quality")
     return [
         row.method,
         f"{row.mean('measured'):.1%}",
         str(len(row.runs)),
-        _with_std(row.spread("quality")),
+        f"{quality.mean:,.2f}" + ("" if quality.std is None else f" ± {quality.std:.2f}"),
         "" if ratio is None else f"{ratio:.3f}",
         f"{row.mean('parameters'):,.0f}",
-        *([_with_std(latency)] if timed else []),
         f"{row.mean('seconds'):,.0f}",
     ]
-
-
-def _with_std(found: Spread | None) -> str:
-    if found is None:
-        return ""
-    return f"{found.mean:,.2f}" + ("" if found.std is None else f" ± {found.std:.2f}")
 
 
 def _notes(rows: Sequence[Row], unfinished: Sequence[Path], plain: bool) -> list[str]:
     runs = [run for row in rows for run in row.runs]
     first, metric = runs[0].settings, runs[0].metric
-    text = first["validation_file"] or first["dataset"]
     lines = [
         f"{metric.capitalize()} is that of the exported model, loaded again, "
         f"{'lower' if metric in LOWER_IS_BETTER else 'higher'} is better; "
@@ -183,8 +176,8 @@ def _notes(rows: Sequence[Row], unfinished: Sequence[Path], plain: bool) -> list
     ]
     if len({run.conditions for run in runs}) == 1:
         lines.append(
-            f"Model {first['model']}, validation text {text}, blocks of {first['block_size']} tokens; dense before "
-            f"training {runs[0].dense:,.2f}."
+            f"Model {first['model']}, validation text {runs[0].validation}, blocks of {first['block_size']} tokens; "
+            f"dense before training {runs[0].dense:,.2f}."
         )
     else:
         lines.append("The runs differ in model or data: quality compares only where these are the same.")
@@ -196,14 +189,12 @@ def _notes(rows: Sequence[Row], unfinished: Sequence[Path], plain: bool) -> list
 
 
 def _has_std(rows: Sequence[Row]) -> bool:
-    return any(found.std is not None for row in rows if (found := row.spread("quality")))
+    return any(row.spread("quality").std is not None for row in rows)
 
 
 def _as_dict(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     metric = row.runs[0].metric
-    keys = {"measured": "measured", metric: "quality"} | {
-        key: key for key in ("dense", "parameters", "latency", "seconds")
-    }
+    keys = {"measured": "measured", metric: "quality"} | {key: key for key in ("dense", "parameters", "seconds")}
     spreads = {name: row.spread(key) for name, key in keys.items()}
     return {
         "method": row.method,
@@ -211,5 +202,5 @@ def _as_dict(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "seeds": sorted({run.settings["seed"] for run in row.runs}),
         "runs": [str(run.folder) for run in row.runs],
         "ratio": ratio_of(row, rows),
-        **{key: found and {"mean": found.mean, "std": found.std} for key, found in spreads.items()},
+        **{key: {"mean": found.mean, "std": found.std} for key, found in spreads.items()},
     }

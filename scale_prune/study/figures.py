@@ -30,16 +30,15 @@ TICKS_APART = 0.08
 """Fraction of an axis that two ticks need between them to be read."""
 
 PANELS = {
-    "measured": ("Quality against what is left", "% of the neurons, or of the factorized weights' parameters", 100.0),
+    "measured": ("Quality against what is left", "% of the neurons, or of the targets' parameters", 100.0),
     "parameters": ("Quality against size", "parameters of the pruned model, millions", 1e-6),
-    "latency": ("Quality against speed", "time of a generated token, milliseconds", 1.0),
 }
 
 Line = list[Row]
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> None:
-    """Draw quality against what is left, one panel each for neurons, parameters and, where measured, latency.
+    """Draw quality against what is left, one panel each for this and for parameters.
 
     Args:
         folder: an existing folder, which gets quality.png and quality.svg.
@@ -48,10 +47,9 @@ def draw(folder: Path, rows: Sequence[Row]) -> None:
     level, name = _reference(rows)
     drawn = [row for row in rows if row.method != name and math.isfinite(row.mean("quality"))]
     lines = {method: [row for row in drawn if row.method == method] for method in _by_quality(drawn)}
-    keys = [key for key in PANELS if any(row.spread(key) for row in rows)]
-    figure = Figure(figsize=_size(len(keys), [name, *lines]), layout="constrained")
-    axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    for axis, key in zip(axes, keys, strict=True):
+    figure = Figure(figsize=_size([name, *lines]), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for axis, key in zip(axes, PANELS, strict=True):
         _panel(axis, key, lines)
         if level is not None:
             axis.axhline(
@@ -70,10 +68,10 @@ def draw(folder: Path, rows: Sequence[Row]) -> None:
         figure.savefig(folder / f"quality.{kind}", dpi=150)
 
 
-def _size(panels: int, methods: Sequence[str]) -> tuple[float, float]:
+def _size(methods: Sequence[str]) -> tuple[float, float]:
     """Return width and height in inches, with room for the legend beside the panels."""
     texts = [line for method in methods for line in _wrapped(method).splitlines()]
-    return 4.2 * panels + 1.2 + 0.085 * max(map(len, texts), default=0), max(4.4, 1.2 + 0.2 * len(texts))
+    return 4.2 * len(PANELS) + 1.2 + 0.085 * max(map(len, texts), default=0), max(4.4, 1.2 + 0.2 * len(texts))
 
 
 def _wrapped(method: str) -> str:
@@ -100,11 +98,10 @@ def _panel(axis: Any, key: str, lines: Mapping[str, Line]) -> None:
     title, label, scale = PANELS[key]
     places, centers = _places(key, lines, scale)
     for index, (method, rows) in enumerate(lines.items()):
-        known = [row for row in rows if row.spread(key)]
-        spreads = [found for row in known if (found := row.spread("quality"))]
+        spreads = [row.spread("quality") for row in rows]
         deviations = [found.std or 0.0 for found in spreads]
         axis.errorbar(
-            [places[method, row.runs[0].target] for row in known],
+            [places[method, row.runs[0].target] for row in rows],
             [found.mean for found in spreads],
             yerr=deviations if any(deviations) else None,
             color=COLORS[index % len(COLORS)],
@@ -141,12 +138,7 @@ def _places(key: str, lines: Mapping[str, Line], scale: float) -> tuple[dict[tup
     Returns:
         each point's place, by method and target, and the values that they stand around.
     """
-    exact = {
-        (row.method, row.runs[0].target): scale * row.mean(key)
-        for rows in lines.values()
-        for row in rows
-        if row.spread(key)
-    }
+    exact = {(row.method, row.runs[0].target): scale * row.mean(key) for rows in lines.values() for row in rows}
     clusters = _clusters(list(exact.values()))
     centers = [mean(cluster) for cluster in clusters]
     gaps = [right - left for left, right in pairwise(centers)]

@@ -33,25 +33,25 @@ class FinishedRun:
     Attributes:
         folder: the run's folder.
         settings: all settings by their flags' names.
-        target: fraction of the neurons that was to be kept.
-        measured: fraction of the neurons that was kept.
+        validation: what the validation text is, in words.
+        target: fraction of the neurons, or of the targets' parameters, that was to be kept.
+        measured: that fraction, as it was kept.
         metric: name of the number that the models' quality is compared by.
         quality: that number of the exported model; a perplexity is infinite where the report has null.
         dense: that number of the dense model before training.
         parameters: of the pruned model.
-        latency: milliseconds per token, where it was measured.
         seconds: of the whole run.
     """
 
     folder: Path
     settings: dict[str, Any]
+    validation: str
     target: float
     measured: float
     metric: str
     quality: float
     dense: float
     parameters: float
-    latency: float | None
     seconds: float
 
     @property
@@ -80,26 +80,20 @@ class Row:
     method: str
     runs: tuple[FinishedRun, ...]
 
-    def spread(self, key: str) -> Spread | None:
+    def spread(self, key: str) -> Spread:
         """Return mean and sample standard deviation (n - 1) over seeds; runs of one seed count as their mean.
 
         Args:
             key: a number's name in `FinishedRun`.
-
-        Returns:
-            None where no run has that number.
         """
         by_seed = defaultdict(list)
         for run in self.runs:
-            if (value := getattr(run, key)) is not None:
-                by_seed[run.settings["seed"]].append(value)
-        return spread([mean(values) for values in by_seed.values()]) if by_seed else None
+            by_seed[run.settings["seed"]].append(getattr(run, key))
+        return spread([mean(values) for values in by_seed.values()])
 
     def mean(self, key: str) -> float:
-        """Return the mean over seeds of a number that every run has."""
-        found = self.spread(key)
-        assert found is not None
-        return found.mean
+        """Return the mean over seeds of a number's name in `FinishedRun`."""
+        return self.spread(key).mean
 
     @property
     def conditions(self) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
@@ -38,7 +38,7 @@ def run_all(cells: Sequence[Cell], launcher: Sequence[str]) -> int:
         ValueError: another sweep is at work in the folder.
     """
     stop = StopSignal((signal.SIGINT, signal.SIGTERM))
-    failed: list[Cell] = []
+    failed: dict[str, str] = {}
     with locked(cells[0].folder.parent) as lock:
         todo = [cell for cell in cells if not cell.is_done]
         for place, cell in enumerate(todo):
@@ -46,10 +46,11 @@ def run_all(cells: Sequence[Cell], launcher: Sequence[str]) -> int:
                 break
             verb = "goes on with" if cell.is_begun else "runs"
             _say(f"{verb} {cell.name}, cell {cells.index(cell) + 1} of {len(cells)}; {_time_left(cells, todo[place:])}")
+            logged = cell.log.stat().st_size if cell.log.is_file() else 0
             code = run(cell, launcher, stop, lock)
             if not cell.is_done and not stop.received:
-                failed.append(cell)
-                _say(f"failed: {cell.name}, exit code {code}; {_reason(cell)}")
+                failed[cell.name] = _reason(cell.log, logged)
+                _say(f"failed: {cell.name}, exit code {code}; {failed[cell.name]}")
     return _ending(cells, failed, stopped=stop.received)
 
 
@@ -134,23 +135,23 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _reason(cell: Cell) -> str:
-    """Return the last message of a log, and where it is."""
-    lines = cell.log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _reason(log: Path, start: int) -> str:
+    """Return the last message of a log behind its first `start` bytes, which are of earlier attempts, and its path."""
+    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     said = next((f"{line}; " for line in reversed(lines) if line.startswith("error:")), "")
-    return f"{said}see {cell.log}"
+    return f"{said}see {log}"
 
 
-def _ending(cells: Sequence[Cell], failed: Sequence[Cell], *, stopped: bool) -> int:
-    """Say how the sweep has ended, and return its exit code."""
+def _ending(cells: Sequence[Cell], failed: Mapping[str, str], *, stopped: bool) -> int:
+    """Say how the sweep has ended and why cells have failed, by name, and return its exit code."""
     folder, left = cells[0].folder.parent, sum(not cell.is_done for cell in cells)
     if stopped and left:
         _say(f"stopped with {left} of {len(cells)} cells left; the same command goes on")
         return STOPPED
     if failed:
         _say(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again:")
-        for cell in failed:
-            _say(f"  {cell.name}: {_reason(cell)}")
+        for name, reason in failed.items():
+            _say(f"  {name}: {reason}")
         return 1
     _say(f"all {len(cells)} cells are done; `scale-prune compare {folder}` compares them")
     return 0
