@@ -1,12 +1,12 @@
-"""Show that two commits compute the same, bit for bit, by twelve short runs of each on 1, 2 and 3 ranks.
+"""Show that two commits compute the same, bit for bit, by fourteen short runs of each on 1, 2 and 3 ranks.
 
     python benchmarks/same.py OLD NEW [--ranks 1 2 3] [--cells gum flop ...] [--new_seed 1]
 
 OLD and NEW are commits, or `.` for the working tree. Compared are the SHA-256 of exported weights, scores, kept.json,
-and all of report.json but times, memory, paths and versions; keys that only NEW has are printed and are no difference.
-In the row "killed by OLD" NEW goes on from OLD's checkpoint. The exit code is 1 where anything differs. Ranks run the
-commit's launch/prune.py with what a launcher sets in the environment; to save time they are forked from a process that
-has imported libraries, but nothing of scale_prune.
+and all of report.json but times, memory, paths, versions and commit; keys that only NEW has are printed and are no
+difference. In the row "killed by OLD" NEW goes on from OLD's checkpoint. The exit code is 1 where anything differs.
+Ranks run the commit's launch/prune.py with what a launcher sets in the environment; to save time they are forked from a
+process that has imported libraries, but nothing of scale_prune.
 """
 
 import argparse
@@ -45,9 +45,12 @@ USUAL = """--ds_config zero3_cpu --precision fp32 --collective_timeout 120 --tas
 --scope per_group --layout uniform --min_kept 1 --width_multiple 1 --score_learning_rate 0.01 --score_optimizer adam
 --regularization 0 --uniqueness 0 --similarity batch --similarity_every 2 --similarity_tokens 60 --similarity_weight 0.9
 --targets mlp --factors svd --embedding_clusters 3 --no-tie_embeddings --gate_learning_rate 2 --lambda_learning_rate 4
---target_warmup_fraction 0.4 --initial_drop_rate 0.05 --gate_l1 0 --distill_alpha 0.5 --distill_temperature 2"""
+--target_warmup_fraction 0.4 --initial_drop_rate 0.05 --gate_range unit --gate_l1 0 --distill_alpha 0.5
+--distill_temperature 2 --bos never --budget uniform --rounds 0 --repair none --repair_damping 0.01
+--calibration_tokens 192"""
 GUM = "--criterion gum --scope global --layout per_layer --regularization 1 --uniqueness 10"
 COMPONENTS = "--targets mlp,attention,embedding --scope global --layout per_layer"
+REPAIRED = "--scope global --layout per_layer --repair least_squares"
 ROWS = "--long_examples refuse --block_size 30 --eval_examples 7 --prompt_template {text}"
 CELLS = {
     "gum": GUM,
@@ -56,6 +59,8 @@ CELLS = {
     "magnitude": "--criterion magnitude --width_multiple 2 --recovery_steps 0",
     "random": "--criterion random --scope global --layout pad --min_kept 3",
     "soft_movement": "--criterion soft_movement --regularization 100 --score_learning_rate 1",
+    "kfac": f"--criterion kfac --targets mlp,attention --rounds 2 {REPAIRED}",
+    "ddp": f"--criterion ddp {REPAIRED}",
     "flop": f"--criterion flop {COMPONENTS}",
     "factorize": f"--criterion factorize {COMPONENTS}",
     "data_to_text": f"{GUM} {ROWS} --task data_to_text --completion_template {{end}} --max_new_tokens 3 --num_beams 2",
@@ -63,7 +68,7 @@ CELLS = {
     "teacher": f"{GUM} --teacher self --score_optimizer sgd",
     KILLED: f"{GUM} --similarity running --save_every 3 --keep_checkpoints 9",
 }
-OF_THE_MACHINE = {"seconds", "step_seconds", "peak_memory_bytes", "versions"}
+OF_THE_MACHINE = {"seconds", "step_seconds", "peak_memory_bytes", "versions", "date", "host", "commit"}
 PATHS = {"model", "dataset", "train_file", "validation_file", "output_dir", "teacher", "resume", "settings.ds_config"}
 
 
@@ -114,9 +119,9 @@ def make_inputs(folder: Path) -> None:
     by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "#")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=by_word, unk_token="?", **ends)
-    sizes: dict[str, Any] = {"hidden_size": 11, "intermediate_size": 17, "max_position_embeddings": 31}
+    sizes: dict[str, Any] = {"hidden_size": 22, "intermediate_size": 17, "max_position_embeddings": 31}
     sizes |= {"vocab_size": len(words)} | dict.fromkeys((f"{end}_id" for end in ends), 0)
-    layers: dict[str, Any] = {"num_layers": 2, "num_heads": 1, "attention_types": [[["global", "local"], 1]]}
+    layers: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
     transformers.set_seed(0)
     neo = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes, **layers, window_size=5, resid_dropout=0.2))
     bert = transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=1))
@@ -204,6 +209,8 @@ def flat(report: dict[str, Any], above: str = "") -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key, value in report.items():
         if not {key, above + key} & (OF_THE_MACHINE | PATHS):
+            if isinstance(value, list):  # of rounds, for example, which take their time too
+                value = [flat(each) if isinstance(each, dict) else each for each in value]
             facts |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return facts
 
