@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from scale_prune.core import UnitGroup, saves
+from scale_prune.models import FACTOR_WORDS
 from scale_prune.models.embedding import CLUSTERS
-
-FACTOR_WORDS = ("factorized", "factorized_embedding")
-"""What config.json calls what stays factorized."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from scale_prune.config import EMBEDDING, PruningConfig
 from scale_prune.core import UnitGroup, frequency_clusters, zipf_clusters
 from scale_prune.criteria import CRITERIA, Criterion
 from scale_prune.models import (
+    FACTOR_WORDS,
     cluster_groups,
     component_groups,
     full_shape,
@@ -19,9 +20,6 @@ from scale_prune.models import (
     unit_groups,
 )
 from scale_prune.models.embedding import Cluster, SketchedEmbedding
-
-FACTORIZED = ("factorized", "factorized_embedding")
-"""Keys of a config that say what the export has left as factors."""
 
 
 def removes_components(pruning: PruningConfig) -> bool:
@@ -118,7 +116,7 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
         ValueError: the model has no such targets, is factorized already, or `initial_rank` is more than a full rank.
     """
     saved = model.config.to_dict()
-    if any(saved.get(key) for key in FACTORIZED):
+    if any(saved.get(key) for key in FACTOR_WORDS):
         raise ValueError(
             "the model has factorized weights already, which cannot be pruned again; give the model that it was made "
             "from"
