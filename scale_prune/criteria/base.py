@@ -242,7 +242,7 @@ class Criterion:
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""
-        return self.config.initial_rank or min(shape)
+        return min(self.config.initial_rank or min(shape), *shape)
 
 
 def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: float) -> list[float] | None:
