@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from scale_prune.config import Config
+from scale_prune.criteria import freezes
 from scale_prune.data import (
     SELF,
     Inputs,
@@ -150,13 +151,14 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
         training_follows: False for an evaluation, which needs a classifier.
 
     Raises:
-        ValueError: model, teacher and data have different classes, or there is a teacher that cannot have any.
+        ValueError: model, teacher and data have different classes, there is a teacher that cannot have any, or the
+            model has none and cannot learn them first.
     """
     training, teacher = inputs.config.training, inputs.config.distillation.teacher
     own = of_model(inputs.model_config)
     there = of_rows(text, own)
-    if own is None and not training_follows:
-        raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
+    if own is None:
+        _check_learns(inputs.config, training_follows=training_follows)
     if own is not None and (not own.classes) != (not there.classes):
         kinds = {True: "classes", False: "numbers"}
         raise ValueError(
@@ -171,6 +173,22 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
         if not labels.agrees(of_model(config), text):
             raise ValueError(f"--teacher {teacher} is no classifier of the {len(labels.classes)} classes of the data")
     return labels
+
+
+def _check_learns(config: Config, *, training_follows: bool) -> None:
+    """Refuse a model that is no classifier where it cannot become one before it is measured, or judges units.
+
+    Raises:
+        ValueError: nothing is trained, or the weights are frozen.
+    """
+    if not training_follows:
+        raise ValueError(f"--model {config.training.model} is no classifier, there is nothing to measure")
+    if freezes(config.pruning):
+        raise ValueError(
+            f"--model {config.training.model} is no classifier yet, and --criterion {config.pruning.criterion}, on "
+            "frozen weights, would choose units by classes told apart at random; fine-tune it first with --remaining "
+            "1, or choose another --criterion"
+        )
 
 
 def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Labeled:
