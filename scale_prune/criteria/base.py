@@ -123,6 +123,7 @@ class Criterion:
         freezes: weights stay as they are until what is to leave has left.
         grows: the power of what a unit has by which its score grows, 1 for a sum over it; heads and neurons that are
             ranked together are compared without it.
+        apart: neurons and heads come to the target each by themselves.
         of_layers: what is known of the layers, for budgets.
 
     Args:
@@ -138,6 +139,7 @@ class Criterion:
     settles: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     grows: ClassVar[float] = 1.0
+    apart: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config

@@ -6,7 +6,8 @@
 A gate is ReLU(z) and may exceed 1; S is the mean retention s of z (`core.retention`), of neurons and of heads apart,
 each of which has multipliers of its own and comes to the target T by itself. The gradient of the last three terms is
 taken in closed form; of ReLU and clamp it is passed straight through. At the end the highest z stay, and their gates
-are multiplied into the weights that read the units.
+are multiplied into the weights that read the units. Where a layer's gates have all closed, the unit that its floor
+keeps has a gate of 0, as in the model that was trained.
 
 The dense model is the same shards with all gates at 1. There is no master of the weights, no optimizer and no
 reduction of their gradients; what moves in a step, beside the parameters, are the gates' gradients, 4 M bytes.
@@ -37,6 +38,7 @@ class Ddp(GatedCriterion):
     """Keep the neurons and heads whose gates stay open under the budget."""
 
     freezes = True
+    apart = True
     defaults: ClassVar[dict[str, Any]] = {"scope": "global"}
     settings = frozenset({"targets", "min_kept", "width_multiple", "gate_learning_rate", "lambda_learning_rate"})
 
