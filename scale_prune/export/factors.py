@@ -60,6 +60,12 @@ def plan_for(layout: str, groups: Sequence[UnitGroup], output: str) -> Plan:
     )
 
 
+def multiplies_out(layout: str, groups: Sequence[UnitGroup]) -> bool:
+    """Tell whether some factors become one matrix, for arguments as of `plan_for`; no groups of others are here."""
+    plan = plan_for(layout, groups, "")
+    return len(plan.ranks) + len(plan.cluster_ranks) < len(groups)
+
+
 def stored_factors(
     tensors: Iterable[tuple[str, Tensor]], groups: Sequence[UnitGroup], plan: Plan, *, transposed: bool
 ) -> Iterator[tuple[str, Tensor]]:
