@@ -312,6 +312,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         "row 2 of {}/unknown.csv has the unknown label 'slow', known are fast, layer, neuron, in column 'label'",
     ),
     ({"teacher": "self"}, "--teacher self is no classifier of the 3 classes of the data"),
+    (
+        {"criterion": "ddp"},
+        "is no classifier yet, and --criterion ddp, on frozen weights, would choose units by classes",
+    ),
 ]
 
 

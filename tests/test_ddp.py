@@ -191,6 +191,9 @@ def test_what_gates_on_frozen_weights_cannot_do_is_refused(work: Path) -> None:
         ({"precision": "fp16"}, "which fp16 may not hold; give --precision bf16 or fp32"),
         ({"max_steps": 0}, "trains gates that settle what leaves"),
         ({"rounds": 2}, "trains gates that settle what leaves"),
+        ({"remaining": 0.3}, "every layer keeps 1, which is 3 of 9 heads; give at least --remaining 0.3334, or --targ"),
+        ({"remaining": 0.3, "scope": "per_group"}, "which is 3 of 9 heads"),
+        ({"min_kept": 11}, "brings neurons to --remaining 0.6 by themselves, but every layer keeps 11, which is 33 of"),
     ]
     flags = [arguments(work, work / "refused", **SETTINGS | settings) for settings, _ in cases]
     (found,) = run_ranks(outcomes, 1, flags)

@@ -90,12 +90,18 @@ def test_a_tied_output_with_a_bias_is_refused() -> None:
         sketch_units(tiny_model("gptj", tie_word_embeddings=True), asked)
 
 
-def test_a_rank_above_the_full_one_is_refused_with_its_weight() -> None:
+def test_a_rank_above_every_full_one_is_refused() -> None:
     asked = PruningConfig(criterion="flop", initial_rank=12)
-    with pytest.raises(
-        ValueError, match=r"--initial_rank 12 .* full rank 11 of transformer\.h\.0\.mlp\.c_fc \(17 x 11\)"
-    ):
+    with pytest.raises(ValueError, match=r"--initial_rank 12 .* full rank of any weight, 11 at most; give at most"):
         sketch_units(tiny_model("gpt2"), asked)
+
+
+def test_clusters_smaller_than_the_rank_at_the_start_have_their_full_rank() -> None:
+    asked = PruningConfig(criterion="flop", targets="mlp,embedding", initial_rank=9, embedding_clusters=8)
+    groups = sketch_units(tiny_model("gpt_neo"), asked)
+    full = [min(up.shape[0], down.shape[1]) for down, up in (group.members for group in groups)]
+    assert [group.num_units for group in groups] == [min(9, each) for each in full]
+    assert min(full) < 9 < max(full)
 
 
 def test_what_is_factorized_already_is_refused(tmp_path: Path) -> None:

@@ -48,6 +48,23 @@ def test_whitened_factors_are_the_nearest_in_the_outputs(shape: tuple[int, int])
         assert tail < (outputs - inputs @ (plain[1] @ plain[0]).T).square().sum()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whitened_factors_are_balanced_however_many_tokens_there_are(shape: tuple[int, int]) -> None:
+    weight, inputs = matrix(shape), matrix((50, shape[1])) @ matrix((shape[1], shape[1]))
+    weight[:, -1] = weight[:, 0]
+    weight[-1] = weight[0]  # so that a component is 0 but for rounding
+    root = gram_root(inputs.T @ inputs, shape[1], 0.0)
+    down, up = whitened_factors(weight, root, min(shape))
+    torch.testing.assert_close(up @ down, weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0), rtol=1e-4, atol=1e-6)
+    more = whitened_factors(weight, 1000 * root, min(shape) - 1)
+    for few, many, units in ((down, more[0], 0), (up, more[1], 1)):
+        expected = few.narrow(units, 0, min(shape) - 1)
+        torch.testing.assert_close(many.abs(), expected.abs(), rtol=1e-3, atol=1e-4)  # a pair may change its sign
+    nothing = whitened_factors(torch.zeros(shape), root, min(shape))
+    assert not any(factor.any() for factor in nothing)
+
+
 def test_random_factors_have_the_size_of_the_matrix_and_depend_on_seed_and_name() -> None:
     weight = 3.0 * torch.randn(211, 307, generator=torch.Generator().manual_seed(0))
     down, up = random_factors(weight, 101, generator_of(0, "a"))

@@ -71,7 +71,7 @@ MUTATIONS = [Mutation(*line) for line in (
     # gates
     ("criteria/flop.py", "total * slope", "-total * slope", GATES),
     ("criteria/flop.py", "of_budget = -pull *", "of_budget = pull *", GATES),
-    ("criteria/flop.py", "+ rate * step", "- rate * step", GATES),
+    ("core/adam.py", "+ rate * step", "- rate * step", GATES),
     ("criteria/flop.py", "moment.noise, free=_is_free(self.config)) / self._unit",
      "moment.noise, free=_is_free(self.config))", GATES),
     ("criteria/flop_agp.py", 'state["gate"] - rate * step', 'state["gate"] + rate * step', GATES),

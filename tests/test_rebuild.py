@@ -211,7 +211,7 @@ def test_the_smaller_engine_goes_on_where_the_masked_one_was(
 class Halves(torch.optim.Optimizer):
     """An optimizer that keeps one number for two weights, as those in 8 bits keep one for a block."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for param in group["params"]:
                 self.state[param].setdefault("absmax", torch.ones(param.numel() // 2))
@@ -285,10 +285,11 @@ def released(path: Path, config: dict[str, Any]) -> list[int]:
 
 
 def of_own_loops(path: Path) -> dict[str, Any]:
+    bf16: dict[str, Any] = {"bf16": {"enabled": True}}
     return {
         "rates": {scheduler.__name__: rates_of(path, scheduler) for scheduler in (linear, milestones, sequence)},
         "refused": refused_optimizer(path),
-        "released": [released(path, ds_config(**more)) for more in ({}, {"bf16": {"enabled": True}})],
+        "released": [released(path, config) for config in (ds_config(), ds_config(**bf16))],
     }
 
 

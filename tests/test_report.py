@@ -106,30 +106,32 @@ def test_tenths_are_means_of_consecutive_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("masked", "compacted", "exported", "agrees"),
+    ("masked", "compacted", "exported", "rounded", "agrees"),
     [
-        (20.0, 20.0, 20.01, True),
-        (20.0, 20.0, 20.1, False),
-        (20.0, 20.01, 20.1, False),
-        (55985.5, 57214.4, 56907.4, True),  # cut to half without repair, in bf16, padded
-        (55985.5, 57214.4, 60907.4, False),
-        (math.nan, math.nan, math.nan, True),
-        (20.0, 20.0, math.nan, False),
-        (20.0, 30.0, 35.0, False),  # however far apart masked and compacted are
+        (20.0, 20.0, 20.01, False, True),
+        (20.0, 20.0, 20.1, False, False),
+        (20.0, 20.0, 20.1, True, True),
+        (20.0, 20.0, 21.0, True, False),
+        (20.0, 20.01, 20.1, False, False),
+        (55985.5, 57214.4, 56907.4, False, True),  # cut to half without repair, in bf16, padded
+        (55985.5, 57214.4, 60907.4, False, False),
+        (math.nan, math.nan, math.nan, False, True),
+        (20.0, 20.0, math.nan, False, False),
+        (20.0, 30.0, 35.0, False, False),  # however far apart masked and compacted are
     ],
 )
 def test_another_model_than_the_one_that_was_written_is_an_error(
-    masked: float, compacted: float, exported: float, agrees: bool
+    masked: float, compacted: float, exported: float, rounded: bool, agrees: bool
 ) -> None:
     nothing: Any = None
     quality = Quality(nothing, nothing, Seconds())
     found = {"masked": masked, "compacted": compacted, "exported": exported}
     quality.stages = {stage: Measured(perplexity=each) for stage, each in found.items()}
     if agrees:
-        quality.check_exported(Path("pruned"))
+        quality.check_exported(Path("pruned"), rounded=rounded)
     else:
         with pytest.raises(RuntimeError, match="perplexity"):
-            quality.check_exported(Path("pruned"))
+            quality.check_exported(Path("pruned"), rounded=rounded)
 
 
 def test_what_leaves_in_rounds_is_drawn_as_stairs(tmp_path: Path) -> None:

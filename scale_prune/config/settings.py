@@ -246,7 +246,7 @@ class PruningConfig(Settings):
         choices=("svd", "whitened", "random"),
     )
     initial_rank: int | None = setting(
-        "components that a factorized weight has at the start", within=Range(1), otherwise="its full rank"
+        "components that a factorized weight has at the start, if it has as many", within=Range(1), otherwise="all"
     )
     embedding_clusters: int = setting(
         "clusters of tokens, by how often they occur in training, that the target embedding is cut into", 4, Range(1)

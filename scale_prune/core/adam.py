@@ -3,6 +3,8 @@
 Source: arXiv 1412.6980, with its betas.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,12 @@ def adam_step(gradient: Tensor, mean: Tensor, square: Tensor, count: Tensor) -> 
     square = torch.lerp(gradient.square(), square, BETAS[1])
     step = (mean / (1 - BETAS[0] ** count)) / ((square / (1 - BETAS[1] ** count)).sqrt() + EPSILON)
     return step, mean, square
+
+
+def ascended(
+    state: Mapping[str, Tensor], name: str, gradient: float | Tensor, rate: float, count: Tensor
+) -> dict[str, Tensor]:
+    """Return a multiplier and its moments, by name as in `state`, after a step up its gradient. Pure."""
+    given = torch.ones_like(state[name]) * gradient
+    step, mean, square = adam_step(given, state[f"{name}_mean"], state[f"{name}_square"], count)
+    return {name: state[name] + rate * step, f"{name}_mean": mean, f"{name}_square": square}

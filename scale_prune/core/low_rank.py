@@ -33,7 +33,8 @@ def svd_factors(weight: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
 def whitened_factors(weight: Tensor, root: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
     """Return the factors of that rank whose outputs are nearest to the weight's, over the tokens of a Gram matrix.
 
-    The components are in order of what they add to the outputs; `up` has the root of that as its norms.
+    The components are in order of what they add to the outputs. Both factors of one have the same norm, the root of its
+    norm as a matrix, however many tokens there are.
 
     Args:
         weight: (D_out, D_in), any floating type.
@@ -46,8 +47,10 @@ def whitened_factors(weight: Tensor, root: Tensor, num_components: int) -> tuple
     Source: DRONE (Chen et al., NeurIPS 2021), SVD-LLM (arXiv 2403.07378).
     """
     left, values, right = torch.linalg.svd(weight.to(root.dtype) @ root, full_matrices=False)
-    size = values[:num_components].sqrt()
-    down = torch.linalg.solve_triangular(root, size[:, None] * right[:num_components], upper=False, left=False)
+    whole = values[:num_components, None] * right[:num_components]
+    down = torch.linalg.solve_triangular(root, whole, upper=False, left=False)
+    size = down.norm(dim=1).sqrt()  # 0 of a component of 0
+    down = down / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None]
     return down.float().contiguous(), (left[:, :num_components] * size).float().contiguous()
 
 

@@ -123,6 +123,7 @@ class Criterion:
         freezes: weights stay as they are until what is to leave has left.
         grows: the power of what a unit has by which its score grows, 1 for a sum over it; heads and neurons that are
             ranked together are compared without it.
+        apart: neurons and heads come to the target each by themselves.
         of_layers: what is known of the layers, for budgets.
 
     Args:
@@ -138,6 +139,7 @@ class Criterion:
     settles: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     grows: ClassVar[float] = 1.0
+    apart: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
         self.config = config
@@ -242,7 +244,7 @@ class Criterion:
 
     def components(self, shape: tuple[int, int]) -> int:
         """Return how many components a (D_out, D_in) weight has at the start, where `kind` is "component"."""
-        return self.config.initial_rank or min(shape)
+        return min(self.config.initial_rank or min(shape), *shape)
 
 
 def _fractions(criterion: Criterion, groups: Sequence[UnitGroup], remaining: float) -> list[float] | None:

@@ -6,7 +6,8 @@
 A gate is ReLU(z) and may exceed 1; S is the mean retention s of z (`core.retention`), of neurons and of heads apart,
 each of which has multipliers of its own and comes to the target T by itself. The gradient of the last three terms is
 taken in closed form; of ReLU and clamp it is passed straight through. At the end the highest z stay, and their gates
-are multiplied into the weights that read the units.
+are multiplied into the weights that read the units. Where a layer's gates have all closed, the unit that its floor
+keeps has a gate of 0, as in the model that was trained.
 
 The dense model is the same shards with all gates at 1. There is no master of the weights, no optimizer and no
 reduction of their gradients; what moves in a step, beside the parameters, are the gates' gradients, 4 M bytes.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from scale_prune.core import Schedule, UnitGroup, UnitSpan
-from scale_prune.core.adam import adam_step
+from scale_prune.core.adam import adam_step, ascended
 from scale_prune.core.retention import LAST_CENTER, center, retention, retention_gradient
 from scale_prune.criteria.base import GatedCriterion, Moment, State
 
@@ -37,6 +38,7 @@ class Ddp(GatedCriterion):
     """Keep the neurons and heads whose gates stay open under the budget."""
 
     freezes = True
+    apart = True
     defaults: ClassVar[dict[str, Any]] = {"scope": "global"}
     settings = frozenset({"targets", "min_kept", "width_multiple", "gate_learning_rate", "lambda_learning_rate"})
 
@@ -62,22 +64,12 @@ class Ddp(GatedCriterion):
             l1, l2, l3 = (state[f"{kind}_{name}"] for name in MULTIPLIER_RATES)
             of_budget = l3 * (1 - 2 * kept) - l1 - 2 * l2 * missing
             pull = torch.where(moment.kinds == number, of_budget * moment.cost / whole.clamp(min=1e-30), pull)
-            new |= self._ascended(state, kind, (missing, missing**2, undecided), count, moment.schedule)
+            for (name, usual), slope in zip(MULTIPLIER_RATES.items(), (missing, missing**2, undecided), strict=True):
+                rate = self.config.lambda_learning_rate or usual * _haste(moment.schedule)
+                new |= ascended(state, f"{kind}_{name}", slope, rate, count)
         gradient = total + pull * retention_gradient(state["z"], mu)
         step, mean, square = adam_step(gradient, state["mean"], state["square"], count)
         return state | new | {"z": state["z"] - self.gate_rate(moment.schedule) * step, "mean": mean, "square": square}
-
-    def _ascended(
-        self, state: State, kind: str, gradients: Sequence[Tensor], count: Tensor, schedule: Schedule
-    ) -> State:
-        new: State = {}
-        for (name, usual), gradient in zip(MULTIPLIER_RATES.items(), gradients, strict=True):
-            key = f"{kind}_{name}"
-            given = torch.ones_like(state[key]) * gradient
-            step, mean, square = adam_step(given, state[f"{key}_mean"], state[f"{key}_square"], count)
-            rate = (self.config.lambda_learning_rate or usual * _haste(schedule)) * step
-            new |= {key: state[key] + rate, f"{key}_mean": mean, f"{key}_square": square}
-        return new
 
     def gate_rate(self, schedule: Schedule) -> float:
         """Return the learning rate of z."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scale_prune.config import PruningConfig
 from scale_prune.core import Kind, Schedule, UnitGroup, UnitSpan, generator_of, hard_concrete
-from scale_prune.core.adam import adam_step
+from scale_prune.core.adam import adam_step, ascended
 from scale_prune.criteria.base import OF_COMPONENTS, GatedCriterion, Moment, State
 
 SPREAD = 0.01
@@ -83,7 +83,9 @@ class Flop(GatedCriterion):
         step, mean, square = adam_step(total * slope + of_budget, state["mean"], state["square"], count)
         rate = self.gate_rate(moment.schedule)
         new = {"log_alpha": state["log_alpha"] - rate * step, "mean": mean, "square": square, "count": count}
-        return state | new | ascended(state, excess, count, self.multipliers_rate(moment.schedule))
+        for name, gradient in zip(MULTIPLIERS, (excess, excess**2), strict=True):
+            new |= ascended(state, name, gradient, self.multipliers_rate(moment.schedule), count)
+        return state | new
 
     def multipliers_rate(self, schedule: Schedule) -> float:
         """Return the learning rate of l1 and l2."""
@@ -130,13 +132,3 @@ def wanted(moment: Moment, rise_fraction: float) -> float:
     schedule, rise = moment.schedule, rise_fraction * moment.schedule.total_steps
     share = min((moment.step - schedule.warmup_steps) / rise, 1.0) if rise else 1.0
     return schedule.initial + (schedule.target - schedule.initial) * max(share, 0.0)
-
-
-def ascended(state: State, excess: float, count: Tensor, rate: float) -> State:
-    """Return l1 and l2 after one optimizer step up the terms that they multiply."""
-    new: State = {}
-    for name, gradient in zip(MULTIPLIERS, (excess, excess**2), strict=True):
-        given = torch.full_like(state[name], gradient)
-        step, mean, square = adam_step(given, state[f"{name}_mean"], state[f"{name}_square"], count)
-        new |= {name: state[name] + rate * step, f"{name}_mean": mean, f"{name}_square": square}
-    return new

@@ -1,8 +1,9 @@
 """FLOP-AGP: real-valued gates on the components of factorized weights, removed by magnitude on the cubic schedule.
 
 Source: arXiv 1910.04732, the baseline "FLOP-AGP"; the schedule is that of arXiv 1710.01878.
-Deviation: a component's magnitude is |gate| times the mean square norm of its two factors, its singular value at the
-start, since after an SVD it is these that differ and all gates start at 1.
+Deviation: a component's magnitude is |gate| times the mean square norm of its two factors, at the start its norm as a
+matrix, since it is these that differ and all gates start at 1. After an SVD that is its singular value; of whitened
+factors it is not what the component adds to the outputs, by which they are ordered.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from scale_prune.export.factors import FACTOR_WORDS
+from scale_prune.models import FACTOR_WORDS
 
 OWN_ROPE_KEYS = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """By model type, what its older configs call what others call so."""

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from scale_prune.core import UnitGroup, saves
+from scale_prune.models import FACTOR_WORDS
 from scale_prune.models.embedding import CLUSTERS
-
-FACTOR_WORDS = ("factorized", "factorized_embedding")
-"""What config.json calls what stays factorized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +58,12 @@ def plan_for(layout: str, groups: Sequence[UnitGroup], output: str) -> Plan:
         sizes=[_shape(group)[0] for group in clusters],
         cluster_ranks=[group.num_units for group in clusters] if kept and smaller else [],
     )
+
+
+def multiplies_out(layout: str, groups: Sequence[UnitGroup]) -> bool:
+    """Tell whether some factors become one matrix, for arguments as of `plan_for`; no groups of others are here."""
+    plan = plan_for(layout, groups, "")
+    return len(plan.ranks) + len(plan.cluster_ranks) < len(groups)
 
 
 def stored_factors(

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from scale_prune.export.factors import FACTOR_WORDS
+from scale_prune.models import FACTOR_WORDS
 from scale_prune.models.modeling_nemotron_nas import DeciLMConfig
 
 PER_LAYER_WORDS = ("serialize_explicit_per_layer_config", "allow_global_per_layer_attribute_access")

@@ -1,7 +1,7 @@
 """What there is in a model to prune: families, factorized weights, gates."""
 
 from scale_prune.models.embedding import cluster_groups, cluster_sizes, put_clusters, tied_output
-from scale_prune.models.factorized import component_groups, full_shape, put_factors
+from scale_prune.models.factorized import FACTOR_WORDS, component_groups, full_shape, put_factors
 from scale_prune.models.families import (
     FAMILIES,
     Family,

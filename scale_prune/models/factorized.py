@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 
 from scale_prune.core import Member, UnitGroup
 
+FACTOR_WORDS = ("factorized", "factorized_embedding")
+"""What config.json calls what stays factorized."""
 WORTHWHILE = 0.9
 """A smaller product is made where at most this fraction of the components is live; it costs a copy of them."""
 

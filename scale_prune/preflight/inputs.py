@@ -26,13 +26,13 @@ from scale_prune.config import (
 from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, load_text, with_templates
 from scale_prune.export import AUTO, check_width_key, resolve_layout
-from scale_prune.models import FAMILIES, auto_model, classifies, positions_of
+from scale_prune.models import FACTOR_WORDS, FAMILIES, auto_model, classifies, positions_of
 from scale_prune.preflight.budgets import afforded, check_budget, read_table, sizes_of
 from scale_prune.preflight.layout import check_layout_of, settle_heads, settle_layout
 from scale_prune.preflight.output import finds_checkpoint
 from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
-from scale_prune.pruning import FACTORIZED, check_min_kept, removes_components, sketch_units
+from scale_prune.pruning import check_min_kept, removes_components, sketch_units
 from scale_prune.zero3 import ds_check
 
 
@@ -290,7 +290,7 @@ def _built(model_config: PretrainedConfig, name: str | None, trusted: bool, *, f
         ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
     """
     values = model_config.to_dict()
-    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTORIZED, "factorized weights")}
+    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTOR_WORDS, "factorized weights")}
     for key, what in own.items():
         if values.get(key) and not trusted:
             raise ValueError(

@@ -8,7 +8,6 @@ from scale_prune.pruning.pruner import Pruner, check_min_kept
 from scale_prune.pruning.solving import roots_of, takeovers_of
 from scale_prune.pruning.state import carry_over, facts_of, pruner_slices, restore
 from scale_prune.pruning.units import (
-    FACTORIZED,
     clusters_of,
     components_of,
     embedding_tied_as_asked,

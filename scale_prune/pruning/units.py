@@ -10,6 +10,7 @@ from scale_prune.config import EMBEDDING, PruningConfig
 from scale_prune.core import UnitGroup, frequency_clusters, zipf_clusters
 from scale_prune.criteria import CRITERIA, Criterion
 from scale_prune.models import (
+    FACTOR_WORDS,
     cluster_groups,
     component_groups,
     full_shape,
@@ -19,9 +20,6 @@ from scale_prune.models import (
     unit_groups,
 )
 from scale_prune.models.embedding import Cluster, SketchedEmbedding
-
-FACTORIZED = ("factorized", "factorized_embedding")
-"""Keys of a config that say what the export has left as factors."""
 
 
 def removes_components(pruning: PruningConfig) -> bool:
@@ -115,10 +113,10 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
     """List the units of a model without weights, on the meta device or of fake tensors; it is changed in place.
 
     Raises:
-        ValueError: the model has no such targets, is factorized already, or `initial_rank` is more than a full rank.
+        ValueError: the model has no such targets, is factorized already, or `initial_rank` is more than any full rank.
     """
     saved = model.config.to_dict()
-    if any(saved.get(key) for key in FACTORIZED):
+    if any(saved.get(key) for key in FACTOR_WORDS):
         raise ValueError(
             "the model has factorized weights already, which cannot be pruned again; give the model that it was made "
             "from"
@@ -130,40 +128,33 @@ def sketch_units(model: PreTrainedModel, pruning: PruningConfig) -> tuple[UnitGr
         _put_empty_factors(model, name, criterion)
     if EMBEDDING in pruning.target_names:
         _put_empty_clusters(model, pruning, criterion)
-    return components_of(model)
+    groups = components_of(model)
+    asked, most = pruning.initial_rank or 0, max((group.num_units for group in groups), default=0)
+    if asked > most and "initial_rank" in criterion.settings:
+        raise ValueError(
+            f"--initial_rank {asked} is more than the full rank of any weight, {most} at most; give at most that"
+        )
+    return groups
 
 
 def _put_empty_factors(model: nn.Module, name: str, criterion: Criterion) -> None:
     weight: Any = model.get_submodule(name).weight
     transposed = hasattr(model.get_submodule(name), "nf")
     rows, columns = reversed(full_shape(weight)) if transposed else full_shape(weight)
-    put_factors(model, name, *_empty_factors(name, (rows, columns), criterion, weight))
+    put_factors(model, name, *_empty_factors((rows, columns), criterion, weight))
 
 
 def _put_empty_clusters(model: PreTrainedModel, pruning: PruningConfig, criterion: Criterion) -> None:
     names, table = embedding_tied_as_asked(model, pruning), model.get_input_embeddings()
     weight: Any = table.weight
     tokens = clusters_of(model, pruning, None)
-    clusters = [
-        Cluster(*_empty_factors(f"{names[0]}, cluster {index}", (len(each), weight.shape[1]), criterion, weight))
-        for index, each in enumerate(tokens)
-    ]
+    clusters = [Cluster(*_empty_factors((len(each), weight.shape[1]), criterion, weight)) for each in tokens]
     put_clusters(model, names, clusters, [each.to(weight.device) for each in tokens], SketchedEmbedding)
 
 
-def _empty_factors(name: str, shape: tuple[int, int], criterion: Criterion, like: Tensor) -> list[nn.Parameter]:
-    """Return down and up without values.
-
-    Raises:
-        ValueError: there would be more components than the full rank.
-    """
-    rows, columns = shape
-    count = criterion.components(shape)
-    if count > min(shape):
-        raise ValueError(
-            f"--initial_rank {count} is more than the full rank {min(shape)} of {name} ({rows} x {columns}); "
-            "give at most that"
-        )
+def _empty_factors(shape: tuple[int, int], criterion: Criterion, like: Tensor) -> list[nn.Parameter]:
+    """Return down and up without values."""
+    (rows, columns), count = shape, criterion.components(shape)
     return [
         nn.Parameter(torch.empty(size, device=like.device, dtype=like.dtype))
         for size in ((count, columns), (rows, count))

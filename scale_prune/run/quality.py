@@ -15,6 +15,9 @@ THOROUGH = ("dense", "masked", "exported", "reference")
 
 GENERATIONS = "generations.jsonl"
 
+OF_PRODUCTS = 0.02
+"""How far apart perplexities may be where factors are multiplied out in 16 bits."""
+
 
 class Quality:
     """What was measured of a run's model.
@@ -47,8 +50,12 @@ class Quality:
         shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
         self.monitor.say(f"step {step}: validation {shown}{f' ({stage})' if stage else ''}")
 
-    def check_exported(self, folder: Path) -> None:
+    def check_exported(self, folder: Path, *, rounded: bool) -> None:
         """See that the model that was exported and loaded again is the one that it was written from.
+
+        Args:
+            folder: where it is.
+            rounded: products of factors were rounded to 16 bits, which what lies between the factors was before.
 
         Raises:
             RuntimeError: it is not.
@@ -58,7 +65,7 @@ class Quality:
         masked, compacted = self.stages["masked"].checked, self.stages["compacted"].checked
         # Removal changed the order of sums, and so does padding; a model that is cut to pieces tells it by percents.
         rounding = abs(masked - compacted) / max(compacted, 1e-5)
-        allowed = max(1e-3, min(2 * rounding, 0.1))  # what is farther apart is no rounding
+        allowed = max(OF_PRODUCTS if rounded else 1e-3, min(2 * rounding, 0.1))  # what is farther apart is no rounding
         alike = math.isclose(expected, found, rel_tol=allowed, abs_tol=1e-5)
         if not alike and not (math.isnan(expected) and math.isnan(found)):
             name = "loss" if self.stages["exported"].perplexity is None else "perplexity"

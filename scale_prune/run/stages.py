@@ -3,7 +3,8 @@
 from typing import Any
 
 from scale_prune.checkpoint import Checkpoint
-from scale_prune.export import GGUF
+from scale_prune.config import precision
+from scale_prune.export import GGUF, multiplies_out
 from scale_prune.run.going_on import go_on_from
 from scale_prune.run.loop import train
 from scale_prune.run.removal import remove
@@ -91,7 +92,9 @@ def _reload(run: Run) -> int:
     model = load_model(str(folder), run.inputs.ds_config, trust_remote_code=trusted)
     run.student.engine = inference_engine(model, run.inputs.ds_config)
     run.measure("exported")
-    run.quality.check_exported(folder)
+    student = run.student
+    product = student.kind == "component" and multiplies_out(_layout(run), student.stored)
+    run.quality.check_exported(folder, rounded=product and precision(run.inputs.ds_config) is not None)
     with told_to_all(run.folder):
         if run.runtime.is_main:
             run.quality.write_generations(run.folder)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from scale_prune.config import Config
+from scale_prune.criteria import freezes
 from scale_prune.data import (
     SELF,
     Inputs,
@@ -151,12 +152,12 @@ def labels_for(inputs: Inputs, text: Text, *, training_follows: bool) -> Labels:
         training_follows: False for an evaluation, which needs a classifier.
 
     Raises:
-        ValueError: the rows have no classes, where the model has none of its own, or teacher or reference has others.
+        ValueError: the rows have no classes, where the model has none of its own, or teacher or reference has others;
+            or the model has none and cannot learn them first.
     """
-    config, training = inputs.config, inputs.config.training
-    own = of_model(inputs.model_config)
-    if own is None and not training_follows:
-        raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
+    config, own = inputs.config, of_model(inputs.model_config)
+    if own is None:
+        _check_learns(config, training_follows=training_follows)
     labels = own or of_rows(text)  # what is not of the model's own, the row tells where it is encoded
     for flag, name in (("teacher", config.distillation.teacher), ("reference", config.output.reference)):
         if name is not None and not labels.agrees(_classes_of(flag, name, inputs), text):
@@ -173,6 +174,22 @@ def _classes_of(flag: str, name: str, inputs: Inputs) -> Labels | None:
         return of_model(AutoConfig.from_pretrained(name, trust_remote_code=inputs.config.training.trust_remote_code))
     except OSError as error:  # as another check has said, and a dry run goes on
         raise ValueError(f"--{flag} {name} cannot be read, so that its classes are not known") from error
+
+
+def _check_learns(config: Config, *, training_follows: bool) -> None:
+    """Refuse a model that is no classifier where it cannot become one before it is measured, or judges units.
+
+    Raises:
+        ValueError: nothing is trained, or the weights are frozen.
+    """
+    if not training_follows:
+        raise ValueError(f"--model {config.training.model} is no classifier, there is nothing to measure")
+    if freezes(config.pruning):
+        raise ValueError(
+            f"--model {config.training.model} is no classifier yet, and --criterion {config.pruning.criterion}, on "
+            "frozen weights, would choose units by classes told apart at random; fine-tune it first with --remaining "
+            "1, or choose another --criterion"
+        )
 
 
 def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Labeled:
