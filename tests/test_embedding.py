@@ -11,6 +11,7 @@ from torch import nn
 from scale_prune.config.settings import PruningConfig
 from scale_prune.core.frequency import frequency_clusters, zipf_clusters
 from scale_prune.core.low_rank import svd_factors
+from scale_prune.export import multiplies_out
 from scale_prune.inspection.latency import describe
 from scale_prune.models.embedding import Cluster, cluster_groups, cluster_sizes, put_clusters
 from scale_prune.pruning.units import embedding_names, sketch_units
@@ -102,6 +103,16 @@ def test_clusters_smaller_than_the_rank_at_the_start_have_their_full_rank() -> N
     full = [min(up.shape[0], down.shape[1]) for down, up in (group.members for group in groups)]
     assert [group.num_units for group in groups] == [min(9, each) for each in full]
     assert min(full) < 9 < max(full)
+
+
+def test_what_an_export_multiplies_out_is_known() -> None:
+    full, small = (
+        sketch_units(tiny_model("gpt_neo"), PruningConfig(criterion="flop", targets="mlp,embedding", initial_rank=rank))
+        for rank in (None, 1)
+    )
+    assert multiplies_out("per_layer", full)
+    assert not multiplies_out("per_layer", small)
+    assert multiplies_out("uniform", small)
 
 
 def test_what_is_factorized_already_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def plan_for(layout: str, groups: Sequence[UnitGroup], output: str) -> Plan:
 
 
 def multiplies_out(layout: str, groups: Sequence[UnitGroup]) -> bool:
-    """Tell whether some factors become one matrix, for arguments as of `plan_for`; no groups of others are here."""
+    """Tell whether some factors become one matrix, of compacted groups of components as `plan_for` has them."""
     plan = plan_for(layout, groups, "")
     return len(plan.ranks) + len(plan.cluster_ranks) < len(groups)
 
