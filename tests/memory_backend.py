@@ -256,7 +256,7 @@ def members_by_unit(tensors: Callable[[str], Any], groups: Iterable[UnitGroup]) 
     """Return for each group the (N,) sums of absolute values by unit, of full tensors by parameter name."""
     return [
         sum(
-            (tensors(m.name).detach().cpu().double().abs().movedim(m.dim, 0).reshape(group.num_units, -1).sum(1))
+            tensors(m.name).detach().cpu().double().abs().reshape(m.unit_shape).movedim(m.unit_dim, 0).flatten(1).sum(1)
             for m in group.members
         )
         + torch.zeros(group.num_units)

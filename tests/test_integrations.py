@@ -106,8 +106,7 @@ class Older(TrainerCallback):
 
 
 def trainer_loop(model_folder: Path, output: Path) -> Pruner:
-    trainer = make_trainer(model_folder, output, save_strategy="steps", save_steps=SAVED // 2, save_total_limit=1)
-    trainer.add_callback(Older())
+    trainer = make_trainer(model_folder, output, save_strategy="steps", save_steps=SAVED)
     trainer.add_callback(callback := scale_prune.PruningCallback(trainer, PRUNING))
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0  # of the pruned model
@@ -124,7 +123,9 @@ def resumed_trainer(model_folder: Path, output: Path) -> Pruner:
 def trainer_of_its_own_optimizer(model_folder: Path, output: Path) -> Pruner:
     """Train with the Trainer's optimizer and scheduler, and components in the place of neurons."""
     more = {"deepspeed": {key: value for key, value in DS_CONFIG.items() if key != "optimizer"}}
-    trainer = make_trainer(model_folder, output, lr_scheduler_type="linear", **more)
+    saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(model_folder, output.with_name("own"), lr_scheduler_type="linear", **more, **saves)
+    trainer.add_callback(Older())
     trainer.add_callback(callback := scale_prune.PruningCallback(trainer, COMPONENTS, output))
     trainer.train()
     return callback.pruner

@@ -219,7 +219,8 @@ def _set_per_layer(config: PretrainedConfig, widths: dict[int, int], heads: Sequ
     own = {group.layer: head_words(config, group) for group in heads}
     if heads:  # the numbers of the dense model, by which configs check themselves
         config.allow_global_per_layer_attribute_access = True
-        config.head_dim = head_size(config)  # which caches would take from a layer's own number of heads
+        if getattr(config, "head_dim", None) is None:  # caches would take it from a layer's own number of heads
+            config.head_dim = head_size(config)
     config.per_layer_config = {layer: {key: width, **own.get(layer, {})} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
