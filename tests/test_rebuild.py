@@ -326,7 +326,7 @@ def family_pruned(path: Path, output: Path, settings: dict[str, Any]) -> dict[st
         pruner.after_step()
     members = [member.name for group in pruner.groups for member in group.members]
     masks, silent = torch.cat(pruner.masks), torch.cat(zeros(gathered(engine, members).get, pruner.groups))
-    found = {"masks": masks, "silent": silent, "masked": logits(engine)}
+    found: dict[str, Any] = {"masks": masks, "silent": silent, "masked": logits(engine)}
     counted = pruner.masks[-LAYERS:]  # of heads, if there are any, for which neurons make up
     found["left"] = [int(mask.sum()) for mask in counted]
     found["budgets"] = [budget(0.4, mask.numel(), nearest=mask.numel() < WIDTH) for mask in counted]
