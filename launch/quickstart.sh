@@ -22,6 +22,10 @@ for ((i = 0; i < $#; i++)); do
 done
 output=${output/#\~\//$HOME/} # which bash leaves behind an = and in quotes
 
+precision=bf16
+if ! grep -qs bf16 /proc/cpuinfo && ! command -v nvidia-smi > /dev/null; then
+    precision=fp32 # where a processor has no instructions for bf16, its products take forty times as long
+fi
 model=$root/.cache/smollm2
 settings=(--max_steps 150)
 if [ $given = no ]; then
@@ -30,7 +34,7 @@ if [ $given = no ]; then
         build="from scale_prune.config import cache_folder; from scale_prune.data import build; print(build(cache_folder()))"
         text=$(python -c "$build" | tail -n 1) # training a tokenizer prints empty lines before it
         settings=(--model "$model" --train_file "$text/train.jsonl" --validation_file "$text/validation.jsonl"
-            --block_size 256 --train_batch_size 4 --precision bf16 --learning_rate 1e-4 --eval_tokens 4096
+            --block_size 256 --train_batch_size 4 --precision $precision --learning_rate 1e-4 --eval_tokens 4096
             --remaining 0.75 --max_steps 0 --calibration_tokens 8192 --recovery_steps 16 --layout gguf)
         say "SmolLM2-135M: calibrate, prune and repair at once, then 16 steps of training; 4 minutes"
     else
