@@ -136,20 +136,26 @@ def _made(report: Mapping[str, Any]) -> str:
     if settings.get("rounds"):
         how += [f"{settings['rounds']} rounds" if settings["rounds"] > 1 else "all at once"]
     how += [f"repair by {settings['repair']}"] if settings.get("repair") not in (None, "none") else []
-    when = "while it was" if settings["max_steps"] else "without training; then it was"
-    if settings["criterion"] in CRITERIA and CRITERIA[settings["criterion"]].freezes:
-        when = f"by gates that learned for {settings['max_steps']:,} steps, the weights frozen; then it was"
-    if not _learned(report):
-        return f"({', '.join(how)}) {when.removesuffix('; then it was')}"
-    return f"({', '.join(how)}) {when} {_tuned(report)}"
+    by = f"({', '.join(how)})"
+    if gates := _steps_of_gates(report):
+        by += f" by gates that learned for {gates:,} steps, the weights frozen"
+    elif settings["max_steps"]:
+        return f"{by} while it was {_tuned(report)}"
+    else:
+        by += " without training"
+    return f"{by}; then it was {_tuned(report)}" if _learned(report) else by
+
+
+def _steps_of_gates(report: Mapping[str, Any]) -> int:
+    """Return the steps in which gates learned and weights did not."""
+    criterion = CRITERIA.get(report["settings"]["criterion"])
+    frozen = criterion is not None and criterion.freezes and _is_pruned(report)
+    return int(report["settings"]["max_steps"]) if frozen else 0
 
 
 def _learned(report: Mapping[str, Any]) -> int:
     """Return the steps in which weights learned."""
-    settings = report["settings"]
-    criterion = CRITERIA.get(settings["criterion"])
-    frozen = criterion is not None and criterion.freezes and _is_pruned(report)
-    return int(report["steps"]) - (settings["max_steps"] if frozen else 0)
+    return int(report["steps"]) - _steps_of_gates(report)
 
 
 def _tuned(report: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
@@ -65,9 +66,9 @@ class Run:
     def measure(self, stage: str | None = None) -> None:
         """Measure the student on the validation data, under its engine as it is. A collective."""
         measured = self.quality.measure(self.student.engine, self.progress.step, stage)
-        told = {"step": self.progress.step, "stage": stage, "remaining": self.student.pruner.remaining}
-        quality = {"perplexity": measured.perplexity, "metrics": measured.metrics}
-        self.progress.history.append({**told, **quality})
+        told: dict[str, Any] = {"step": self.progress.step, "stage": stage, "perplexity": measured.perplexity}
+        told |= {"metrics": measured.metrics, "remaining": self.student.pruner.remaining}
+        self.progress.history.append(told)
 
 
 def set_up(task: Task, runtime: Runtime, checkpoint: Checkpoint | None, stop: StopSignal) -> Run:
