@@ -21,7 +21,7 @@ from models import BLANKS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from scale_prune.config.settings import DataConfig
+from scale_prune.config.settings import AS_LINES, DataConfig
 from scale_prune.data import text_files
 from scale_prune.data.beginnings import continuing
 from scale_prune.data.embedded import END_OF_TEXT, train_tokenizer
@@ -79,6 +79,10 @@ def compressed(path: Path) -> Path:
     return target
 
 
+def fails(*args: Any, **kwargs: Any) -> None:
+    raise OSError("no space left")
+
+
 def documents_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[int]:
     stream: list[int] = []
     for document in documents:
@@ -113,6 +117,44 @@ def test_a_txt_file_is_its_lines_with_their_newline(
         expected = [token for line in file for token in tokenizer.encode(line, add_special_tokens=False)]
     given = str(compressed(path) if packed else path)
     assert stream_of(tokenizer, train_file=given, validation_file=given, text_column="any") == expected
+
+
+LIKE_WIKITEXT = ["", " = Title = \n", "", " größer ≥ 7 🌲 .\n", " The next .\n"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "lines"),
+    [
+        (LIKE_WIKITEXT, "auto", True),
+        (LIKE_WIKITEXT, "documents", False),
+        ([*LIKE_WIKITEXT, "no newline"], "auto", False),
+        ([*LIKE_WIKITEXT, "one\ntwo\n"], "auto", False),
+        (["a tweet\n", "another\n"], "auto", False),
+        (["a tweet\n", "another\n"], "lines", True),
+        (["a", "", "b"], "auto", False),
+    ],
+)
+def test_the_rows_of_a_data_set_are_documents_but_where_they_are_lines(
+    rows: list[str], asked: str, lines: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A text of the hub that is cut behind its newlines is read as the same text in a txt file."""
+    split = datasets.Dataset.from_dict({"text": rows * 3})
+    datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "rows")
+    found = stream_of(tokenizer, dataset=str(tmp_path / "rows"), rows=asked)
+    (tmp_path / "lines.txt").write_text("".join(rows * 3), encoding="utf-8")
+    as_text = stream_of(tokenizer, train_file=str(tmp_path / "lines.txt"), validation_file=str(tmp_path / "lines.txt"))
+    assert found == (as_text if lines else documents_stream(tokenizer, rows * 3))
+
+
+def test_held_out_lines_are_lines(tmp_path: Path) -> None:
+    """Of the rows as a whole it is decided, not of those that are left: some alone look like lines."""
+    rows = [*LIKE_WIKITEXT * 20, "no newline"]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "rows")
+    datasets.Dataset.from_dict({"text": rows[:-1]}).save_to_disk(tmp_path / "lines")
+    for name, lines in (("rows", False), ("lines", True)):
+        texts = [load_text(DataConfig(dataset=str(tmp_path / name)), split) for split in SPLITS]
+        assert [text.lines for text in texts] == [lines, lines]
+        assert (AS_LINES in texts[1].part) == lines
 
 
 def test_documents_need_a_token_between_them(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -153,6 +195,27 @@ def test_the_tokens_are_cached_by_content(
     assert streams[0] == streams[1] == documents_stream(tokenizer, DOCUMENTS)
     assert streams[2] == documents_stream(byte_tokenizer, DOCUMENTS)
     assert len(list((own_cache / "scale_prune").glob("*.arrow"))) == 2
+
+
+def test_the_ranks_of_a_host_share_the_memory_of_the_tokens(
+    tmp_path: Path, own_cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They map one file, which is there as a whole or not at all."""
+    write_csv(tmp_path / "rows.csv")
+    spec = DataConfig(train_file=str(tmp_path / "rows.csv"), validation_file=str(tmp_path / "rows.csv"))
+    text = load_text(spec, "train")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fails)
+        with pytest.raises(OSError, match="no space left"):
+            token_stream(text, tokenizer)
+    cache = own_cache / "scale_prune"
+    assert not list(cache.glob("*.npy*"))
+    stream = token_stream(text, tokenizer)
+    (file,) = cache.glob("*.npy*")
+    assert str(file) in Path("/proc/self/maps").read_text()
+    with file.open("r+b") as written:
+        written.write(bytes(file.stat().st_size))
+    assert not stream.any(), "the process has a copy of its own"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +395,16 @@ def test_texts_that_look_like_dates_stay_as_they_are_written(name: str, tmp_path
     spec = DataConfig(train_file=str(tmp_path / name), validation_file=str(tmp_path / name), text_column="when")
     assert load_text(spec, "train").rows["when"][:] == written
     assert load_text(spec, "train", ("text",), "when").rows["when"][:] == written
+    lists = [{"when": [each, each], "text": "a"} for each in written]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lists))
+    assert load_text(spec, "train", ("when",)).rows["when"][:] == [[each, each] for each in written]
+
+
+def test_dates_that_nobody_asks_for_cost_nothing(tmp_path: Path) -> None:
+    """Read as they stand, a blank line would be a mistake."""
+    (tmp_path / "rows.jsonl").write_text('{"when": "2020-01-01", "text": "a"}\n\n{"when": "2020-01-02", "text": "b"}\n')
+    spec = DataConfig(train_file=str(tmp_path / "rows.jsonl"), validation_file=str(tmp_path / "rows.jsonl"))
+    assert load_text(spec, "train").rows["text"][:] == ["a", "b"]
 
 
 def test_all_that_a_reader_says_is_told_on_in_one_line() -> None:

@@ -288,10 +288,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     [({}, "auto", "never"), ({}, "always", "always"), ({"bos": "always"}, "auto", "always"), (None, "auto", "auto")],
 )
 def test_bos_stays_as_it_was_where_it_is_left_open(before: dict[str, str] | None, asked: str, expected: str) -> None:
-    """Checkpoints from before there was the setting have no BOS token."""
+    """Checkpoints from before there was the setting have no BOS token, and rows of data sets are documents."""
     state = {"settings": {"criterion": "gum"} | (before or {}), "ds_config": {"train_batch_size": 6}}
     checkpoint = None if before is None else Checkpoint(Path("step"), state, {})
-    assert filled_from(checkpoint, Config.from_flat({"bos": asked})).data.bos == expected
+    data = filled_from(checkpoint, Config.from_flat({"bos": asked})).data
+    assert (data.bos, data.rows) == (expected, "auto" if before is None else "documents")
 
 
 def test_settings_that_must_not_change_are_refused(whole: Path, work: Path) -> None:

@@ -8,7 +8,7 @@ from scale_prune.checkpoint.folder import damage as damage_of
 from scale_prune.config import Config
 from scale_prune.zero3 import Runtime
 
-UNSAID = {"bos": "never"}
+UNSAID = {"bos": "never", "rows": "documents"}
 """What held in runs from before there was the setting."""
 
 
@@ -58,12 +58,12 @@ def _unusable(wanted: str, problem: str, config: Config) -> str:
 
 
 def filled_from(checkpoint: Checkpoint | None, config: Config) -> Config:
-    """Return the settings with the checkpoint's global batch, BOS and criterion, where they leave them open."""
+    """Return the settings with the checkpoint's global batch, criterion, BOS and rows, where they leave them open."""
     found: dict[str, Any] = {}
+    asked = config.flat()
     if checkpoint is not None and config.training.train_batch_size is None:
         found["train_batch_size"] = checkpoint.state["ds_config"]["train_batch_size"]
-    if checkpoint is not None and config.data.bos == "auto":
-        found["bos"] = (UNSAID | checkpoint.state["settings"])["bos"]
-    if checkpoint is not None and config.pruning.criterion == "auto":
-        found["criterion"] = checkpoint.state["settings"]["criterion"]
-    return Config.from_flat(config.flat() | found)
+    if checkpoint is not None:
+        before = UNSAID | checkpoint.state["settings"]
+        found |= {name: before[name] for name in (*UNSAID, "criterion") if asked[name] == "auto"}
+    return Config.from_flat(asked | found)

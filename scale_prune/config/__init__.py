@@ -7,6 +7,6 @@ from scale_prune.config.places import cache_folder
 from scale_prune.config.plugins import load_plugins
 from scale_prune.config.recipes import as_settings, check_value, read_recipe, read_yaml, specs, with_keys
 from scale_prune.config.setting import FOLLOWS, IGNORED, MUST_AGREE
-from scale_prune.config.settings import CLASSIFICATION, EMBEDDING, TASKS, Config, settings_where
+from scale_prune.config.settings import AS_LINES, CLASSIFICATION, EMBEDDING, TASKS, Config, settings_where
 
 from scale_prune.config.settings import DataConfig, PruningConfig, TaskConfig, TrainingConfig  # isort: skip

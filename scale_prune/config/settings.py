@@ -24,6 +24,10 @@ training_setting = partial(setting, may_change=True)
 output_setting = partial(setting, may_change=True, compared=IGNORED)
 
 
+AS_LINES = "read as lines of one text"
+"""What a report says of a validation text, other than a txt file, whose rows are no documents."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings):
     """Which text, and how it is cut."""
@@ -52,6 +56,13 @@ class DataConfig(Settings):
         commands=("evaluate",),
     )
     text_column: str = text_setting("column that holds the text", "text")
+    rows: str = text_setting(
+        "what the rows of all but txt files are: documents, with the end-of-text token between them; lines that keep "
+        "their newline; or auto, lines where there are empty rows and all others end with their only newline, as in "
+        "WikiText",
+        "auto",
+        choices=("auto", "documents", "lines"),
+    )
     block_size: int = text_setting("tokens in a block, at most the model's positions", 128, Range(2))
     bos: str = text_setting(
         "begin each block and prompt with the tokenizer's BOS token: always, never, or auto, as the tokenizer does by "
@@ -385,7 +396,7 @@ class TrainingConfig(Settings):
         "your own criteria and families: modules that Python can import, or .py files, with commas",
         otherwise="those of scale_prune",
         compared=IGNORED,
-        commands=("evaluate", "analyze", "sweep"),
+        commands=("evaluate", "analyze", "sweep", "convert"),
     )
 
 

@@ -56,8 +56,13 @@ class Inputs:
     @property
     def calibration_tokens(self) -> int:
         """Tokens that a round is calibrated on, at most: rows may be shorter than a block."""
-        found = self.calibration_steps * self.batch_size * self.config.data.block_size
-        return min(self.config.pruning.calibration_tokens, found)
+        return min(self.config.pruning.calibration_tokens, self.calibration_rows * self.config.data.block_size)
+
+    @property
+    def calibration_rows(self) -> int:
+        """Rows that a round is calibrated on, each counted once, also where a single step has more than there are."""
+        read = self.calibration_steps * self.batch_size
+        return read if self.train_rows is None else min(read, self.train_rows)
 
     @property
     def pruning_steps(self) -> int:

@@ -7,7 +7,7 @@ import glob
 import gzip
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from pyarrow.parquet import read_table
 
 from scale_prune import __version__
-from scale_prune.config import DataConfig
+from scale_prune.config import AS_LINES, DataConfig
 from scale_prune.data import holdout, text_files
 
 Split = Literal["train", "validation"]
@@ -52,7 +54,7 @@ class Text:
         name: where they come from, for messages.
         rows: a `datasets.Dataset`.
         columns: the columns of `rows` that are wanted.
-        lines: the rows are lines that keep their newline, not documents.
+        lines: the rows are lines that keep their newline, not documents; None where that is not known yet.
         label: the column of the label, if there is one.
         numbers: where only some rows are left, their numbers among all, counted from 1.
         part: what these rows are, in words.
@@ -61,7 +63,7 @@ class Text:
     name: str
     rows: datasets.Dataset
     columns: tuple[str, ...]
-    lines: bool = False
+    lines: bool | None = None
     label: str | None = None
     numbers: np.ndarray | None = None
     part: str = ""
@@ -98,13 +100,13 @@ def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = (), lab
     for name, file in (("train", spec.train_file), ("validation", spec.validation_file)):
         if file:
             splits[name] = _open_file(Path(file), columns or spec.text_column, label)
-    kinds = STRINGS if not columns else READABLE
+    rows, kinds = ("documents", READABLE) if columns else (spec.rows, STRINGS)
     if "train" in splits and "validation" not in splits:
-        splits = _hold_out(_checked(splits["train"], label, kinds))
+        splits = _hold_out(_as_told(_checked(splits["train"], label, kinds), rows))
     if split not in splits:
         found = f"{spec.dataset} has only {', '.join(splits)}" if splits else "no data set is given"
         raise ValueError(f"no {split} text: {found}; give --dataset or --{split}_file")
-    text = _checked(splits[split], label, kinds)
+    text = _as_told(_checked(splits[split], label, kinds), rows)
     if len(text.rows) == 0:
         raise ValueError(f"data set {text.name} is empty")
     return text
@@ -145,11 +147,24 @@ def tokenized(text: Text, encode: Callable[..., dict[str, list[list[int]]]], nam
     table = encoded.with_format("arrow")[:]
     return {
         name: Tokens(
-            np.concatenate([chunk.flatten().to_numpy() for chunk in table[name].chunks]),
+            _joined([chunk.flatten().to_numpy() for chunk in table[name].chunks], f"{fingerprint}-{name}.npy"),
             np.concatenate([chunk.value_lengths().to_numpy() for chunk in table[name].chunks]),
         )
         for name in names
     }
+
+
+def _joined(parts: Sequence[np.ndarray], name: str) -> np.ndarray:
+    """Return int32 arrays as one that is mapped from a file of the cache: all ranks of a host share its memory."""
+    file = _cache() / name
+    if not file.exists():
+        told = {"descr": dtype_to_descr(np.dtype(np.int32)), "fortran_order": False, "shape": (sum(map(len, parts)),)}
+        # Not mapped here: on a full disk that ends a process without a word.
+        with text_files.whole_or_absent(file) as unfinished, unfinished.open("wb") as opened:
+            write_array_header_1_0(opened, told)
+            for part in parts:
+                opened.write(part.data)  # tofile would not say that the disk is full
+    return np.load(file, mmap_mode="c")  # nobody writes, but torch warns of arrays that cannot be written
 
 
 def _cache() -> Path:
@@ -199,11 +214,11 @@ def _open_file(path: Path, columns: tuple[str, ...] | str, label: str | None) ->
     # The reader of lines names its only column itself.
     wanted = columns if isinstance(columns, tuple) else ("text" if reader == "text" else columns,)
     with _one_message(str(path)):
-        rows = _read(path, reader, None if label in wanted else label)
-    return Text(name=str(path), rows=rows, columns=wanted, lines=reader == "text", part=str(path))
+        rows = _read(path, reader, wanted, None if label in wanted else label)
+    return Text(name=str(path), rows=rows, columns=wanted, lines=reader == "text" or None, part=str(path))
 
 
-def _read(path: Path, reader: str, label: str | None) -> datasets.Dataset:
+def _read(path: Path, reader: str, columns: tuple[str, ...], label: str | None) -> datasets.Dataset:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as file:
         if not file.read(1):
@@ -221,12 +236,14 @@ def _read(path: Path, reader: str, label: str | None) -> datasets.Dataset:
         datasets.load_dataset, reader, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache)
     )
     rows = load()
-    return _dates_as_texts(rows, load) if reader == "json" else rows
+    return _dates_as_texts(rows, {*columns, label}, load) if reader == "json" else rows
 
 
-def _dates_as_texts(rows: datasets.Dataset, load: Callable[..., datasets.Dataset]) -> datasets.Dataset:
+def _dates_as_texts(
+    rows: datasets.Dataset, wanted: Collection[str | None], load: Callable[..., datasets.Dataset]
+) -> datasets.Dataset:
     """Return the rows of a JSON file with texts that look like dates, and are taken for such, as they stand there."""
-    dates = [name for name, feature in rows.features.items() if _kind(feature).startswith("timestamp")]
+    dates = [name for name, feature in rows.features.items() if name in wanted and "timestamp" in _kind(feature)]
     if dates:
         written = load(features=datasets.Features(rows.features | dict.fromkeys(dates, datasets.Json())))
         for name in dates:
@@ -255,10 +272,10 @@ def _hold_out(text: Text) -> dict[str, Text]:
     if text.label and count:
         rows, how = holdout.stratified(text.rows[text.label][:])
     else:
-        rows, how = holdout.neighbors(count, lines=text.lines)
+        rows, how = holdout.neighbors(count, lines=bool(text.lines))
     if not 0 < len(rows) < count:
         raise ValueError(f"data set {text.name} has {count} rows, too few to hold out any for validation")
-    part = f"{len(rows):,} of {count:,} rows of {text.name}, {how}"
+    part = f"{len(rows):,} of {count:,} rows of {text.part}, {how}"
     say(f"no validation text is given: it is {part}, the same ones in every run")
     others = np.setdiff1d(np.arange(count), rows, assume_unique=True)
     return {"train": text.select(others, "the other rows"), "validation": text.select(rows, f"held out: {part}")}
@@ -280,6 +297,29 @@ def _checked(text: Text, label: str | None, kinds: tuple[str, ...]) -> Text:
             say(f"{without:,} of {len(text.rows):,} rows of {text.name} have no label (-1) and are left out")
             text = text.select(labeled, text.part)
     return replace(text, label=label)
+
+
+def _as_told(text: Text, rows: str) -> Text:
+    """Return `text` with what its rows are: "documents" or "lines" if told so, a txt file's always lines."""
+    if text.lines is not None:
+        return text
+    if rows == "auto" and _are_lines(text):
+        say(f"the rows of {text.name} are taken for lines of one text; give --rows documents where they are not")
+        rows = "lines"
+    # A report says so: the perplexity of documents does not compare.
+    return replace(text, lines=rows == "lines", part=text.part + f", {AS_LINES}" * (rows == "lines"))
+
+
+def _are_lines(text: Text) -> bool:
+    """Whether the rows are a text cut behind its newlines: some are empty, all others end with their only newline."""
+    any_empty = False
+    for table in text.rows.with_format("arrow").iter(batch_size=10_000):
+        rows = table[text.columns[0]]
+        # Of an empty row both are -1, the place of a newline that is not there and the last one.
+        if not pc.all(pc.equal(pc.find_substring(rows, "\n"), pc.subtract(pc.binary_length(rows), 1))).as_py():
+            return False
+        any_empty = any_empty or pc.any(pc.equal(rows, "")).as_py()
+    return any_empty
 
 
 def _kind(feature: Any) -> str:

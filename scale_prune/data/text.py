@@ -3,7 +3,8 @@
 The stream is defined so that anyone can recompute it: rows are tokenized one by one, without special tokens, and
 joined. The rows of a txt file are its lines, which keep their newline, with nothing between them, not even the blank
 that some tokenizers put before a text. The rows of every other format are documents, with the end-of-text token between
-them. Nothing here communicates: every rank prepares the same stream, from one cache on disk.
+them, but for data sets of lines, such as WikiText's. Nothing here communicates: every rank prepares the same stream,
+from one cache on disk.
 
 Where the model was trained with a BOS token, every block begins with it, also one that begins amid a document, and only
 blocks do: a block is what the model sees as one sequence. It counts for the block's size but is no text: `eval_tokens`

@@ -6,7 +6,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from gzip import BadGzipFile, GzipFile
 from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
@@ -69,13 +69,19 @@ def _write_once(found: Iterator[Sequence[str]], cache: Path) -> None:
 def _write(found: Iterator[Sequence[str]], cache: Path) -> None:
     """Write the names of the columns, then the rows, as an arrow file that is there as a whole or not at all."""
     schema = pa.schema([(name, pa.string()) for name in next(found)])
-    partial = cache.with_name(f"{cache.name}.{token_hex(4)}")  # nobody's: containers have the same numbers of processes
+    with whole_or_absent(cache) as partial, pa.ipc.new_stream(str(partial), schema) as stream:
+        while rows := list(islice(found, BATCH)):
+            columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+            stream.write(pa.record_batch(columns, schema=schema))
+
+
+@contextmanager
+def whole_or_absent(file: Path) -> Iterator[Path]:
+    """Yield a name to write to, which becomes `file` unless something fails: then nothing is left."""
+    partial = file.with_name(f"{file.name}.{token_hex(4)}")  # nobody's: containers have the same numbers of processes
     try:
-        with pa.ipc.new_stream(str(partial), schema) as stream:
-            while rows := list(islice(found, BATCH)):
-                columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-                stream.write(pa.record_batch(columns, schema=schema))
-        os.replace(partial, cache)
+        yield partial
+        os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 

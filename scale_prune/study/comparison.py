@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_prune.config import Config
+from scale_prune.config import AS_LINES, Config
 from scale_prune.study.rows import CONDITIONS, LOWER_IS_BETTER, PERPLEXITY, PLAIN, FinishedRun, Row, ratio_of
 from scale_prune.system import RECIPE, REPORT, is_set_aside, json_text, markdown_table
 
@@ -63,10 +63,12 @@ def read(path: Path, metric: str = PERPLEXITY) -> FinishedRun:
     settings = _value(path, report, "settings", dict)
     for name in ("criterion", "seed", "model", "block_size"):
         _value(path, report, f"settings.{name}", object)
+    validation = str(report.get("validation") or settings.get("validation_file") or settings.get("dataset"))
+    as_they_were = {"rows": "lines" if AS_LINES in validation else "documents"}  # whatever they were taken for by
     return FinishedRun(
         folder=path.parent,
-        settings=Config().flat() | UNSAID | settings,
-        validation=str(report.get("validation") or settings.get("validation_file") or settings.get("dataset")),
+        settings=Config().flat() | UNSAID | settings | as_they_were,
+        validation=validation,
         target=_number(path, report, "remaining.target"),
         measured=_number(path, report, "remaining.measured"),
         metric=metric,

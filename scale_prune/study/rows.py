@@ -129,7 +129,7 @@ def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the name of each run's method: criterion, then the settings that tell the methods apart."""
-    settings = [_of_any_seed(run.settings) for run in runs]
+    settings = [_of_any_target(_of_any_seed(run.settings)) for run in runs]
     named = [name for name in differing(settings) if name not in NO_METHOD | FOLLOWING]
     named.sort(key=lambda name: name != "scope")
     texts = {name: short(each.get(name) for each in settings) for name in {*named, *FOLLOWING}}
@@ -151,6 +151,11 @@ def _of_any_seed(settings: dict[str, Any]) -> dict[str, Any]:
     if not (teacher := settings.get("teacher")):
         return settings
     return settings | {"teacher": re.sub(rf"(seed\D?){settings['seed']}\b", r"\1*", teacher).removesuffix("/pruned")}
+
+
+def _of_any_target(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that say only whether a size was chosen by time: to how much, a run's target says."""
+    return settings | ({"latency_target": "given"} if settings.get("latency_target") is not None else {})
 
 
 def reference_of(row: Row, rows: Sequence[Row]) -> float | None:
