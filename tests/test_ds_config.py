@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from scale_prune.config.command_line import parse
 from scale_prune.config.ds_config import BUILTIN, load, precision, resolve
 from scale_prune.config.ds_limits import REFUSED, get
 from scale_prune.config.settings import Config
+from scale_prune.run.start import slow_precision
 from scale_prune.zero3 import ds_check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -409,3 +411,21 @@ def test_deepspeed_reads_what_resolve_returns(name: str) -> None:
 def test_there_is_something_to_test() -> None:
     assert set(NAMES) >= {"zero3", "zero3_cpu", "zero3_fp16", "zero3_offload"}
     assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "asked", "said"),
+    [
+        ("AVX2", "cpu", "bf16", True),
+        ("AVX2", "cpu", "fp16", True),
+        ("AVX2", "cpu", "fp32", False),
+        ("AVX2", "cuda", "bf16", False),
+        ("AVX512", "cpu", "bf16", False),
+    ],
+)
+def test_a_precision_that_the_processor_lacks_is_said(
+    capability: str, device: str, asked: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    ds_config = {name: {"enabled": name == asked} for name in ("bf16", "fp16")}
+    assert (f"no instructions for {asked}" in slow_precision(torch.device(device), ds_config)) == said

@@ -2,9 +2,7 @@
 
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,12 +146,23 @@ def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: A
     assert message.format(work=work) in error
 
 
-def test_the_table_is_shown_whatever_becomes_of_the_file(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs: Any = {"model": SimpleNamespace(begins_with_bos=False)}
-    own = Namespace(baseline=None, lm_eval=None, output=work / "train.txt" / "a.json")
-    with pytest.raises(OSError, match=r"train\.txt"):
-        evaluate._write({"model": {"perplexity": 7.5}}, inputs, own)
+@pytest.mark.parametrize("failing", ["_save", "_add_speeds"])
+def test_what_is_measured_is_shown_and_written_whatever_comes_next(
+    failing: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise OSError("no space left")
+
+    output = tmp_path / "evaluation.json"
+    monkeypatch.setattr(evaluate, "_measured", lambda *args: {"perplexity": 7.5})
+    monkeypatch.setattr(evaluate, failing, fails)
+    asked = ["--latency", "--prompt_tokens", "8", "--new_tokens", "3", "--output", str(output)]
+    with pytest.raises(OSError, match="no space left"):
+        evaluate.main(flags(work, *asked))
     assert "| model | 7.50 |" in capsys.readouterr().out
+    if failing != "_save":
+        assert json.loads(Path(f"{output}.part").read_text())["models"] == {"model": {"perplexity": 7.5}}
+    assert not output.exists(), "an earlier result stays until there is a whole one"
 
 
 @pytest.mark.parametrize(

@@ -184,8 +184,18 @@ def test_a_text_that_is_shorter_than_the_calibration_is_read_once(world_size: in
     tokens = len(AutoTokenizer.from_pretrained(work / "model")((tmp_path / "short.txt").read_text())["input_ids"])
     once = tokens // BLOCK // 6 * 6 * BLOCK
     assert [each["calibration_tokens"] for each in report_of(tmp_path / "out")["rounds"]] == [once]
-    line = f"--calibration_tokens 20000 are more than the training text has, whose {once} at most are read once a round"
+    line = f"--calibration_tokens 20000 are more than the training text has in whole steps, {once} at most"
     assert "".join(said).splitlines().count(line) == 1
+
+
+def test_rows_that_are_fewer_than_a_steps_count_once(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("".join((work / "train.txt").read_text().splitlines(keepends=True)[:40]))
+    tokens = len(AutoTokenizer.from_pretrained(work / "model")((tmp_path / "short.txt").read_text())["input_ids"])
+    asked = {"train_batch_size": 900, "calibration_tokens": 900 * BLOCK}
+    settings = UNTRAINED | {"criterion": "obs", "train_file": tmp_path / "short.txt"} | asked
+    run(2, arguments(work, tmp_path / "out", **settings))
+    assert tokens // BLOCK < 900
+    assert report_of(tmp_path / "out")["rounds"][0]["calibration_tokens"] == tokens // BLOCK * BLOCK
 
 
 def test_what_no_criterion_is_named_for(work: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SPEED = {
 """What the table calls the numbers of a model's speed."""
 
 LM_EVAL = "lm_eval"
+PART = ".part"
 RESULT = ("baseline", "models", "flags", "versions")
 
 
@@ -54,14 +56,15 @@ def main(argv: Sequence[str]) -> None:
             _check_positions(inputs, own)
         tasks = harness.tasks_of(own, world_size)
         with joined(rank) as runtime:
-            report: dict[str, dict[str, Any]] = {name: _measured(each, runtime) for name, each in inputs.items()}
-            if tasks is not None:
-                for name, each in inputs.items():
-                    report[name][LM_EVAL] = tasks.measure(each, runtime)
-            if own.latency and runtime.is_main:
-                _add_speeds(report, inputs, own, runtime.device)
-            if runtime.is_main:  # the others do not wait for it: speeds may take longer than their patience
-                _write(report, inputs, own)
+            report: dict[str, dict[str, Any]] = {}
+            measure = partial(tasks.measure, runtime=runtime) if tasks is not None else None
+            try:
+                for _ in _parts(report, inputs, own, runtime, measure):
+                    _save(report, inputs, own, runtime)
+            finally:
+                _show(report, own, runtime)
+            if runtime.is_main and own.output:
+                os.replace(own.output + PART, own.output)
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +117,26 @@ def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None
             )
 
 
+def _parts(
+    report: dict[str, dict[str, Any]],
+    inputs: dict[str, Inputs],
+    own: argparse.Namespace,
+    runtime: Runtime,
+    measure: Callable[[Inputs], Any] | None,
+) -> Iterator[None]:
+    """Fill in the report, and yield after each part of it."""
+    for name, each in inputs.items():
+        report[name] = _measured(each, runtime)
+        yield
+    if measure is not None:
+        for name, each in inputs.items():
+            report[name][LM_EVAL] = measure(each)
+            yield
+    if own.latency and runtime.is_main:  # the others do not wait for it: it may take longer than their patience
+        _add_speeds(report, inputs, own, runtime.device)
+        yield
+
+
 def _measured(inputs: Inputs, runtime: Runtime) -> dict[str, float | None]:
     training = inputs.config.training
     task = make_task(inputs, runtime, ("validation",))
@@ -157,16 +180,25 @@ def _add_speeds(
         report[name] |= speed.summary(own.batch)
 
 
-def _write(report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
+def _save(
+    report: dict[str, dict[str, Any]], inputs: dict[str, Inputs], own: argparse.Namespace, runtime: Runtime
+) -> None:
+    """Write what has been measured so far beside `--output`, so that it is not lost with what is measured next."""
+    if not (runtime.is_main and own.output):
+        return
     baseline = next(iter(inputs)) if own.baseline else None
-    print(f"\n{as_table(report, baseline)}")
-    if own.lm_eval:
-        print(harness.as_table({name: each[LM_EVAL] for name, each in report.items()}))
-    if own.output:
-        bos = {name: each.begins_with_bos for name, each in inputs.items()}
-        contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True)) | {"bos": bos}
-        Path(own.output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(own.output), json_text(contents))
+    bos = {name: each.begins_with_bos for name, each in inputs.items()}
+    contents = dict(zip(RESULT, (baseline, report, vars(own), versions()), strict=True)) | {"bos": bos}
+    Path(own.output).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(own.output + PART), json_text(contents))
+
+
+def _show(report: dict[str, dict[str, Any]], own: argparse.Namespace, runtime: Runtime) -> None:
+    if not (runtime.is_main and report):
+        return
+    print(f"\n{as_table(report, next(iter(report)) if own.baseline else None)}")
+    if scores := {name: each[LM_EVAL] for name, each in report.items() if LM_EVAL in each}:
+        print(harness.as_table(scores))
 
 
 def as_table(report: dict[str, dict[str, Any]], baseline: str | None) -> str:

@@ -11,6 +11,8 @@ from scale_prune.criteria import CRITERIA, freezes, learns_from_gradients, obser
 from scale_prune.pruning import layer_of
 
 USUAL_ROUNDS = 4
+READERS = ("redundancy", "measured", "search")
+"""Budgets that read the calibration text."""
 
 
 def settle_rounds(config: Config) -> Config:
@@ -116,23 +118,25 @@ def check_calibration(config: Config, batch_size: int) -> None:
         )
 
 
-def calibration_warning(pruning: PruningConfig, groups: Sequence[UnitGroup], found: int | None = None) -> str:
+def calibration_warning(config: Config, groups: Sequence[UnitGroup], found: int | None = None) -> str:
     """Return a line where there is less text than was asked for, or the damping decides more than it, else nothing.
 
     Args:
-        pruning: the settings.
+        config: the settings.
         groups: the model's.
         found: tokens that a round is calibrated on, where the text is known.
     """
+    pruning, trains = config.pruning, config.training.max_steps > 0
     criterion, tokens = CRITERIA[pruning.criterion], found or pruning.calibration_tokens
     whitens = criterion.kind == "component" and pruning.factors == "whitened"
     widest = max(group.members[0].shape[1] if whitens else group.num_features for group in groups)
     solves = pruning.repair == "least_squares" or "gram" in criterion.needs or whitens
     asked, short = f"--calibration_tokens {pruning.calibration_tokens}", ""
-    if pruning.remaining == 1 or not (solves or pruning.rounds or pruning.repair != "none"):
+    chooses = "activity" in criterion.needs or observes(pruning, trains=trains) or pruning.budget in READERS
+    if pruning.remaining == 1 or not (solves or pruning.repair != "none" or (pruning.rounds and chooses)):
         return ""
     if tokens < pruning.calibration_tokens:
-        short = f"{asked} are more than the training text has, whose {tokens} at most are read once a round"
+        short = f"{asked} are more than the training text has in whole steps, {tokens} at most"
     if not solves or tokens >= widest:
         return short
     damping = f"{replace(pruning, calibration_tokens=tokens).damping_of(widest):.3g}"

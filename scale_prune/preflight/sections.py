@@ -168,7 +168,7 @@ def _rounds(reading: Reading, job: Job) -> Iterator[str]:
     tokens = job.calibration_steps * int(reading.ds_config["train_batch_size"]) * reading.config.data.block_size
     yield ""
     yield f"{when} reads {tokens:,} tokens of the training text; --repair {job.pruning.repair}"
-    if line := calibration_warning(job.pruning, job.groups):
+    if line := calibration_warning(reading.config, job.groups):
         yield line
     yield from _portions(job)
     received = [[name, of_size(size)] for name, size in round_bytes(job, tokens).items() if size]

@@ -199,8 +199,9 @@ def _readings(
         with run.progress.seconds.measure("calibration"):
             read = read_back if chooses and "output_grad" in criterion.needs else read_text
             read(student.engine, calibration, run.inputs, run.task)
-        # Rows that are short have fewer tokens than were asked for.
-        tokens = int(run.runtime.add_over_ranks(torch.tensor([calibration.tokens])))
+        # Rows that are short have fewer tokens than were asked for, and what is read twice counts once.
+        passed, rows = run.inputs.calibration_steps * run.inputs.batch_size, run.inputs.calibration_rows
+        tokens = int(run.runtime.add_over_ranks(torch.tensor([calibration.tokens]))) * rows // passed
         criterion.config = replace(criterion.config, calibration_tokens=tokens)
         if compares:
             criterion.of_layers.redundancy = calibration.redundancy()

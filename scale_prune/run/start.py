@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from scale_prune.checkpoint import choose, filled_from
-from scale_prune.config import Config, cache_folder
+from scale_prune.config import Config, cache_folder, precision
 from scale_prune.data import Inputs, build
 from scale_prune.preflight import calibration_warning, check_same, read_inputs, unused_settings
 from scale_prune.run.figure import draw
@@ -71,10 +73,10 @@ def prune(
             runtime.say(line)
     elif config.checkpoint.resume is not None:
         runtime.say(f"{config.output.output_dir} has no checkpoint yet, so the run starts from the beginning")
-    if line := unused_settings(config):
+    for line in filter(None, (unused_settings(config), slow_precision(runtime.device, inputs.ds_config))):
         runtime.say(line)
     run = set_up(make_task(inputs, runtime), runtime, checkpoint, stop)
-    if line := calibration_warning(config.pruning, run.student.groups, run.inputs.calibration_tokens):
+    if line := calibration_warning(config, run.student.groups, run.inputs.calibration_tokens):
         runtime.say(line)
     try:
         report = go(run, checkpoint)
@@ -86,3 +88,11 @@ def prune(
         write_report(run.folder, report)
         drop_replaced(config)
     return report
+
+
+def slow_precision(device: torch.device, ds_config: dict[str, Any]) -> str:
+    """Return a line where the processor has no instructions for the precision, else nothing."""
+    asked = precision(ds_config)
+    if asked is None or device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return ""
+    return f"this processor has no instructions for {asked}, which may take forty times as long here as fp32"
