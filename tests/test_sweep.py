@@ -294,15 +294,29 @@ def test_a_finished_or_begun_cell_is_not_taken_for_one_of_other_settings(
     code, stderr = outcome(*sweep)
     assert code == 2
     assert "seed_0 is finished and was run with max_steps 300, the recipe now has 7" in stderr
+    write(tmp_path, seed=[0, 3], gradient_checkpointing=True)
+    assert "the recipe now has True" in outcome(*sweep, "--list")[1], "which could be another batch"
+    write(tmp_path, seed=[0, 3], max_steps=7)
     (tmp_path / "sweep" / "seed_0" / "report.json").unlink()
     code, stderr = outcome(*sweep)
     assert code == 2
     assert "seed_0 is begun and was run with max_steps 300, the recipe now has 7" in stderr
+    write(tmp_path, seed=[0], ds_config="zero3")
+    assert outcome(*sweep, "--list")[0] == 0, "where a begun cell finds things may change"
     write(tmp_path, seed=[0, 3])
     (tmp_path / "sweep" / "seed_0" / "recipe.yaml").write_text("criterion: gum\nwarmup_fraction: 0.0\n")
     code, stderr = outcome(*sweep)
     assert code == 2, "a default that has changed since"
     assert "seed_0 is begun and was run with criterion gum, the recipe now has kfac" in stderr
+
+
+def test_how_a_batch_is_cut_up_may_change_where_its_size_is_given(
+    sweep: list[str], tmp_path: Path, signals: None
+) -> None:
+    write(tmp_path, seed=[0], train_batch_size=6)
+    assert outcome(*sweep)[0] == 0
+    write(tmp_path, seed=[0, 1], train_batch_size=6, micro_batch_size=1, gradient_checkpointing=True)
+    assert outcome(*sweep)[0] == 0
 
 
 @pytest.mark.slow

@@ -23,6 +23,12 @@ CELLS = "cells"
 NAMES_ITSELF = ("criterion", "scope")
 """Settings whose values say what they are: `gum-global`, but `seed_0`."""
 
+PLACES = ("model", "dataset", "train_file", "validation_file", "trust_remote_code", "ds_config")
+"""Where things lie: a cell that was begun goes on with them elsewhere, and judges itself whether they are the same."""
+
+PARTS = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "generation_batch_size")
+"""How a batch is cut up, which changes no result where its size is given."""
+
 NOT_A_CELLS = {
     "output_dir": "the cells' folders are made in the sweep's output_dir, which stands beside `cells`",
     "overwrite": "a sweep leaves finished cells as they are; remove a cell's folder to run it again",
@@ -207,8 +213,9 @@ def _check_settings(cell: Cell) -> None:
     chosen = {name: ran[name] for name in NAMES_ITSELF if name in ran}  # by the defaults of the time
     config = Config.from_flat(read_recipe(str(cell.recipe)) | chosen)
     before = _result(replace(config, pruning=with_defaults(config.pruning)))
+    free = PARTS if cell.config.training.train_batch_size else ()
     for name, value in _result(cell.config).items():
-        if before[name] != value:
+        if before[name] != value and name not in (free if cell.is_done else (*free, *PLACES)):
             raise ValueError(
                 f"{cell.folder} is {'finished' if cell.is_done else 'begun'} and was run with {name} {before[name]}, "
                 f"the recipe now has {value}; give another output_dir, or remove that folder"
