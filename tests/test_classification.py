@@ -233,7 +233,7 @@ def test_labels_are_the_classes_that_people_mean(
 @pytest.mark.distributed
 @pytest.mark.parametrize("asked", [640, 40_000])
 def test_the_tokens_of_short_texts_are_counted_and_each_is_read_once(asked: int, work: Path) -> None:
-    settings = {"criterion": "obs", "max_steps": 0, "calibration_tokens": asked}
+    settings = {"criterion": "obs", "max_steps": 0, "recovery_steps": 1, "calibration_tokens": asked}
     assert run_ranks(outcome, 1, flags(work, work / f"short-{asked}", "bert", **settings))[0][0] == 0
     found = report_of(work / f"short-{asked}")["rounds"][0]["calibration_tokens"]
     with (work / "train.csv").open(newline="") as file:
@@ -249,6 +249,8 @@ def test_a_row_is_held_against_what_the_model_predicts_whatever_the_others_are()
         Labels(("0", "1")).encode(labelled([0.0, 1.0, 0.5]))
     with pytest.raises(ValueError, match="row 1 of rows has the label 'a', which is no number, in column 'label'"):
         Labels(()).encode(labelled(["a", "b"]))
+    with pytest.raises(ValueError, match=r"row 3 of rows has the label 'x', which is no number, in column 'label'"):
+        Labels(()).encode(labelled(["3.5", "1", "x"]))  # as a csv file has them
 
 
 def test_a_model_may_have_the_numbers_of_the_data_sets_names() -> None:
@@ -314,8 +316,13 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"teacher": "self"}, "--teacher self is no classifier of the 3 classes of the data"),
     (
         {"criterion": "ddp"},
-        "is no classifier yet, and --criterion ddp, on frozen weights, would choose units by classes",
+        "is no classifier yet, and --criterion ddp, before any weight is trained, would choose units by classes",
     ),
+    (
+        {"criterion": "kfac", "max_steps": 0, "recovery_steps": 3},
+        "is no classifier yet, and --criterion kfac, before any weight is trained, would choose units by classes",
+    ),
+    ({"criterion": "obs", "max_steps": 0}, "is no classifier, there is nothing to measure"),
 ]
 
 

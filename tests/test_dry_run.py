@@ -292,6 +292,27 @@ def test_tokens_beyond_the_embedding_are_found_where_the_text_has_them(work: Pat
     assert dry(work, model=larger) == (0, [])
 
 
+def test_a_mistake_in_the_settings_is_not_the_only_one_that_is_found(work: Path) -> None:
+    """What they leave to the criterion is known all the same."""
+    code, errors = dry(work, criterion="auto", rounds=500, block_size=500)
+    assert code == 2
+    assert len(errors) == 2, errors
+
+
+def test_another_model_has_the_positions_that_it_is_asked_for(work: Path) -> None:
+    short = with_config(work, "short", AutoConfig.from_pretrained(work / "model"), max_position_embeddings=20)
+    rows = "mr,ref\n" + "".join(f"{word},{word}\n" for word in ("keeps", "drops"))
+    (work / "rows.csv").write_text(rows)
+    tables = {"train_file": work / "rows.csv", "validation_file": work / "rows.csv", "max_new_tokens": 8}
+    for flag in ("teacher", "reference"):
+        code, (error,) = dry(work, **{flag: short}, block_size=21)
+        assert code == 2
+        assert f"--block_size 21 is more than the 20 positions of --{flag} {short}" in error
+    assert dry(work, **tables, task="data_to_text", reference=short, block_size=20) == (0, [])
+    code, (error,) = dry(work, **tables | {"max_new_tokens": 14}, task="data_to_text", reference=short, block_size=20)
+    assert f"is more than the 20 positions of {short}; give at most" in error
+
+
 def test_labels_are_held_against_the_classes_of_the_model(work: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     tokenizer.pad_token = tokenizer.eos_token

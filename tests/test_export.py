@@ -215,6 +215,7 @@ STORY = "fine-tuned for {} steps on {} tokens of a-text"
     [
         ({}, 6, 0.5, f"MLP neurons of a-model were removed (gum) while it was {STORY.format(6, 600)}. What is left"),
         ({}, 6, 1.0, f"a-model was {STORY.format(6, 600)}. Nothing was removed."),
+        ({"max_steps": 0}, 0, 1.0, "# a-model\n\na-model was left as it was. Nothing was removed."),
         ({"max_steps": 0}, 0, 0.5, "were removed (gum) without training. What is left"),
         (
             {"criterion": "ddp"},

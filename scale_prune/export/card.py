@@ -17,6 +17,9 @@ from scale_prune.export.layouts import needs_code
 
 TRUST = ", trust_remote_code=True"
 PARAMETERS = "| parameters | {} | {} |"
+PRUNED = ("pruned", "structured-pruning")
+"""Tags, which a model that was pruned before keeps when it is trained on."""
+
 REMOVED = {"neuron": "MLP neurons", "head": "attention heads", "component": "Rank-1 components of weights"}
 
 
@@ -38,7 +41,7 @@ def model_card(
         _front_matter(model, report, loader).to_yaml(),
         "---",
         "",
-        f"# {name}, {'structurally pruned' if _is_pruned(report) else 'fine-tuned'}",
+        f"# {name}{_what_it_is(report)}",
         "",
         _story(name, groups, report),
         "",
@@ -84,7 +87,7 @@ def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> 
         datasets=[settings["dataset"]] if settings.get("dataset") and not Path(settings["dataset"]).exists() else None,
         library_name="transformers",
         pipeline_tag="text-generation" if "Causal" in loader else "text-classification",
-        tags=[*(["pruned", "structured-pruning"] if _is_pruned(report) else []), "scale_prune"],
+        tags=[*(tag for tag in PRUNED if _is_pruned(report) or tag in base.get("tags", [])), "scale_prune"],
         **{key: base[key] for key in ("license_name", "license_link") if key in base},
     )
 
@@ -109,10 +112,16 @@ def _is_pruned(report: Mapping[str, Any] | None) -> bool:
     return report is None or report["remaining"]["target"] < 1
 
 
+def _what_it_is(report: Mapping[str, Any] | None) -> str:
+    if _is_pruned(report):
+        return ", structurally pruned"
+    return ", fine-tuned" if report and _learned(report) else ""
+
+
 def _story(name: str, groups: Sequence[UnitGroup], report: Mapping[str, Any] | None) -> str:
     """Say what was removed, how, and what is left."""
     if report is not None and not _is_pruned(report):
-        return f"{name} was {_tuned(report)}. Nothing was removed."
+        return f"{name} was {_tuned(report) if _learned(report) else 'left as it was'}. Nothing was removed."
     kinds = dict.fromkeys(group.kind for group in groups)
     removed = " and ".join(REMOVED[kind] for kind in _removed(kinds, report))
     made = _made(report) if report else "while it was fine-tuned under DeepSpeed ZeRO-3"

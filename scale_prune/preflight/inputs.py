@@ -64,6 +64,8 @@ def read_inputs(
 
 def _fill_in(reading: Reading) -> None:
     reading.chooses_layout = reading.config.output.layout in (None, AUTO)
+    # First, so that a dry run, which goes on after a mistake in the rest, knows the criterion.
+    reading.config = replace(reading.config, pruning=with_defaults(reading.config.pruning))
     reading.config = fill_in(reading.config)
 
 
@@ -153,6 +155,7 @@ def _check_other(reading: Reading, flag: str, name: str | None) -> None:
             f"--{flag} {name} has other tokens than --model {model}, though as many; "
             f"a {flag} needs the model's own vocabulary"
         )
+    _check_block(reading.config, f"--{flag} {name}", config)
     _built(config, name, trusted, flag=flag)
     check_weights(Path(name), flag=flag)
 
@@ -214,15 +217,15 @@ def _check_weights(reading: Reading) -> None:
         check_weights(Path(reading.config.training.model))
 
 
-def _check_block(reading: Reading) -> None:
-    if reading.model_config is None:
-        return
-    positions = positions_of(reading.model_config)
-    if positions is not None and reading.config.data.block_size > positions:
-        raise ValueError(
-            f"--block_size {reading.config.data.block_size} is more than the {positions} positions of "
-            f"{reading.config.training.model}"
-        )
+def _check_own_block(reading: Reading) -> None:
+    if reading.model_config is not None:
+        _check_block(reading.config, str(reading.config.training.model), reading.model_config)
+
+
+def _check_block(config: Config, model: str, model_config: PretrainedConfig) -> None:
+    positions = positions_of(model_config)
+    if positions is not None and config.data.block_size > positions:
+        raise ValueError(f"--block_size {config.data.block_size} is more than the {positions} positions of {model}")
 
 
 def _read_text(reading: Reading, split: Split) -> None:
@@ -249,7 +252,7 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     check_layout_of,
     _check_groups,
     _read_ds_config,
-    _check_block,
+    _check_own_block,
     _check_calibration,
     _check_weights,
     partial(_read_text, split="train"),
@@ -278,6 +281,7 @@ def unused_settings(config: Config) -> str:
     names += ["max_new_tokens", "num_beams", "generation_batch_size"] if task in ("lm", CLASSIFICATION) else []
     names += ["long_examples", "eval_examples"] if task == "lm" else []
     names += ["eval_tokens"] if task == CLASSIFICATION else []
+    names += ["rows"] if task != "lm" and flat["rows"] == "lines" else []
     found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
     listed = ", ".join(f"--{name} {value}" for name, value in found.items())
     return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""

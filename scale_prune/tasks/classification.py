@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from scale_prune.config import Config
-from scale_prune.criteria import freezes
+from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.data import (
     SELF,
     Inputs,
@@ -180,15 +180,21 @@ def _check_learns(config: Config, *, training_follows: bool) -> None:
     """Refuse a model that is no classifier where it cannot become one before it is measured, or judges units.
 
     Raises:
-        ValueError: nothing is trained, or the weights are frozen.
+        ValueError: nothing is trained, or not before units are judged by the loss.
     """
-    if not training_follows:
-        raise ValueError(f"--model {config.training.model} is no classifier, there is nothing to measure")
-    if freezes(config.pruning):
+    training, pruning = config.training, config.pruning
+    if not training_follows or training.max_steps + training.recovery_steps == 0:
+        raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
+    by_loss = (
+        "output_grad" in CRITERIA[pruning.criterion].needs
+        or observes(pruning, trains=False)
+        or pruning.budget in ("measured", "search")
+    )
+    if freezes(pruning) or (training.max_steps == 0 and pruning.remaining < 1 and by_loss):
         raise ValueError(
-            f"--model {config.training.model} is no classifier yet, and --criterion {config.pruning.criterion}, on "
-            "frozen weights, would choose units by classes told apart at random; fine-tune it first with --remaining "
-            "1, or choose another --criterion"
+            f"--model {training.model} is no classifier yet, and --criterion {pruning.criterion}, before any weight is "
+            "trained, would choose units by classes told apart at random; fine-tune it first with --remaining 1, or "
+            "choose another --criterion"
         )
 
 

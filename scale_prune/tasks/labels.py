@@ -53,8 +53,7 @@ class Labels:
         if is_missing(value):
             return "no label"
         if not self.classes:
-            number = isinstance(value, int | float) and math.isfinite(value)
-            return "" if number else f"the label {value!r}, which is no number,"
+            return "" if _is_number(value) else f"the label {value!r}, which is no number,"
         known = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
         return "" if str(value) in self.classes else f"the unknown label {value!r}, known are {known},"
 
@@ -68,6 +67,14 @@ class Labels:
 def is_missing(value: Any) -> bool:
     """Tell whether a row has no label."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a label is a number; those of a csv file are texts where one of them is none."""
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _names(text: Text) -> tuple[str, ...]:

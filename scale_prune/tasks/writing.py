@@ -1,12 +1,14 @@
 """Tasks whose examples are a prompt and its completion: the completion is learned, generated and compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from scale_prune.config import TaskConfig
 from scale_prune.data import FORMS, Inputs, Split, check_tokens, templates_of
@@ -109,20 +111,26 @@ def questions_of(examples: Examples, spec: TaskConfig) -> list[Question]:
 
 
 def check_positions(inputs: Inputs, questions: Sequence[Question]) -> None:
-    """Refuse to generate past a model's positions.
+    """Refuse to generate past the positions of the model, or of the one that stands beside it in the report.
 
     Raises:
         ValueError: the longest prompt and its completion have more tokens than there are positions.
     """
     longest, new = max(len(prompt) for prompt, _ in questions), inputs.config.task.max_new_tokens
-    positions = getattr(inputs.model_config, "max_position_embeddings", None)
-    if positions is not None and longest + new > positions:
-        raise ValueError(
-            f"--max_new_tokens {new} after the longest prompt, of {longest} tokens, is more than the {positions} "
-            f"positions of {inputs.config.training.model}; give at most {positions - longest}"
-            if positions > longest
-            else f"the longest prompt has {longest} tokens, and {inputs.config.training.model} {positions} positions"
-        )
+    training, reference = inputs.config.training, inputs.config.output.reference
+    writers = {training.model: inputs.model_config}
+    if reference is not None:
+        with suppress(OSError):  # as another check has said, and a dry run goes on
+            writers[reference] = AutoConfig.from_pretrained(reference, trust_remote_code=training.trust_remote_code)
+    for model, config in writers.items():
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and longest + new > positions:
+            raise ValueError(
+                f"--max_new_tokens {new} after the longest prompt, of {longest} tokens, is more than the {positions} "
+                f"positions of {model}; give at most {positions - longest}"
+                if positions > longest
+                else f"the longest prompt has {longest} tokens, and {model} {positions} positions"
+            )
 
 
 def _num_measured(examples: Examples, eval_tokens: int) -> int:
