@@ -4,9 +4,11 @@ What moves between ranks, the optimizer and evaluations come on top; that steps 
 off.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,11 +41,11 @@ def about_time(reading: Reading, job: Job, measure: Callable[[torch.device], tup
             f"--measure makes one pass of the whole model, {needed / GIB:.1f} GiB with its activations; {device} "
             f"has {free / GIB:.1f} free; give a smaller --micro_batch_size, --gradient_checkpointing, or leave it out"
         )
-    forward, both = measure(device)
-    seconds = _of_steps(reading, job, forward, both) | _of_a_round(reading, job, forward, both, _rate(device))
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    )
+    with _share_of_cores(reading.world_size):
+        forward, both = measure(device)
+        seconds = _of_steps(reading, job, forward, both) | _of_a_round(reading, job, forward, both, _rate(device))
+        processor = f"{platform.processor() or platform.machine()} CPU ({torch.get_num_threads()} cores)"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor
     yield ""
     yield f"time of a rank like {name}: {forward:.3g} s a forward pass, {both:.3g} s with its backward pass; without"
     yield "the optimizer, what moves between ranks, and evaluations; all steps as long as the first"
@@ -52,6 +54,16 @@ def about_time(reading: Reading, job: Job, measure: Callable[[torch.device], tup
     yield from markdown_table(
         ["what takes time", "seconds"], [[part, f"{spent:,.1f}"] for part, spent in seconds.items()]
     )
+
+
+@contextmanager
+def _share_of_cores(world_size: int) -> Iterator[None]:
+    """Compute as a rank does that shares this machine with all others, where the environment does not say otherwise."""
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, before // world_size))
+    yield
+    torch.set_num_threads(before)
 
 
 def _of_steps(reading: Reading, job: Job, forward: float, both: float) -> dict[str, float]:
