@@ -108,7 +108,7 @@ def killed(rng: random.Random, ranks: list[BaseProcess]) -> str:
 
 def test_whatever_is_killed_when_the_run_ends_as_if_nothing_had_happened(work: Path, tmp_path: Path) -> None:
     whole, output, steps = tmp_path / "whole", tmp_path / "killed", tmp_path / "steps"
-    assert [code for code, _ in run_ranks(outcome, RANKS, arguments(work, whole, **SETTINGS), timeout=600)] == [0, 0]
+    assert [code for code, _ in run_ranks(outcome, RANKS, arguments(work, whole, **SETTINGS), timeout=1800)] == [0, 0]
     rng, log = random.Random(SEED), []
     for number in range(KILLS):
         before = newest_step(output)
@@ -122,7 +122,7 @@ def test_whatever_is_killed_when_the_run_ends_as_if_nothing_had_happened(work: P
         assert before <= log[-1].saved
         assert log[-1].made - log[-1].saved <= EVERY, "more than the steps since the last save is lost"
     write_log(log)
-    ranks_at_end = run_ranks(outcome, RANKS, arguments(work, output, **SETTINGS, resume=True), timeout=600)
+    ranks_at_end = run_ranks(outcome, RANKS, arguments(work, output, **SETTINGS, resume=True), timeout=1800)
     assert [code for code, _ in ranks_at_end] == [0, 0]
     assert len(report_of(output)["resumed_at"]) > 0
     for file in ("kept.json", "scores.safetensors", "pruned/model.safetensors"):
