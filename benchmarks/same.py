@@ -209,8 +209,8 @@ def flat(report: dict[str, Any], above: str = "") -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key, value in report.items():
         if not {key, above + key} & (OF_THE_MACHINE | PATHS):
-            if isinstance(value, list):  # of rounds, for example, which take their time too
-                value = [flat(each) if isinstance(each, dict) else each for each in value]
+            if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+                value = {str(index): each for index, each in enumerate(value)}  # rounds, for example
             facts |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return facts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
 import scale_prune
@@ -50,7 +50,7 @@ def main() -> None:
         pruner.after_step()
 
     engine = scale_prune.compact(pruner, make_engine)
-    scale_prune.save(engine, args.output)
+    scale_prune.save(engine, args.output, tokenizer=AutoTokenizer.from_pretrained(args.model))
     if deepspeed.comm.get_rank() == 0:
         print(f"kept {pruner.widths} neurons a layer; the model is in {args.output}")
     deepspeed.comm.destroy_process_group()

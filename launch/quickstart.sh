@@ -23,7 +23,7 @@ done
 output=${output/#\~\//$HOME/} # which bash leaves behind an = and in quotes
 
 precision=bf16
-if ! grep -qs bf16 /proc/cpuinfo && ! command -v nvidia-smi > /dev/null; then
+if ! grep -qs bf16 /proc/cpuinfo; then
     precision=fp32 # where a processor has no instructions for bf16, its products take forty times as long
 fi
 model=$root/.cache/smollm2

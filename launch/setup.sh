@@ -16,8 +16,10 @@ install_packages() {
     "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
         fail "$python is $("$python" -V 2>&1), older than 3.11; name another one, e.g. PYTHON=python3.12."
     "$python" -c "$header" || fail "$python has no Python.h, which DeepSpeed compiles with; install python3-dev."
+    [ ! -e "$venv" ] || [ -f "$venv/stamp" ] || fail "$venv is not of this script's making, or not finished; move it away."
     echo "setup: installing packages into $venv" >&2
     "$python" -m venv --clear "$venv" || fail "$python cannot make a virtual environment; install its venv module."
+    touch "$venv/stamp"
     "$venv/bin/pip" install -q -c "$root/constraints.txt" torch==2.13.0
     "$venv/bin/pip" install -q -c "$root/constraints.txt" -e "$root[test]"
 }

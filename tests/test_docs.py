@@ -307,6 +307,7 @@ def own_loop(folder: Path, snippets: Sequence[str]) -> tuple[float, str]:
     names: dict[str, Any] = {"STEPS": STEPS, "loader": [{"input_ids": ids, "labels": ids, "use_cache": False}] * STEPS}
     names["make_engine"] = lambda module: training_engine(module, config)
     names["engine"] = names["make_engine"](load_model(str(path), config))
+    names["tokenizer"] = tiny_tokenizer()
     loop, checkpoints, components = snippets
     exec(loop, names)
     neurons = names["pruner"].remaining

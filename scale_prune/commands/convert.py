@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from scale_prune.config import parse_some, user_errors
+from scale_prune.config import load_plugins, parse_some, settings_where, user_errors
 from scale_prune.export import FORMS, GGUF_TYPES, convert, open_folder
 
 DESCRIPTION = "Write a model in another layout, tensor by tensor: no GPU, and no code of its folder runs."
@@ -14,7 +14,8 @@ DESCRIPTION = "Write a model in another layout, tensor by tensor: no GPU, and no
 def main(argv: Sequence[str]) -> None:
     """Run `launch/convert.py`; a user's mistake ends in one message and exit code 2."""
     with user_errors(rank=0):
-        own = parse_some(argv, (), DESCRIPTION, add_own)[2]
+        config, _, own = parse_some(argv, settings_where("commands", "convert"), DESCRIPTION, add_own)
+        load_plugins(config.training.plugin)
         if own.dtype is not None and own.to != "gguf":
             raise ValueError(f"--dtype {own.dtype} is for --to gguf; a folder of --to {own.to} keeps its types")
         stored = open_folder(Path(own.model))

@@ -123,7 +123,7 @@ class Criterion:
         freezes: weights stay as they are until what is to leave has left.
         grows: the power of what a unit has by which its score grows, 1 for a sum over it; heads and neurons that are
             ranked together are compared without it.
-        apart: neurons and heads come to the target each by themselves.
+        apart: its `select` brings neurons and heads to the target each by themselves, so that floors are checked so.
         of_layers: what is known of the layers, for budgets.
 
     Args:
