@@ -7,7 +7,7 @@ import glob
 import gzip
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,8 +17,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from datasets.fingerprint import Hasher
-from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from pyarrow.parquet import read_table
 
 from scale_prune import __version__
@@ -112,77 +110,6 @@ def load_text(spec: DataConfig, split: Split, columns: tuple[str, ...] = (), lab
     return text
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """The tokens of all rows, one after another.
-
-    Attributes:
-        tokens: int32, one-dimensional.
-        lengths: int32 (rows,), how many are of each row.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-
-
-def tokenized(text: Text, encode: Callable[..., dict[str, list[list[int]]]], names: Sequence[str]) -> dict[str, Tokens]:
-    """Turn every row into tokens, cached on disk by the content of the columns that are wanted and of `encode`.
-
-    Args:
-        text: the rows.
-        encode: turns a batch of rows, lists by column, into lists of tokens by name.
-        names: what it returns.
-    """
-    rows = text.rows.select_columns(list(text.columns))
-    fingerprint = Hasher.hash((__version__, _content(rows), encode))
-    encoded = rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names}),
-        cache_file_name=str(_cache() / f"{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
-        desc=f"Tokenizing {text.name}",
-    )
-    table = encoded.with_format("arrow")[:]
-    return {
-        name: Tokens(
-            _joined([chunk.flatten().to_numpy() for chunk in table[name].chunks], f"{fingerprint}-{name}.npy"),
-            np.concatenate([chunk.value_lengths().to_numpy() for chunk in table[name].chunks]),
-        )
-        for name in names
-    }
-
-
-def _joined(parts: Sequence[np.ndarray], name: str) -> np.ndarray:
-    """Return int32 arrays as one that is mapped from a file of the cache: all ranks of a host share its memory."""
-    file = _cache() / name
-    if not file.exists():
-        told = {"descr": dtype_to_descr(np.dtype(np.int32)), "fortran_order": False, "shape": (sum(map(len, parts)),)}
-        # Not mapped here: on a full disk that ends a process without a word.
-        with text_files.whole_or_absent(file) as unfinished, unfinished.open("wb") as opened:
-            write_array_header_1_0(opened, told)
-            for part in parts:
-                opened.write(part.data)  # tofile would not say that the disk is full
-    return np.load(file, mmap_mode="c")  # nobody writes, but torch warns of arrays that cannot be written
-
-
-def _cache() -> Path:
-    """Return a folder beside the other caches, not beside the rows: they may be in a folder that cannot be written."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scale_prune"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _content(rows: datasets.Dataset) -> str:
-    """Return a hash of what stands in the rows; their own fingerprint is one of path, size and date."""
-    found = hashlib.sha256(repr(rows.features).encode())
-    for table in rows.with_format("arrow").iter(batch_size=10_000):
-        for batch in table.combine_chunks().to_batches():
-            found.update(batch.serialize())
-    return found.hexdigest()
-
-
 def _open_dataset(spec: DataConfig, columns: tuple[str, ...], label: str | None) -> dict[str, Text]:
     """Open what `spec.dataset` names, by split: a local file or folder, else a data set of the hub."""
     name, path = str(spec.dataset), Path(str(spec.dataset))
@@ -229,7 +156,7 @@ def _read(path: Path, reader: str, columns: tuple[str, ...], label: str | None) 
             return datasets.Dataset(datasets.table.InMemoryTable(read_table(file)))
         with path.open("rb") as packed:
             # By content: load_dataset would take a file of the same path, size and date for the one that it has read.
-            cache = _cache() / f"{__version__} {hashlib.file_digest(packed, 'sha256').hexdigest()}"
+            cache = text_files.cache_folder() / f"{__version__} {hashlib.file_digest(packed, 'sha256').hexdigest()}"
         if reader in ("csv", "text"):
             return text_files.read(file, cache / f"{reader}.arrow", is_csv=reader == "csv", label=label)
     load = partial(

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from scale_prune.config import DataConfig
 from scale_prune.data.batches import TokenBlocks
 from scale_prune.data.beginnings import bos_of, continuing
-from scale_prune.data.rows import Split, Text, load_text, tokenized
+from scale_prune.data.rows import Split, Text, load_text
+from scale_prune.data.tokens import tokenized
 
 
 def prepare(spec: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:

@@ -75,6 +75,13 @@ def _write(found: Iterator[Sequence[str]], cache: Path) -> None:
             stream.write(pa.record_batch(columns, schema=schema))
 
 
+def cache_folder() -> Path:
+    """Return a folder beside the other caches, not beside the rows: they may be in a folder that cannot be written."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scale_prune"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def whole_or_absent(file: Path) -> Iterator[Path]:
     """Yield a name to write to, which becomes `file` unless something fails: then nothing is left."""
