@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prune a quarter of the neurons of SmolLM2-135M on two ranks of this machine's processor, repair and fine-tune it a little,
-# and show what has become of it. Under 8 minutes on two cores, downloads included. Further arguments go to launch/prune.py.
+# and show what has become of it. Under 8 minutes on two cores, downloads included; 14 where they have no instructions for
+# bf16. Further arguments go to launch/prune.py.
 # Where the model's package cannot be had, a small model is trained and pruned instead; with --model, that model is pruned.
 set -euo pipefail
 export DS_ACCELERATOR=cpu # what ds_configs/zero3_cpu.json is written for, also where there is a GPU

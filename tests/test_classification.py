@@ -322,6 +322,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         {"criterion": "kfac", "max_steps": 0, "recovery_steps": 3},
         "is no classifier yet, and --criterion kfac, before any weight is trained, would choose units by classes",
     ),
+    (
+        {"criterion": "magnitude", "budget": "measured", "max_steps": 0, "recovery_steps": 3},
+        "is no classifier yet, and --budget measured, before any weight is trained, would choose units by classes",
+    ),
     ({"criterion": "obs", "max_steps": 0}, "is no classifier, there is nothing to measure"),
 ]
 

@@ -185,16 +185,13 @@ def _check_learns(config: Config, *, training_follows: bool) -> None:
     training, pruning = config.training, config.pruning
     if not training_follows or training.max_steps + training.recovery_steps == 0:
         raise ValueError(f"--model {training.model} is no classifier, there is nothing to measure")
-    by_loss = (
-        "output_grad" in CRITERIA[pruning.criterion].needs
-        or observes(pruning, trains=False)
-        or pruning.budget in ("measured", "search")
-    )
-    if freezes(pruning) or (training.max_steps == 0 and pruning.remaining < 1 and by_loss):
+    asked = "budget" if pruning.budget in ("measured", "search") else "criterion"
+    by_loss = "output_grad" in CRITERIA[pruning.criterion].needs or observes(pruning, trains=False)
+    if freezes(pruning) or (training.max_steps == 0 and pruning.remaining < 1 and (by_loss or asked == "budget")):
         raise ValueError(
-            f"--model {training.model} is no classifier yet, and --criterion {pruning.criterion}, before any weight is "
-            "trained, would choose units by classes told apart at random; fine-tune it first with --remaining 1, or "
-            "choose another --criterion"
+            f"--model {training.model} is no classifier yet, and --{asked} {getattr(pruning, asked)}, before any "
+            "weight is trained, would choose units by classes told apart at random; fine-tune it first with "
+            f"--remaining 1, or choose another --{asked}"
         )
 
 
