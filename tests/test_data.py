@@ -132,6 +132,7 @@ LIKE_WIKITEXT = ["", " = Title = \n", "", " größer ≥ 7 🌲 .\n", " The next
         (["a tweet\n", "another\n"], "auto", False),
         (["a tweet\n", "another\n"], "lines", True),
         (["a", "", "b"], "auto", False),
+        (["a", "", "b"], "lines", True),
     ],
 )
 def test_the_rows_of_a_data_set_are_documents_but_where_they_are_lines(
@@ -141,7 +142,8 @@ def test_the_rows_of_a_data_set_are_documents_but_where_they_are_lines(
     split = datasets.Dataset.from_dict({"text": rows * 3})
     datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "rows")
     found = stream_of(tokenizer, dataset=str(tmp_path / "rows"), rows=asked)
-    (tmp_path / "lines.txt").write_text("".join(rows * 3), encoding="utf-8")
+    between = "" if "\n" in "".join(rows) else "\n"
+    (tmp_path / "lines.txt").write_text(between.join(rows * 3), encoding="utf-8")
     as_text = stream_of(tokenizer, train_file=str(tmp_path / "lines.txt"), validation_file=str(tmp_path / "lines.txt"))
     assert found == (as_text if lines else documents_stream(tokenizer, rows * 3))
 

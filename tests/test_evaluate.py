@@ -133,12 +133,14 @@ def test_names_are_as_short_as_they_can_be() -> None:
         (["--output", "{work}/model/config.json"], "model/config.json is there already and no earlier result"),
         (["--output", "{work}/train.txt"], "train.txt is there already and no earlier result"),
         (["--output", "{work}"], " is there already and no earlier result"),
+        (["--output", "{work}/mine"], "mine is written as {work}/mine.part first, which is there already"),
         (["--output", "{work}/train.txt/new/a.json"], "a.json cannot be made: {work}/train.txt is not a folder"),
         (["--remaining", "0.5"], "unknown argument --remaining"),
         (["--block_size", "50"], "--block_size 50 is more than the 31 positions"),
     ],
 )
 def test_mistakes_are_named(more: list[str], message: str, work: Path, capsys: Any) -> None:
+    (work / "mine.part").touch()
     with pytest.raises(SystemExit) as exit, user_errors(0):
         evaluate.main(flags(work, *(word.format(work=work) for word in more)))
     assert exit.value.code == 2

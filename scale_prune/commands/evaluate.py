@@ -94,16 +94,18 @@ def _check_output(own: argparse.Namespace) -> None:
     """Refuse to write the results where nothing can be written, or over anything but earlier ones."""
     if own.output is None:
         return
-    file = Path(own.output)
-    check_writable(file.parent, f"--output {file}")
-    if not os.path.lexists(file):
-        return
+    check_writable(Path(own.output).parent, f"--output {own.output}")
+    for file in (Path(own.output), Path(own.output + PART)):
+        if os.path.lexists(file) and not _is_result(file):
+            there = "is" if file == Path(own.output) else f"is written as {file} first, which is"
+            raise ValueError(f"--output {own.output} {there} there already and no earlier result; give another name")
+
+
+def _is_result(file: Path) -> bool:
     try:
-        earlier = file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() >= set(RESULT)
+        return file.is_file() and json.loads(file.read_text(encoding="utf-8")).keys() >= set(RESULT)
     except (OSError, ValueError, AttributeError):
-        earlier = False
-    if not earlier:
-        raise ValueError(f"--output {own.output} is there already and no earlier result; give another name")
+        return False
 
 
 def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None:

@@ -58,8 +58,8 @@ class DataConfig(Settings):
     text_column: str = text_setting("column that holds the text", "text")
     rows: str = text_setting(
         "what the rows of all but txt files are: documents, with the end-of-text token between them; lines that keep "
-        "their newline; or auto, lines where there are empty rows and all others end with their only newline, as in "
-        "WikiText",
+        "their newline, or get it back where none has any; or auto, lines where there are empty rows and all others "
+        "end with their only newline, as in WikiText",
         "auto",
         choices=("auto", "documents", "lines"),
     )

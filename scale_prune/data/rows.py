@@ -237,6 +237,12 @@ def _as_told(text: Text, rows: str) -> Text:
     return replace(text, lines=rows == "lines", part=text.part + f", {AS_LINES}" * (rows == "lines"))
 
 
+def have_newlines(text: Text) -> bool:
+    """Whether any row of running text holds a newline."""
+    tables = text.rows.with_format("arrow").iter(batch_size=10_000)
+    return any(pc.any(pc.match_substring(table[text.columns[0]], "\n")).as_py() for table in tables)
+
+
 def _are_lines(text: Text) -> bool:
     """Whether the rows are a text cut behind its newlines: some are empty, all others end with their only newline."""
     any_empty = False

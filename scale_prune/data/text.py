@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from scale_prune.config import DataConfig
 from scale_prune.data.batches import TokenBlocks
 from scale_prune.data.beginnings import bos_of, continuing
-from scale_prune.data.rows import Split, Text, load_text
+from scale_prune.data.rows import Split, Text, have_newlines, load_text
 from scale_prune.data.tokens import tokenized
 
 
@@ -84,12 +84,14 @@ def _too_short(spec: DataConfig, split: Split, text: Text, found: int, bos: int 
 
 
 def _end_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what ends a row: nothing after a line, the end-of-text token after a document.
+    """Return what ends a row: the end-of-text token after a document, after a line the newline if lines are without.
 
     Raises:
         ValueError: the rows are documents and the tokenizer has no end-of-text token.
     """
-    end = [] if text.lines else [tokenizer.eos_token_id]
+    if text.lines:
+        return [] if have_newlines(text) else continuing(tokenizer)("\n", add_special_tokens=False)["input_ids"]
+    end = [tokenizer.eos_token_id]
     if None in end:
         raise ValueError(f"the tokenizer has no eos_token, which stands between the documents of {text.name}")
     return end
@@ -99,7 +101,8 @@ def token_stream(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Tokenize the rows one by one and join them.
 
     Returns:
-        the stream, int32, one-dimensional: no special tokens, but the end-of-text token between two documents.
+        the stream, int32, one-dimensional: no special tokens, but the end-of-text token between two documents, and a
+        newline between two lines that have none.
 
     Raises:
         ValueError: the rows are documents and the tokenizer has no end-of-text token.
