@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig
-from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_uniqueness, with_defaults
+from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_scope, check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
@@ -82,6 +82,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         )
     config = with_defaults(config, IN_A_LOOP)
     check_uniqueness(config)
+    check_scope(config)
     _check_in_a_loop(config)
     backend = Zero3Backend(engine)
     groups = units_of(engine.module, config)

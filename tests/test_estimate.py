@@ -132,6 +132,15 @@ def test_gradients_that_no_step_follows_are_those_of_neurons_weights_alone() -> 
         assert bool(round_operations(job, 1000)["gradients, passes"]) == activations
 
 
+def test_a_repair_of_masks_reads_the_text_twice_more_to_be_tried() -> None:
+    readings = []
+    for rounds in (1, 0):
+        settings = pruning("magnitude", rounds=rounds, repair="least_squares")
+        job = job_of(pruning=settings, ds_config=DS_CONFIG | {"train_batch_size": 4})
+        readings.append(round_bytes(job, 1000)["calibration, parameters"])
+    assert readings[1] == pytest.approx(3 * readings[0], abs=3)
+
+
 def test_what_is_trained_after_pruning_without_training_is_counted() -> None:
     quiet = job_of(pruning=pruning("obs", rounds=1), trains=False)
     job, trained = replace(quiet, recovers=True), job_of(pruning=pruning("obs", rounds=1))

@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from memory_backend import steady_model
 from models import LAYERS, WIDTH
 from transformers import AutoModelForCausalLM
+
+import scale_prune
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +41,21 @@ def test_the_example_prunes_half_of_the_neurons(tmp_path: Path) -> None:
     assert sum(layer["intermediate_size"] for layer in layers.values()) == LAYERS * WIDTH // 2
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
     assert model.transformer.h[0].mlp.c_fc.out_features == layers["0"]["intermediate_size"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": "log", "scope": "global"}, "says what each layer loses, --scope global lets scores say it"),
+        ({"rounds": 2}, "belong to launch/prune.py"),
+        ({"max_parameters": 9}, "max_parameters: only launch/prune.py knows"),
+    ],
+    ids=str,
+)
+def test_what_a_loop_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 3)
+    with pytest.raises(ValueError, match=message):
+        scale_prune.attach(engine, scale_prune.PruningConfig(criterion="magnitude", **settings), total_steps=9)
 
 
 def test_the_page_shows_the_calls_of_the_example() -> None:

@@ -176,6 +176,30 @@ def test_rounds_with_everything(settings: dict[str, Any], work: Path) -> None:
     assert report_of(output)["remaining"]["measured"] == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("training", "taken"),
+    [
+        ({"max_steps": 6, "learning_rate": 1e-6}, True),
+        ({"max_steps": 40, "learning_rate": 0.01, "warmup_fraction": 0.0, "cooldown_fraction": 0.8}, False),
+    ],
+    ids=["hardly trained", "trained long"],
+)
+def test_masks_are_repaired_where_weights_have_not_learned_to_do_without(
+    training: dict[str, Any], taken: bool, work: Path, tmp_path: Path
+) -> None:
+    settings = {"criterion": "random", "rounds": 0, "remaining": 0.5, "calibration_tokens": 384} | training
+    for repair in ("none", "least_squares"):
+        run(2, arguments(work, tmp_path / repair, **settings | {"repair": repair}))
+    repaired, without = (report_of(tmp_path / repair) for repair in ("least_squares", "none"))
+    assert without["repair"] == {}
+    losses = repaired["repair"]
+    assert losses["taken"] is (losses["loss_with"] < losses["loss_without"]) is taken
+    if taken:
+        assert repaired["perplexity"]["exported"] < without["perplexity"]["exported"]
+    else:
+        assert repaired["perplexity"] == without["perplexity"]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_text_that_is_shorter_than_the_calibration_is_read_once(world_size: int, work: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("".join((work / "train.txt").read_text().splitlines(keepends=True)[:40]))

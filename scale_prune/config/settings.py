@@ -208,7 +208,8 @@ class PruningConfig(Settings):
         "what those that stay take over of neurons that leave: the best in closed form (least_squares), their means "
         "by the biases (mean), or nothing (none)",
         choices=("least_squares", "mean", "none"),
-        otherwise="least_squares where neurons leave in rounds or by gates on frozen weights, else none",
+        otherwise="least_squares where neurons leave in rounds or by gates on frozen weights, else none, and of masks "
+        "one is taken only where it helps",
     )
     repair_damping: float | None = setting(
         "added to the diagonal of Gram matrices, as a fraction of its mean",

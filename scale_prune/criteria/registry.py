@@ -165,6 +165,20 @@ def check_uniqueness(config: PruningConfig) -> None:
         )
 
 
+def check_scope(config: PruningConfig) -> None:
+    """Refuse a budget of layers where scores say what each layer loses.
+
+    Raises:
+        ValueError: the scope is not `per_group`, or the criterion removes components.
+    """
+    components = CRITERIA[config.criterion].kind == "component"
+    if config.budget != "uniform" and (config.scope != "per_group" or components):
+        raise ValueError(
+            f"--budget {config.budget} says what each layer loses, --scope {config.scope} lets scores say it; give "
+            "--scope per_group, and a criterion of neurons"
+        )
+
+
 def schedule_of(config: PruningConfig, total_steps: int, *, initial: float = 1.0) -> Schedule:
     """Return the schedule of a run.
 

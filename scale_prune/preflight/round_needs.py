@@ -8,7 +8,7 @@ from math import prod
 
 from scale_prune.core.level_table import TRIAL_TOKENS, num_trials
 from scale_prune.core.repair import WIDEST_IN_DOUBLE
-from scale_prune.criteria import CRITERIA, observes
+from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.criteria.base import members_of_shares
 from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
@@ -38,6 +38,12 @@ def solves(job: Job) -> bool:
     return job.removals > 0 and (repairs or "gram" in CRITERIA[job.pruning.criterion].needs)
 
 
+def tries_repair(job: Job) -> bool:
+    """Tell whether a repair at the end of masks is taken only where the calibration text has less loss with it."""
+    repairs = job.pruning.repair not in (None, "none")
+    return job.removals > 0 and repairs and not job.pruning.rounds and not freezes(job.pruning)
+
+
 def round_memory(job: Job) -> dict[str, int]:
     """Return the bytes that a round adds on the rank that keeps the most groups, by purpose.
 
@@ -48,6 +54,7 @@ def round_memory(job: Job) -> dict[str, int]:
         return {}
     widths = [group.num_features + 1 for group in job.groups]
     widest, of_gradients = max(widths), _gradient_features(job)
+    all_taken_over = _busiest(job, lambda width: _taken_over(job, width)) if tries_repair(job) else 0
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
     return {
         GRAM_MATRICES: FP32 * int(_busiest(job, lambda width: width**2 + of_gradients)),
@@ -56,7 +63,7 @@ def round_memory(job: Job) -> dict[str, int]:
             4 * FP32 * _kept(job, widest) * widest,
             2 * FP32 * min(ROWS_AT_ONCE, widest) * widest,
         ),
-        "what is taken over": 2 * FP32 * max(_kept(job, width) * (width - _kept(job, width)) for width in widths),
+        "what is taken over": FP32 * int(max(2 * _taken_over(job, widest), all_taken_over)),
         "a gathered weight": 3 * FP32 * max(_output_weights(job)),
     }
 
@@ -104,9 +111,9 @@ def round_bytes(job: Job, tokens: int) -> dict[str, int]:
         "gradients, of weights": passes * FP32 * num_observed(job) * job.world_size,
         "gradients, shares": job.calibration_steps * FP32 * job.layout.padded * observed,
     }
-    there_and_back = 2 if _gradient_features(job) else 1
+    readings = (2 if _gradient_features(job) else 1) * reads(job) + 2 * tries_repair(job)
     received |= {
-        "calibration, parameters": passes * job.num_parameters * job.width * there_and_back * reads(job),
+        "calibration, parameters": passes * job.num_parameters * job.width * readings,
         "budget, parameters": trials(job) * trial_passes(job, tokens) * job.num_parameters * job.width,
     }
     if solves(job):
@@ -122,7 +129,7 @@ def _bytes_of_matrices(job: Job, passes: int) -> dict[str, int]:
     return {
         "calibration, Gram matrices": passes * FP32 * sum(width**2 + features for width in widths),
         "choice, weights": sum(weights) * job.width if chooses else 0,
-        "repair, what is taken over": FP32 * sum(_kept(job, width) * (width - _kept(job, width)) for width in widths),
+        "repair, what is taken over": FP32 * sum(_taken_over(job, width) for width in widths),
         "repair, weights": FP32 * sum(weights),
     }
 
@@ -138,7 +145,7 @@ def round_operations(job: Job, tokens: int) -> dict[str, float]:
     back = THERE_AND_BACK + THERE * job.recomputes
     of_a_token = back * job.num_parameters * observed + THERE * num_observed(job) * job.world_size
     in_trial = min(TRIAL_TOKENS, tokens // (job.calibration_steps * job.accumulation * job.world_size))  # of a rank
-    reading = (back if _gradient_features(job) else THERE) * reads(job)
+    reading = (back if _gradient_features(job) else THERE) * reads(job) + 2 * THERE * tries_repair(job)
     counted = {
         "gradients, passes": of_a_token * tokens / job.world_size,
         "calibration, passes": reading * job.num_parameters * tokens / job.world_size,
@@ -178,6 +185,11 @@ def _gradient_features(job: Job) -> int:
 
 def _kept(job: Job, width: int) -> int:
     return max(round(job.pruning.remaining * width), 1)
+
+
+def _taken_over(job: Job, width: int) -> int:
+    """Return the elements of what the units that stay take over in a group, K * P."""
+    return _kept(job, width) * (width - _kept(job, width))
 
 
 def _output_weights(job: Job) -> list[int]:

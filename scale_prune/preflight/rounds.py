@@ -7,7 +7,7 @@ from torch import nn
 
 from scale_prune.config import Config, PruningConfig
 from scale_prune.core import UnitGroup
-from scale_prune.criteria import CRITERIA, freezes, learns_from_gradients, observes, schedule_of
+from scale_prune.criteria import CRITERIA, check_scope, freezes, learns_from_gradients, observes, schedule_of
 from scale_prune.pruning import layer_of
 
 USUAL_ROUNDS = 4
@@ -49,11 +49,7 @@ def settle_rounds(config: Config) -> Config:
 
 def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
     criterion, name = CRITERIA[pruning.criterion], f"--criterion {pruning.criterion}"
-    if pruning.budget != "uniform" and (pruning.scope != "per_group" or criterion.kind == "component"):
-        raise ValueError(
-            f"--budget {pruning.budget} says what each layer loses, --scope {pruning.scope} lets scores say it; give "
-            "--scope per_group, and a criterion of neurons"
-        )
+    check_scope(pruning)
     asked = f"--rounds {pruning.rounds}" if max_steps else "--max_steps 0"
     if criterion.kind == "component" and pruning.repair != "none":
         raise ValueError(

@@ -13,7 +13,7 @@ from scale_prune.data import Inputs
 from scale_prune.models import linear_inputs, recomputing
 from scale_prune.pruning import Calibration, roots_of
 from scale_prune.tasks import MicroBatch, Task
-from scale_prune.zero3 import reading
+from scale_prune.zero3 import Runtime, reading
 
 
 def calibration_text(engine: Any, inputs: Inputs, task: Task) -> Iterator[MicroBatch]:
@@ -31,6 +31,22 @@ def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task)
             engine(**{**micro_batch.to(engine.device), **task.options, "labels": None})
     engine.empty_partition_cache()
     engine.train()
+
+
+@torch.no_grad()
+def text_loss(engine: Any, inputs: Inputs, task: Task, runtime: Runtime) -> float:
+    """Return a model's loss on the calibration text, a mean over what is predicted. A collective."""
+    total = torch.zeros(2, dtype=torch.float64)
+    engine.eval()
+    for micro_batch in calibration_text(engine, inputs, task):
+        batch = micro_batch.to(engine.device)
+        mean_loss, predicted = engine(**batch, **task.options).loss, int((batch["labels"] != IGNORED).sum())
+        if predicted:  # the mean of none is NaN
+            total += torch.tensor([float(mean_loss) * predicted, predicted])
+    engine.empty_partition_cache()
+    engine.train()
+    summed, predicted = runtime.add_over_ranks(total).tolist()
+    return summed / predicted
 
 
 def read_back(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:

@@ -21,6 +21,7 @@ class Progress:
         received: bytes that this rank has received for pruning's sake in the steps that prune, by collective, and under
             "steps" how many these were.
         rounds: of each round in which units left for good, what remained and what it cost.
+        repair: of masks at their end, where one was asked for: the loss with it and without, and whether it was taken.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Progress:
         self.seconds = Seconds()
         self.received: Counter[str] = Counter()
         self.rounds: list[dict[str, Any]] = []
+        self.repair: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
@@ -66,6 +68,7 @@ class Progress:
             "resumed_at": self.resumed_at,
             "received": dict(self.received),
             "rounds": self.rounds,
+            "repair": self.repair,
             "history": self.history,
         }
 
@@ -84,5 +87,6 @@ class Progress:
         self.seconds.update(state["seconds"])
         self.received.update(state.get("received", {}))
         self.rounds = [*state.get("rounds", [])]
+        self.repair = {**state.get("repair", {})}
         self.history = [*state.get("history", [])]
         self._started -= state["total_seconds"]

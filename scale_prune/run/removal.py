@@ -7,19 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scale_prune.core import remaining_fraction
 from scale_prune.core.level_table import LevelTable
-from scale_prune.criteria import observes
+from scale_prune.criteria import freezes, observes
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
 from scale_prune.run.budgeting import TABLE, Trials, keep_in_time, measure_levels, search_widths
-from scale_prune.run.calibrating import read_back, read_text
+from scale_prune.run.calibrating import read_back, read_text, text_loss
 from scale_prune.run.losses import observe_gradients
 from scale_prune.run.run import Run
 from scale_prune.system import write_atomically
-from scale_prune.zero3 import repair_weights, told_to_all, write_working_copy
+from scale_prune.zero3 import repair_weights, told_to_all, tried, write_working_copy
 
 FAR = 1.1  # times what is to remain, by gates
 
@@ -77,14 +78,16 @@ def _choose_and_repair(run: Run, step: int) -> int:
     if compares or (tries and repairs) or (chooses and needs & {"gram", "activity"}):
         to_choose = portions if len(portions) == 1 or "gram" in needs else [[]]
         calibration = take_calibration(pruner, _readings(run, to_choose, chooses=True, compares=compares))
-    elif repairs and not chooses:
-        write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
     criterion.of_layers.widths = first.get("searched", ())
     if tries:
         _measure(run, calibration)
     if chooses:
         choose(pruner, step)
-    if repairs:
+    if repairs and not chooses:
+        write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
+    if repairs and not chooses and not freezes(pruning):
+        _repair_if_better(run, portions)
+    elif repairs:
         if len(portions) > 1:
             calibration = None  # whose last portion of matrices makes room for the first
         again = [calibration] if calibration is not None else _readings(run, portions)
@@ -105,6 +108,33 @@ def _repair(run: Run, calibration: Calibration) -> None:
         repair_weights(student.backend, student.groups, masks, takeovers)
         for index in together:
             calibration.grams.pop(index, None)
+
+
+def _repair_if_better(run: Run, portions: Sequence[Sequence[int]]) -> None:
+    """Repair what masks hid while weights were trained, if the calibration text has less loss so. A collective.
+
+    Weights that have learned to do without the hidden units would do twice what these did.
+    """
+    student, masks, takeovers = run.student, run.student.pruner.masks, dict[int, Tensor]()
+    for calibration in _readings(run, portions):
+        pruning = student.pruner.scoring.criterion.config
+        with run.progress.seconds.measure("repair"):
+            takeovers |= takeovers_of(calibration, masks, str(pruning.repair), pruning.damping_of)
+        calibration.grams.clear()
+
+    def loss(taken_over: dict[int, Tensor] | None) -> float:
+        with run.progress.seconds.measure("repair"), tried(student.backend, student.groups, masks, taken_over):
+            return text_loss(student.engine, run.inputs, run.task, run.runtime)
+
+    without, repaired = loss(None), loss(takeovers)
+    taken = repaired < without
+    run.progress.repair = {"loss_without": without, "loss_with": repaired, "taken": taken}
+    run.monitor.say(
+        f"repair: loss {repaired:.4f} on the calibration text, {without:.4f} without it"
+        + ("" if taken else "; the weights have learned to do without what masks hid, nothing is repaired")
+    )
+    if taken:
+        repair_weights(student.backend, student.groups, masks, takeovers)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         "",
         *_clusters(report["embedding"]),
         *_rounds(report.get("rounds", [])),
+        *_repair(report.get("repair", {})),
         "| seconds | |",
         "|---|---|",
         *(f"| {part} | {seconds:.1f} |" for part, seconds in report["seconds"].items()),
@@ -115,6 +116,14 @@ def _rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of the rounds in which neurons left for good, nothing where there are none."""
     rows = [[str(each["step"]), f"{each['remaining']:.2%}", f"{sum(each['seconds'].values()):.1f}"] for each in rounds]
     return [*markdown_table(["round after step", "remaining", "seconds"], rows, texts=0), ""] if rounds else []
+
+
+def _repair(repair: Mapping[str, Any]) -> list[str]:
+    """Say what became of a repair at the end of masks, where one was asked for."""
+    if not repair:
+        return []
+    losses = f"loss {_number(repair['loss_with'])} on the calibration text, {_number(repair['loss_without'])} without"
+    return [f"Repair at the end of the masks: {losses}; {'' if repair['taken'] else 'not '}taken.", ""]
 
 
 def _clusters(clusters: Sequence[Mapping[str, int]]) -> list[str]:

@@ -65,6 +65,7 @@ def _progress(progress: Progress) -> dict[str, Any]:
         "resumed_at": progress.resumed_at,
         "received_bytes": progress.received_bytes,
         "rounds": progress.rounds,
+        "repair": progress.repair,
         "history": progress.history,
     }
 
