@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.checkpoint import problem_of_pruner
-from scale_prune.config import PruningConfig
+from scale_prune.config import PruningConfig, refuse_harmful
 from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_scope, check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
@@ -72,8 +72,8 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
         seed: seed of random scores and of the sampled tokens, at least 0.
 
     Raises:
-        ValueError: this is no engine, the stage is not 3, the architecture is unknown or cannot be written when pruned,
-            the MLPs are frozen, or the settings cannot be met.
+        ValueError: this is no engine, its ds_config asks for what pruning cannot work with, the architecture is unknown
+            or cannot be written when pruned, the MLPs are frozen, or the settings cannot be met.
     """
     if not hasattr(engine, "zero_optimization_stage"):
         raise ValueError(
@@ -85,6 +85,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     check_scope(config)
     _check_in_a_loop(config)
     backend = Zero3Backend(engine)
+    refuse_harmful(engine._config._param_dict)  # `engine.config` may be the path of a file
     groups = units_of(engine.module, config)
     check_maskable(engine.module, groups)
     if not removes_components(config):

@@ -4,7 +4,8 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from scale_prune.checkpoint import folder as checkpoint_folder
 from scale_prune.checkpoint.folder import newest_first, set_newer_aside
 from scale_prune.checkpoint.writing import save
+from scale_prune.config.settings import Config
 from scale_prune.models.layer_units import unit_groups
+from scale_prune.run.output import _replace_output
 from scale_prune.system.folders import UNFINISHED, complete_or_absent, write_atomically
 
 
@@ -108,6 +111,30 @@ def test_what_somebody_else_has_put_beside_stays(tmp_path: Path) -> None:
             (partial / "result").write_text("now")
     write_atomically(tmp_path / "file.json", "now")
     assert tree(tmp_path) == theirs | {"new/result": "now", "old/result": "now", "file.json": "now"}
+
+
+def replace_at_once(folder: Path) -> None:
+    with complete_or_absent(folder, replace=True) as partial:
+        (partial / "result").write_text("now")
+
+
+@pytest.mark.parametrize("replace", [replace_at_once, partial(_replace_output, Config())], ids=["at once", "aside"])
+def test_what_was_to_be_replaced_has_its_name_again_when_the_new_folder_cannot_have_it(
+    replace: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "out", Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name.startswith("out.partial-"):
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    folder.mkdir()
+    (folder / "result").write_text("before")
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        replace(folder)
+    assert tree(tmp_path) == {"out/result": "before"}
 
 
 def test_a_checkpoint_that_somebody_reads_while_it_is_removed_ends_no_run(

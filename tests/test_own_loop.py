@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed import run_ranks
+from engines import ds_config, pruning, saved_model, start
 from memory_backend import steady_model
 from models import LAYERS, WIDTH
 from transformers import AutoModelForCausalLM
@@ -56,6 +58,15 @@ def test_what_a_loop_cannot_do_is_refused(settings: dict[str, Any], message: str
     engine = SimpleNamespace(zero_optimization_stage=lambda: 3)
     with pytest.raises(ValueError, match=message):
         scale_prune.attach(engine, scale_prune.PruningConfig(criterion="magnitude", **settings), total_steps=9)
+
+
+def test_a_ds_config_that_is_harmful_is_refused_in_a_loop_too(tmp_path: Path) -> None:
+    run_ranks(refused, 1, saved_model(tmp_path, "gpt_neo"), ds_config(managed_gradient_accumulation=False))
+
+
+def refused(path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='"managed_gradient_accumulation": false, which'):
+        start(path, config, pruning("magnitude"))
 
 
 def test_the_page_shows_the_calls_of_the_example() -> None:

@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_optimizer_state
 from distributed import run_ranks
 from engines import (
@@ -285,11 +286,35 @@ def released(path: Path, config: dict[str, Any]) -> list[int]:
     return [tensor.untyped_storage().nbytes() for tensor in held]
 
 
+def after_evaluation(path: Path) -> dict[str, Tensor]:
+    """Return what an engine computes before and after a compaction that follows upon an evaluation."""
+    # As of a model of more than 5e8 parameters: a forward pass lets go of some, and gathers them for the way back.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 100}
+    config = ds_config(zero_optimization=zero)
+    engine, pruner = start(path, config, pruning("magnitude"))
+    train(engine, pruner, BLOCKS, STEPS)
+
+    def evaluated() -> Tensor:
+        engine.eval()
+        with torch.no_grad():
+            found: Tensor = engine(input_ids=BLOCKS.block(1)[None], use_cache=False).logits
+        engine.train()
+        assert any(param.ds_status == ZeroParamStatus.INFLIGHT for param in engine.module.parameters())
+        return found
+
+    found = {"before": evaluated()}
+    dict(Zero3Backend(engine).named_tensors())
+    found["exported"] = evaluated()
+    return found | {"after": logits(compact(pruner, partial(training_engine, ds_config=config)))}
+
+
 def of_own_loops(path: Path) -> dict[str, Any]:
     bf16: dict[str, Any] = {"bf16": {"enabled": True}}
     return {
         "rates": {scheduler.__name__: rates_of(path, scheduler) for scheduler in (linear, milestones, sequence)},
         "refused": refused_optimizer(path),
+        "evaluated": after_evaluation(path),
         "released": [released(path, config) for config in (ds_config(), ds_config(**bf16))],
     }
 
@@ -300,6 +325,8 @@ def test_a_loop_of_ones_own_keeps_its_scheduler_or_its_engine(folder: Path) -> N
         assert rates["compacted"] == rates["masked"], name
         assert len(set(rates["masked"])) > 1, name
     assert torch.equal(found["refused"]["after"], found["refused"]["before"])
+    assert torch.equal(found["evaluated"]["exported"], found["evaluated"]["before"])
+    torch.testing.assert_close(found["evaluated"]["after"], found["evaluated"]["before"], rtol=0, atol=1e-6)
     for held in found["released"]:
         assert held == [0] * len(held)
 

@@ -2,7 +2,7 @@
 
 from scale_prune.config.command_line import Mistakes, dry_run_ranks, parse, parse_some, plugins_of, user_errors
 from scale_prune.config.ds_config import DEFAULT, load, precision, resolve
-from scale_prune.config.ds_limits import get
+from scale_prune.config.ds_limits import get, refuse_harmful
 from scale_prune.config.places import cache_folder
 from scale_prune.config.plugins import load_plugins
 from scale_prune.config.recipes import as_settings, check_value, read_recipe, read_yaml, specs, with_keys

@@ -35,6 +35,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "sequence_parallel_size": ((1,), "shards must be ZeRO-3's flat slices over all ranks; remove the key"),
     "bf16.bf16_master_weights_and_grads": ((False,), _MASTER),
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTER),
+    "torch_autocast.dtype": (
+        ("bf16", "bfloat16", "torch.bfloat16"),
+        'scores would not know by what the loss is scaled; give "bfloat16", or turn on "fp16" in its place',
+    ),
     "zero_optimization.zero_hpz_partition_size": ((0, 1), _COPIES),
     "zero_optimization.zero_quantized_weights": ((False,), _QUANTIZED),
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _QUANTIZED),
@@ -65,18 +69,27 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """What scale_prune cannot run with: the key's path, the only values that are harmless, the reason and the way out."""
 
 
-def refuse_unsupported(ds_config: dict[str, Any]) -> None:
-    """Refuse a ds_config under which masks would not hold or the engine would not start.
+def refuse_harmful(ds_config: dict[str, Any]) -> None:
+    """Refuse the keys of a ds_config under which masks and scores would not hold.
 
     Raises:
-        ValueError: a section is not an object, a switch neither true nor false, ZeRO's stage is not 3, or a key of
-            `REFUSED` has a harmful value.
+        ValueError: a key of `REFUSED` has a harmful value.
     """
     for path, (harmless, reason) in REFUSED.items():
         value = get(ds_config, path)
         if value is not None and value not in harmless:
             found = json.dumps(value)[:60]
             raise ValueError(f'the ds_config has "{path}": {found}, which scale_prune cannot work with: {reason}')
+
+
+def refuse_unsupported(ds_config: dict[str, Any]) -> None:
+    """Refuse a ds_config under which masks would not hold or the engine would not start.
+
+    Raises:
+        ValueError: as `refuse_harmful`; or a section is not an object, a switch neither true nor false, ZeRO's stage is
+            not 3.
+    """
+    refuse_harmful(ds_config)
     for path in OBJECTS:
         value = get(ds_config, path)
         if not isinstance(value, dict | None):

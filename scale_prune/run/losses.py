@@ -78,12 +78,13 @@ def mean_over_ranks(run: Run, own_loss: float) -> tuple[float, bool]:
     Raises:
         ValueError: the loss or a gradient is not finite; the model as it was before is written.
     """
-    gradients_broken = not (run.student.is_frozen or gradients_finite(run.student.engine.module))
+    engine, fp16 = run.student.engine, run.student.engine.fp16_enabled()
+    gradients_broken = not (fp16 or run.student.is_frozen or gradients_finite(engine.module))
     own = torch.tensor([own_loss, float(gradients_broken), float(run.stop.received)], dtype=torch.float64)
     total_loss, num_broken, num_stopping = run.runtime.add_over_ranks(own).tolist()
     loss = total_loss / run.runtime.world_size
     is_finite = math.isfinite(loss) and not num_broken
-    if not is_finite and not run.student.engine.fp16_enabled():
+    if not is_finite and not fp16:
         raise ValueError(_not_finite(run, loss))
     return loss, num_stopping > 0
 

@@ -10,7 +10,15 @@ import yaml
 from scale_prune.checkpoint import Checkpoint, set_newer_aside
 from scale_prune.config import Config
 from scale_prune.preflight import goes_on, is_empty
-from scale_prune.system import RECIPE, appears, complete_or_absent, is_set_aside, name_beside, write_atomically
+from scale_prune.system import (
+    RECIPE,
+    appears,
+    back_on_failure,
+    complete_or_absent,
+    is_set_aside,
+    name_beside,
+    write_atomically,
+)
 from scale_prune.zero3 import Runtime, of_all_ranks
 
 REPLACES = ".replaces"  # names of the folders that a run has set aside
@@ -68,7 +76,7 @@ def _prepare(config: Config, checkpoint: Checkpoint | None) -> None:
 def _replace_output(config: Config, folder: Path) -> None:
     """Make the output folder anew; what it holds waits beside it until the run is complete, as what that replaced."""
     aside = name_beside(folder, "replaced")
-    with complete_or_absent(folder, replace=True) as fresh:
+    with back_on_failure(aside, folder), complete_or_absent(folder, replace=True) as fresh:
         _write_recipe(config, fresh)
         write_atomically(fresh / REPLACES, "\n".join(path.name for path in (aside, *_replaced(folder))))
         folder.rename(aside)

@@ -5,6 +5,7 @@ from scale_prune.system.folders import (
     RECIPE,
     REPORT,
     appears,
+    back_on_failure,
     check_new,
     check_writable,
     complete_or_absent,

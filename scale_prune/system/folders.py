@@ -98,13 +98,25 @@ def complete_or_absent(folder: Path, *, replace: bool = False) -> Iterator[Path]
         for path in (*partial.rglob("*"), partial):
             sync(path)
         (partial / UNFINISHED).unlink()
-        if replace and folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
+        with back_on_failure(replaced, folder):
+            if replace and folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
         sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def back_on_failure(aside: Path, folder: Path) -> Iterator[None]:
+    """Give a folder that the body has set aside its name back, unless the body has put another in its place."""
+    try:
+        yield
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -132,11 +132,19 @@ class Zero3Backend(Collectives):
         with GatheredParameters([param]):
             return param.detach().float().clone()
 
+    def finish_prefetches(self) -> None:
+        """Let go of parameters that the last forward pass has begun to gather for a backward pass that never came.
+
+        DeepSpeed neither gathers these nor lets go of them otherwise. A collective.
+        """
+        self.engine.empty_partition_cache()
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor on the CPU) of everything a checkpoint holds, in the working precision.
 
         A collective: all ranks iterate to the end. One tensor at a time is gathered, and every rank gets it.
         """
+        self.finish_prefetches()
         for name, param in self.parameters.items():
             with GatheredParameters([param]):
                 full = param.detach().to("cpu", copy=True)
@@ -159,10 +167,11 @@ def num_parameters(module: nn.Module) -> int:
 
 def gradients_finite(module: nn.Module) -> bool:
     """Tell whether this rank's slices of all gradients are finite, at the accumulation boundary. No communication."""
-    gradients = [Shard(param).gradient() for param in module.parameters() if param.requires_grad]
-    if torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients]).isfinite().all():
+    # One at a time: each is a copy in float32, on the GPU where the optimizer is offloaded.
+    trained = [Shard(param) for param in module.parameters() if param.requires_grad]
+    if torch.stack([shard.gradient().sum(dtype=torch.float32) for shard in trained]).isfinite().all():
         return True  # 30 times as fast as to look at each; but a sum may overflow
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)
+    return all(bool(shard.gradient().isfinite().all()) for shard in trained)
 
 
 def check_maskable(module: nn.Module, groups: Sequence[UnitGroup]) -> None:

@@ -46,12 +46,12 @@ def compact_engine(
         anew: the new engine takes over the weights alone.
 
     Returns:
-        The new engine and the groups with their new widths. Masters, optimizer state, learning rates, schedulers and
-        the loss scale are carried over into an engine that trains.
+        The new engine, to which masters, moments, rates, schedulers and loss scale have moved, and the smaller groups.
 
     Raises:
         ValueError: the optimizer's state cannot be carried over; everything is as it was.
     """
+    backend.finish_prefetches()
     facts = facts_of(backend) if make_engine and backend.trains and not anew else None
     reduced = _reductions(groups, masks, take_gates_off())
     slices = _reduced_slices(backend, kinds_of(facts), reduced) if facts else {}
@@ -181,7 +181,9 @@ def _free_state(sharded_optimizer: Any, kinds: Sequence[str] | None = None) -> N
     working = {flat.data_ptr() for flat in sharded_optimizer.fp16_partitioned_groups_flat if flat is not None}
     states = [(MASTER, flat) for flat in sharded_optimizer.fp32_partitioned_groups_flat]
     states += [item for state in sharded_optimizer.optimizer.state.values() for item in state.items()]
-    for kind, held in (*states, (GRADIENTS, sharded_optimizer.grad_partitions_flat_buffer)):
+    gradients = [flat.grad for flat in sharded_optimizer.fp32_partitioned_groups_flat]  # there where it is offloaded
+    states += [(GRADIENTS, held) for held in (*gradients, sharded_optimizer.grad_partitions_flat_buffer)]
+    for kind, held in states:
         wanted = torch.is_tensor(held) and (kinds is None or kind in kinds)
         if wanted and held.data_ptr() not in working:
             _give_back(held)

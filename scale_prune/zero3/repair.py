@@ -50,6 +50,7 @@ def tried(
         masks: (N,) bool a group, True = stays.
         takeovers: as of `repair_weights`; None where nothing is repaired.
     """
+    backend.finish_prefetches()  # of the trial before
     changed = [(group, mask) for group, mask in zip(groups, masks, strict=True) if not mask.all()]
     names = [name for group, _ in changed for name in (*(member.name for member in group.members), _bias(group))]
     before = {name: Shard(backend.parameters[name]).working().clone() for name in names if name in backend.parameters}
