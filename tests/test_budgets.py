@@ -167,6 +167,8 @@ def test_what_was_measured_decides_all_rounds(budget: str, work: Path) -> None:
         assert whole["rounds"][0]["searched"] == [*whole["widths"], *whole["heads"]]
     pruned(work, f"{budget} resumed", 2, **settings, resume=work / budget / "checkpoints" / "step-00000003")
     assert_same_run(work / f"{budget} resumed", work / budget)
+    tables = [(work / name / "table.json").read_text() for name in (f"{budget} resumed", budget)]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from scale_prune.config.command_line import parse
-from scale_prune.config.ds_config import BUILTIN, load, precision, resolve
+from scale_prune.config.ds_config import BUILTIN, as_it_runs, load, precision, resolve
 from scale_prune.config.ds_limits import REFUSED, get
 from scale_prune.config.settings import Config
 from scale_prune.run.start import slow_precision
@@ -341,6 +342,23 @@ def test_every_refused_key_is_refused_and_its_harmless_values_are_not(path: str)
     assert reason in str(error.value)
     for value in harmless:
         assert get(resolved(changed(TRAINER, **{key: value})), path) == value
+
+
+OWN = {"optimizer__params__lr": 2e-4, "optimizer__params__weight_decay": 0.1, "gradient_clipping": 0.5}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(load(name) for name in NAMES),
+        changed(TRAINER, **OWN, scheduler__params__warmup_num_steps=7, bf16__enabled=True),
+        changed(TRAINER, **OWN, fp16__enabled=True, scheduler__params__warmup_max_lr=2e-4),
+    ],
+)
+def test_what_a_ds_config_has_decided_does_not_contradict_it_when_it_is_said(raw: dict[str, Any]) -> None:
+    found = resolved(raw)
+    config = replace(Config(), training=as_it_runs(found, Config().training))
+    assert resolve(raw, config, frozenset(config.flat()), 1, 13) == found
 
 
 def test_buckets_that_need_an_unknown_width_are_named() -> None:

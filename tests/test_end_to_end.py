@@ -36,7 +36,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from scale_prune.config.settings import Config
 from scale_prune.core.selection import select
+from scale_prune.preflight import fill_in
 from scale_prune.run import student
 from scale_prune.system.exits import LOST_CONTACT
 
@@ -271,6 +273,7 @@ def test_other_settings_reach_a_model_that_loads_without_code_of_its_own(work: P
 
 def test_overwriting_replaces_a_run_and_plain_fine_tuning_prunes_nothing(work: Path) -> None:
     output = work / "replaced"
+    assert fill_in(Config.from_flat({"remaining": 1.0})).output.layout == "uniform"
     first = arguments(work, output, criterion="gum", layout="pad", max_steps=3, tensorboard=True)
     second = arguments(work, output, remaining=1.0, max_steps=2, overwrite=True, layout="pad")
     assert run_ranks(outcome, 1, first)[0][0] == 0

@@ -135,6 +135,7 @@ def test_names_are_as_short_as_they_can_be() -> None:
         (["--output", "{work}"], " is there already and no earlier result"),
         (["--output", "{work}/mine"], "mine is written as {work}/mine.part first, which is there already"),
         (["--output", "{work}/train.txt/new/a.json"], "a.json cannot be made: {work}/train.txt is not a folder"),
+        (["--baseline", "/nowhere"], "--baseline /nowhere: its model cannot be read"),
         (["--remaining", "0.5"], "unknown argument --remaining"),
         (["--block_size", "50"], "--block_size 50 is more than the 31 positions"),
     ],

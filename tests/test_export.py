@@ -271,6 +271,17 @@ def test_a_license_of_another_name_keeps_it(tmp_path: Path) -> None:
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "own", "LICENSE")
 
 
+def test_a_model_without_a_name_takes_no_card_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.chdir(tmp_path)
+    text = model_card("", groups=unit_groups(tiny_model("gpt2")), layout="uniform", loader="AutoModelForCausalLM")
+    card: Any = ModelCard(text)
+    assert (card.data.license, card.data.base_model) == (None, None)
+    assert tmp_path.name not in text
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 

@@ -163,6 +163,7 @@ def test_a_mistake_is_one_message_before_anything_runs(lines: dict[str, Any], ex
     assert code == 2
     (error,) = errors_of(stderr)
     assert expected in error
+    assert "--config" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
 
 

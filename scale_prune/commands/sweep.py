@@ -17,7 +17,10 @@ def main(argv: Sequence[str]) -> None:
     """Run `launch/sweep.py`; the exit code is 1 where cells failed, 75 where it was stopped, 2 for a user's mistake."""
     with user_errors(rank=0):
         config, _, own = parse_some(argv, settings_where("commands", "sweep"), DESCRIPTION, add_own)
-        cells = read_sweep(own.recipe, config.training.plugin)
+        try:
+            cells = read_sweep(own.recipe, config.training.plugin)
+        except ValueError as error:  # of a run it is the flag --config that names the file
+            raise ValueError(str(error).replace(f"--config {own.recipe}", own.recipe)) from error
         if own.list:
             print(listing(cells))
             return

@@ -69,6 +69,8 @@ def in_other_layout(card: str, layout: str) -> str:
 def public_name(path: str) -> str:
     """Return what others may know of a path: a hub name as it is, of a file or folder its own name, of a run's result
     the run's."""
+    if not path:
+        return "a model without a name"
     if not (path.startswith((".", os.sep, "~")) or Path(path).exists()):
         return path
     whole = Path(path).resolve()
@@ -77,8 +79,8 @@ def public_name(path: str) -> str:
 
 def _front_matter(model: str, report: Mapping[str, Any] | None, loader: str) -> ModelCardData:
     """Return what the Hub reads; base model, license and languages come from the base's own card, if it has one."""
-    here = Path(model).exists()
-    base = _stated(Path(model) / "README.md")
+    here = not model or Path(model).exists()
+    base = _stated(Path(model) / "README.md") if model else {}
     settings = report["settings"] if report else {}
     return ModelCardData(
         base_model=base.get("base_model") if here else model,

@@ -43,14 +43,18 @@ def read_models(
         ValueError: a model is there twice, or an input cannot be used.
     """
     named = names_of(own.model, own.baseline)
-    found = {}
-    for name, path in named.items():
-        if is_gguf(path) and needs_groups:
-            raise ValueError(f"{path}: what is inside a GGUF file is not seen here; give the folder it was made from")
-        if not is_gguf(path):
+    found: dict[str, Inputs] = {}
+    for name, path in sorted(named.items(), key=lambda item: is_gguf(item[1])):
+        try:
+            if is_gguf(path) and needs_groups:
+                raise ValueError(f"{path}: what is in a GGUF file is not seen here; give the folder it was made from")
             own_config = replace(config, training=replace(config.training, model=path))
-            found[name] = read_inputs(own_config, explicit, world_size, splits=(split,), needs_groups=needs_groups)
-    return {name: found[name] if name in found else _as_first(path, found) for name, path in named.items()}
+            read = partial(read_inputs, own_config, explicit, world_size, splits=(split,), needs_groups=needs_groups)
+            found[name] = _as_first(path, found) if is_gguf(path) else read()
+        except ValueError as error:
+            flag = "--baseline" if path == own.baseline else "--model"
+            raise ValueError(str(error).replace(f"--model {path}", f"{flag} {path}")) from error
+    return {name: found[name] for name in named}
 
 
 def _as_first(path: str, folders: Mapping[str, Inputs]) -> Inputs:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+from scale_prune.checkpoint import newest_first
 from scale_prune.preflight.job import FP32, Job
-from scale_prune.preflight.output import goes_on, own_checkpoints
+from scale_prune.preflight.output import goes_on
 from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.sizes import criterion_state, products
 from scale_prune.system import markdown_table
@@ -55,7 +56,7 @@ def _needed_disk(reading: Reading, job: Job) -> int:
 
 def _new_checkpoints(reading: Reading) -> int:
     checkpoint = reading.config.checkpoint
-    there = len(own_checkpoints(reading.config)) if goes_on(reading.config) else 0
+    there = len(newest_first(Path(reading.config.output.output_dir))) if goes_on(reading.config) else 0
     return checkpoint.keep_checkpoints + 1 - min(there, checkpoint.keep_checkpoints) if checkpoint.save_every else 0
 
 

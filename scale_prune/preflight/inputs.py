@@ -269,6 +269,7 @@ def fill_in(config: Config) -> Config:
     """
     pruning = with_defaults(config.pruning)
     scope = str(pruning.scope) if pruning.budget == "uniform" else f"{pruning.scope} --budget {pruning.budget}"
+    scope = scope if pruning.remaining < 1 else "per_group"  # nothing leaves, so that layers stay alike
     layout = resolve_layout(config.output.layout, scope, CRITERIA[pruning.criterion].kind)
     output = replace(config.output, layout=layout)
     return settle_rounds(replace(config, task=with_templates(config.task), pruning=pruning, output=output))

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from scale_prune.checkpoint import NEWEST
+from scale_prune.checkpoint import NEWEST, newest_first
 from scale_prune.config import Config
 from scale_prune.system import RECIPE, REPORT, check_writable
 
@@ -50,12 +50,7 @@ def goes_on(config: Config) -> bool:
 def finds_checkpoint(config: Config) -> bool:
     """Tell whether there is a checkpoint that the run goes on from."""
     wanted = config.checkpoint.resume
-    return bool(own_checkpoints(config)) if wanted == NEWEST else wanted is not None
-
-
-def own_checkpoints(config: Config) -> list[Path]:
-    """Return the folders of checkpoints in the output folder, whole or not."""
-    return [*Path(config.output.output_dir).glob("checkpoints/step-????????")]
+    return bool(newest_first(Path(config.output.output_dir))) if wanted == NEWEST else wanted is not None
 
 
 def is_complete(config: Config) -> bool:

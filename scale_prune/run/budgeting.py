@@ -1,6 +1,8 @@
 """What the layers deserve, measured: how far the model's predictions move when units stay away."""
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from scale_prune.pruning import Calibration, takeovers_of
 from scale_prune.run.calibrating import calibration_text
 from scale_prune.run.level_times import level_times
 from scale_prune.run.run import Run
-from scale_prune.zero3 import tried
+from scale_prune.system import write_atomically
+from scale_prune.zero3 import told_to_all, tried
 
 TABLE = "table.json"
 REMEMBERED = 2**30  # bytes of a rank
@@ -105,6 +108,13 @@ def measure_levels(run: Run, trials: Trials) -> LevelTable:
         losses.append([*own, 0.0])
         run.monitor.say(f"{group.name}: {', '.join(f'{loss:.4f}' for loss in own)}")
     return LevelTable.of(groups, losses)
+
+
+def write_table(run: Run, told: Mapping[str, Any]) -> None:
+    """Write a table that this run has measured into its folder. A collective."""
+    with told_to_all(run.folder / TABLE):
+        if run.runtime.is_main:
+            write_atomically(run.folder / TABLE, json.dumps(told, indent=1) + "\n")
 
 
 def keep_in_time(run: Run) -> None:

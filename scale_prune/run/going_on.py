@@ -1,6 +1,7 @@
 """Saving a run, and going on with it."""
 
 from scale_prune.checkpoint import Checkpoint, read_kept, restore_engine, restore_pruner, restore_randomness, save_run
+from scale_prune.run.budgeting import write_table
 from scale_prune.run.run import Run
 from scale_prune.system import STOPPED
 
@@ -11,6 +12,9 @@ def go_on_from(run: Run, checkpoint: Checkpoint) -> None:
     tokens_per_step = run.inputs.batch_size * run.config.data.block_size
     run.progress.restore(checkpoint.step, measured, tokens_per_step=tokens_per_step)
     run.quality.restore(measured)
+    table = run.progress.rounds[0].get("table") if run.progress.rounds else None
+    if table is not None and run.config.pruning.table is None:
+        write_table(run, table)  # the folder may be another one
     if checkpoint.kept_groups:
         student.go_on_with(*read_kept(checkpoint, student.dense.groups), run.progress.seconds)
     restore_pruner(checkpoint, student.pruner)

@@ -34,13 +34,14 @@ class ModelWriter:
         """
         config, model_config = self.inputs.config, self.inputs.model_config
         folder = Path(config.output.output_dir) / name
-        loader = auto_model(model_config).__name__
+        loader, prunes = auto_model(model_config).__name__, config.pruning.remaining < 1
         export = Export(
             config=model_config,
             groups=groups,
             layout=layout,
             tokenizer=self.inputs.tokenizer,
-            card=model_card(str(config.training.model), groups=groups, layout=layout, loader=loader),
+            # Of a model of which nothing leaves there is nothing to tell before there are numbers.
+            card=model_card(str(config.training.model), groups=groups, layout=layout, loader=loader) if prunes else "",
             generation_config=self.generation_config,
             tied_output=tied_output(backend.module),
         )

@@ -2,13 +2,15 @@
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 
 from scale_prune.checkpoint import Checkpoint, set_newer_aside
-from scale_prune.config import Config
+from scale_prune.config import Config, as_it_runs
+from scale_prune.data import Inputs
 from scale_prune.preflight import goes_on, is_empty
 from scale_prune.system import (
     RECIPE,
@@ -24,13 +26,15 @@ from scale_prune.zero3 import Runtime, of_all_ranks
 REPLACES = ".replaces"  # names of the folders that a run has set aside
 
 
-def open_output(config: Config, checkpoint: Checkpoint | None, runtime: Runtime) -> None:
+def open_output(inputs: Inputs, checkpoint: Checkpoint | None, runtime: Runtime) -> None:
     """Make the output folder, or go on in it. A collective; rank 0 writes.
 
     Raises:
         ValueError: it cannot be written, or a rank sees another disk there.
     """
-    problem = ""
+    problem, config = "", inputs.config
+    # So that the recipe does not contradict the ds_config where that has decided.
+    config = replace(config, training=as_it_runs(inputs.ds_config, config.training))
     try:
         if runtime.is_main:
             _prepare(config, checkpoint)
@@ -84,7 +88,8 @@ def _replace_output(config: Config, folder: Path) -> None:
 
 def _write_recipe(config: Config, folder: Path) -> None:
     """Write the settings into the output folder, as a recipe that starts the same run anew."""
-    settings = {name: value for name, value in config.flat().items() if value is not None and name != "resume"}
+    asked_each_time = {"resume": None, "overwrite": False}  # another run may be there then
+    settings = {name: value for name, value in (config.flat() | asked_each_time).items() if value is not None}
     write_atomically(folder / RECIPE, yaml.safe_dump(settings, sort_keys=False))
 
 

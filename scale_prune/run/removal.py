@@ -1,6 +1,5 @@
 """A round: units leave for good, and those that stay take over what they did."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +14,11 @@ from scale_prune.criteria import freezes, observes
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
-from scale_prune.run.budgeting import TABLE, Trials, keep_in_time, measure_levels, search_widths
+from scale_prune.run.budgeting import Trials, keep_in_time, measure_levels, search_widths, write_table
 from scale_prune.run.calibrating import read_back, read_text, text_loss
 from scale_prune.run.losses import observe_gradients
 from scale_prune.run.run import Run
-from scale_prune.system import write_atomically
-from scale_prune.zero3 import repair_weights, told_to_all, tried, write_working_copy
+from scale_prune.zero3 import repair_weights, tried, write_working_copy
 
 FAR = 1.1  # times what is to remain, by gates
 
@@ -175,9 +173,7 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
         trials = Trials(run, calibration, student.pruner.scoring.rate())
         if criterion.of_layers.table is None:
             criterion.of_layers.table = measure_levels(run, trials)
-            with told_to_all(run.folder / TABLE):
-                if run.runtime.is_main:
-                    write_atomically(run.folder / TABLE, json.dumps(criterion.of_layers.table.told(), indent=1) + "\n")
+            write_table(run, criterion.of_layers.table.told())
         keep_in_time(run)
         if budget == "search":
             criterion.of_layers.widths = search_widths(run, trials, criterion.of_layers.table)

@@ -85,7 +85,7 @@ def set_up(task: Task, runtime: Runtime, checkpoint: Checkpoint | None, stop: St
     set_seed((config.training.seed + runtime.rank) % 2**32)  # numpy takes no larger one
     if checkpoint is not None:
         check_model_and_text(checkpoint, student.dense.groups, task.fingerprints)
-    open_output(config, checkpoint, runtime)
+    open_output(inputs, checkpoint, runtime)
     monitor = _monitor(config, active=runtime.is_main, steps_made=checkpoint.step if checkpoint else 0)
     return Run(
         inputs=inputs,

@@ -110,7 +110,7 @@ def read_sweep(path: str, plugin: str | None = None) -> list[Cell]:
     cells = [_cell(path, sweep / name, each) for name, each in zip(names, given, strict=True)]
     _refuse_same(path, cells)
     if (sweep / RECIPE).is_file():
-        raise ValueError(f"--config {path}: output_dir {sweep} holds a run, a sweep needs a folder of its own")
+        raise ValueError(f"{path}: output_dir {sweep} holds a run, a sweep needs a folder of its own")
     for cell in cells:
         _check_own_recipe(path, cell)
         _check_settings(cell)
@@ -119,15 +119,15 @@ def read_sweep(path: str, plugin: str | None = None) -> list[Cell]:
 
 def _over(path: str, cells: Any) -> list[dict[str, Any]]:
     if not isinstance(cells, list) or not all(isinstance(lines, dict) for lines in cells):
-        raise ValueError(f"--config {path}: {CELLS} must be a list of mappings, like `- {{criterion: gum, seed: 1}}`")
+        raise ValueError(f"{path}: {CELLS} must be a list of mappings, like `- {{criterion: gum, seed: 1}}`")
     if not cells:
-        raise ValueError(f"--config {path}: {CELLS} is an empty list, which makes no run; leave it out")
+        raise ValueError(f"{path}: {CELLS} is an empty list, which makes no run; leave it out")
     return [with_keys(path, lines) for lines in cells]
 
 
 def _output_dir(path: str, value: Any) -> Path:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"--config {path}: output_dir is {value!r}, it must be one text, the sweep's folder")
+        raise ValueError(f"{path}: output_dir is {value!r}, it must be one text, the sweep's folder")
     return Path(value).expanduser()
 
 
@@ -135,9 +135,9 @@ def _refuse(path: str, *mappings: Mapping[str, Any]) -> None:
     for lines in mappings:
         for name, value in lines.items():
             if name in NOT_A_CELLS:
-                raise ValueError(f"--config {path} has {name}: {NOT_A_CELLS[name]}")
+                raise ValueError(f"{path} has {name}: {NOT_A_CELLS[name]}")
             if value == []:
-                raise ValueError(f"--config {path}: {name} is an empty list, which makes no run")
+                raise ValueError(f"{path}: {name} is an empty list, which makes no run")
 
 
 def _points(path: str, lines: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -175,7 +175,7 @@ def _cell(path: str, folder: Path, given: Mapping[str, Any]) -> Cell:
             check_uniqueness(pruning)
         return cell
     except ValueError as error:
-        raise ValueError(f"--config {path}, cell {folder.name}: {error}") from error
+        raise ValueError(f"{path}, cell {folder.name}: {error}") from error
 
 
 def _refuse_same(path: str, cells: Sequence[Cell]) -> None:
@@ -184,9 +184,9 @@ def _refuse_same(path: str, cells: Sequence[Cell]) -> None:
         for other, result in zip(cells[:place], results, strict=False):
             if result == results[place]:
                 names = cell.name if cell.name == other.name else f"{other.name} and {cell.name}"
-                raise ValueError(f"--config {path}: two cells are the same run, {names}")
+                raise ValueError(f"{path}: two cells are the same run, {names}")
             if cell.folder == other.folder:
-                raise ValueError(f"--config {path}: two cells would have the same name, {cell.name}")
+                raise ValueError(f"{path}: two cells would have the same name, {cell.name}")
 
 
 def _check_own_recipe(path: str, cell: Cell) -> None:
@@ -199,7 +199,7 @@ def _check_own_recipe(path: str, cell: Cell) -> None:
         output = ""
     if Path(output).name != cell.name:
         raise ValueError(
-            f"--config {path}: {cell.recipe} would be written for cell {cell.name}, but is another file already; give "
+            f"{path}: {cell.recipe} would be written for cell {cell.name}, but is another file already; give "
             "another output_dir, or move that file"
         )
 
