@@ -20,7 +20,16 @@ from scale_prune.config import PruningConfig, refuse_harmful
 from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_scope, check_uniqueness, with_defaults
 from scale_prune.export import Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
-from scale_prune.pruning import Pruner, components_of, facts_of, pruner_slices, removes_components, restore, units_of
+from scale_prune.pruning import (
+    Pruner,
+    check_reachable,
+    components_of,
+    facts_of,
+    pruner_slices,
+    removes_components,
+    restore,
+    units_of,
+)
 from scale_prune.system import whole_or_absent, write_atomically
 from scale_prune.system.slices import SliceReader, write_slices
 from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units, told_to_all, write_model
@@ -88,6 +97,7 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     refuse_harmful(engine._config._param_dict)  # `engine.config` may be the path of a file
     groups = units_of(engine.module, config)
     check_maskable(engine.module, groups)
+    check_reachable(groups, config)
     if not removes_components(config):
         check_width_key(engine.module)
     _uncompacted.add(engine)

@@ -224,6 +224,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"remaining": 0.04, "budget": "log"},
         "--budget log leaves 0.05 of the targets at least, more than the 0.04 that are to remain",
     ),
+    ({"budget": "uniform", "targets": "attention", "remaining": 0.3}, "with one head at least, are 0.333333 of the"),
+    (
+        {"budget": "uniform", "targets": "mlp", "remaining": 0.3, "width_multiple": 32},
+        "--width_multiple and with one head at least, are 1 of the targets'",
+    ),
     ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
     ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),

@@ -10,10 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scale_prune.config import EMBEDDING, PruningConfig
-from scale_prune.core import UnitGroup, remaining_fraction
-from scale_prune.core.level_table import LevelTable, levels_of
-from scale_prune.core.selection import MOST_LOST
-from scale_prune.criteria import CRITERIA
+from scale_prune.core import UnitGroup
+from scale_prune.core.level_table import LevelTable
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
@@ -61,42 +59,6 @@ def afforded(
         )
     # Without the words, so that the settings of a run start the same run again.
     return replace(pruning, remaining=(limit - (whole - removable)) / removable, max_parameters=None, max_flops=None)
-
-
-def check_budget(pruning: PruningConfig, groups: Sequence[UnitGroup]) -> None:
-    """Refuse a budget that leaves more than is to remain.
-
-    Raises:
-        ValueError: the fewest units that it leaves in each group are more, of all or of those that leave apart.
-    """
-    least = {"log": 1 - MOST_LOST, "redundancy": 1 - MOST_LOST}.get(pruning.budget, 0.0)
-    if pruning.budget in ("measured", "search") and pruning.latency_target is None:
-        least = remaining_fraction(groups, [levels_of(group.num_units)[0] for group in groups])
-    if pruning.remaining < least - 1e-9:
-        raise ValueError(
-            f"--budget {pruning.budget} leaves {least:.6g} of the targets at least, more than the "
-            f"{pruning.remaining:.6g} that are to remain; give more, or --budget uniform"
-        )
-    if CRITERIA[pruning.criterion].apart:
-        for kind in dict.fromkeys(group.kind for group in groups):
-            _check_floor(pruning, kind, [group for group in groups if group.kind == kind])
-
-
-def _check_floor(pruning: PruningConfig, kind: str, groups: Sequence[UnitGroup]) -> None:
-    """Refuse a floor of units of one kind that is more than is to remain of these.
-
-    Raises:
-        ValueError: it is.
-    """
-    floor = 1 if pruning.scope == "per_group" else pruning.min_kept
-    kept = [min(floor, group.num_units) for group in groups]
-    if pruning.remaining < (least := remaining_fraction(groups, kept)) - 1e-9:
-        whole = sum(group.num_units for group in groups)
-        raise ValueError(
-            f"--criterion {pruning.criterion} brings {kind}s to --remaining {pruning.remaining:g} by themselves, but "
-            f"every layer keeps {max(kept)}, which is {sum(kept)} of {whole} {kind}s; give at least --remaining "
-            f"{math.ceil(least * 1e4) / 1e4:g}" + (", or --targets mlp" if kind == "head" else ", or less --min_kept")
-        )
 
 
 def _removable(group: UnitGroup, *, only_matrices: bool) -> int:

@@ -27,12 +27,12 @@ from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, load_text, with_templates
 from scale_prune.export import AUTO, check_width_key, resolve_layout
 from scale_prune.models import FACTOR_WORDS, FAMILIES, auto_model, classifies, positions_of
-from scale_prune.preflight.budgets import afforded, check_budget, read_table, sizes_of
+from scale_prune.preflight.budgets import afforded, read_table, sizes_of
 from scale_prune.preflight.layout import check_layout_of, settle_heads, settle_layout
 from scale_prune.preflight.output import finds_checkpoint
 from scale_prune.preflight.reading import Reading
 from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
-from scale_prune.pruning import check_min_kept, removes_components, sketch_units
+from scale_prune.pruning import check_min_kept, check_reachable, removes_components, sketch_units
 from scale_prune.zero3 import ds_check
 
 
@@ -178,13 +178,13 @@ def _check_groups(reading: Reading) -> None:
         pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
         reading.config = replace(reading.config, pruning=pruning)
         settle_heads(reading)
-        if not finds_checkpoint(reading.config):  # of a version that did not refuse it
-            check_budget(pruning, reading.groups)
         if pruning.table is not None and pruning.budget in ("measured", "search"):
             read_table(pruning.table, reading.groups)
         if empty := [group for group in reading.groups if not group.num_units]:
             raise ValueError(f"--model {training.model} has 0 neurons in {empty[0].name}; give another one")
-        check_min_kept(reading.groups, reading.config.pruning)
+        if not finds_checkpoint(reading.config):  # of a version that did not refuse it
+            check_reachable(reading.groups, pruning)
+        check_min_kept(reading.groups, pruning)
         if not removes_components(reading.config.pruning):
             check_width_key(model)
             check_repair(model, reading.groups, reading.config.pruning)

@@ -4,7 +4,8 @@ from scale_prune.pruning.activations import ActivationSampler
 from scale_prune.pruning.calibration import ROWS_AT_ONCE, Calibration, keeper_of, layer_of
 from scale_prune.pruning.choosing import choose, take_calibration
 from scale_prune.pruning.dense_units import DenseUnits
-from scale_prune.pruning.pruner import Pruner, check_min_kept
+from scale_prune.pruning.pruner import Pruner
+from scale_prune.pruning.reach import check_min_kept, check_reachable
 from scale_prune.pruning.solving import roots_of, takeovers_of
 from scale_prune.pruning.state import carry_over, facts_of, pruner_slices, restore
 from scale_prune.pruning.units import (

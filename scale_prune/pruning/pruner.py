@@ -29,6 +29,7 @@ from scale_prune.pruning.calls import Calls
 from scale_prune.pruning.gating import Gating
 from scale_prune.pruning.masking import Masking
 from scale_prune.pruning.observations import Observations
+from scale_prune.pruning.reach import check_min_kept
 from scale_prune.pruning.scoring import Scoring
 from scale_prune.pruning.unit_line import UnitLine
 from scale_prune.system import Seconds
@@ -177,28 +178,3 @@ class Pruner:
     def remaining(self) -> float:
         """The fraction that remains by the masks: of neurons, or of parameters where components are removed."""
         return self.masking.remaining
-
-
-def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
-    """Refuse a floor that the target cannot hold.
-
-    Raises:
-        ValueError: the groups' floors of `min_kept` units add up to more than the target keeps.
-    """
-    each = config.min_kept if config.scope != "per_group" else 1
-    floors = [min(each, group.num_units) for group in groups]
-    smallest, total = remaining_fraction(groups, floors), sum(group.num_units for group in groups)
-    if smallest <= config.remaining:
-        return
-    if groups[0].kind == "component":
-        raise ValueError(
-            f"--remaining {config.remaining} cannot be reached: {each} of the components of each of the {len(groups)} "
-            f"weights, the fewest by --min_kept and --scope, are {smallest:.6f} of their parameters together; give more"
-        )
-    if config.scope == "per_group":
-        return
-    raise ValueError(
-        f"--min_kept {config.min_kept} keeps {sum(floors)} units in {len(groups)} layers, more than the "
-        f"{int(config.remaining * total)} of {total} that --remaining {config.remaining} leaves; "
-        f"at most --min_kept {int(config.remaining * total) // len(groups)} is possible"
-    )
