@@ -229,6 +229,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"budget": "uniform", "targets": "mlp", "remaining": 0.3, "width_multiple": 32},
         "--width_multiple and with one head at least, are 1 of the targets'",
     ),
+    (
+        {"budget": "uniform", "criterion": "flop", "max_steps": 9, "initial_rank": 1, "targets": "mlp"},
+        "--initial_rank 1 begins with 0.",
+    ),
     ({"max_parameters": 10}, "--max_parameters 10 cannot be reached: the model has"),
     ({"max_parameters": 10**9}, "--max_parameters 1,000,000,000 cannot be reached"),
     ({"max_flops": 10, "max_parameters": 20}, "--max_parameters and --max_flops say the same"),

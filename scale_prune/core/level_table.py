@@ -139,8 +139,8 @@ class LevelTable:
         least = (others + sum(min(own) for own in seconds)) / dense
         if least > fraction:
             raise ValueError(
-                f"--latency_target {fraction} cannot be reached: with an eighth of every group the matrices still take "
-                f"{least:.3f} of the dense model's time here; give more, or more --targets"
+                f"--latency_target {fraction} cannot be reached: at the lowest level of every group the matrices "
+                f"still take {least:.3f} of the dense model's time here; give more, or more --targets"
             )
         ticks = [[math.ceil(each / dense * TICKS) for each in own] for own in seconds]
         allowed = math.floor((fraction - others / dense) * TICKS)

@@ -128,6 +128,10 @@ def unused(config: PruningConfig) -> dict[str, Any]:
     used = CRITERIA[filled.criterion].settings
     if filled.scope == "per_group":
         used -= {"min_kept"}
+    needs = CRITERIA[filled.criterion].needs
+    if filled.rounds or "gram" in needs:
+        used -= {"update_every"}
+        used -= {"similarity_every", "similarity_tokens"} if "activation" not in needs else set()
     if EMBEDDING not in config.target_names:
         used -= {"embedding_clusters", "tie_embeddings"}
     others = frozenset[str]().union(*(each.settings for each in CRITERIA.values())) - used

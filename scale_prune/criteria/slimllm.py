@@ -60,7 +60,7 @@ def _of_heads(squares: Tensor, covariance: Tensor, weight: Tensor, block: int) -
         for head in staying:
             others = [other for other in staying if other != head]
             own = shared[:, others][:, :, others].sum((1, 2))
-            correlation = with_all[:, others].sum(1) / (own * total).sqrt().clamp(min=1e-30)
+            correlation = with_all[:, others].sum(1) / (own * total).clamp(min=1e-60).sqrt()
             errors.append(1 - correlation.abs().mean())
         least = int(torch.stack(errors).argmin())
         worst = torch.maximum(worst, errors[least])

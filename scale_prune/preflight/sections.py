@@ -11,7 +11,14 @@ from scale_prune.preflight.inputs import unused_settings
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.memory import KEPT, memory, peak, total
 from scale_prune.preflight.reading import Reading
-from scale_prune.preflight.round_needs import GRAM_MATRICES, one_gram_matrix, round_bytes, round_operations, solves
+from scale_prune.preflight.round_needs import (
+    GRAM_MATRICES,
+    one_gram_matrix,
+    round_bytes,
+    round_operations,
+    solves,
+    trials,
+)
 from scale_prune.preflight.rounds import calibration_warning
 from scale_prune.preflight.traffic import communication
 from scale_prune.system import markdown_table
@@ -187,7 +194,7 @@ def _portions(job: Job) -> Iterator[str]:
     readings, place, gram = -(-len(job.groups) // job.world_size), job.place(), GRAM_MATRICES
     rounds = [parts for name, parts in memory(job).items() if name.startswith("round")]
     kept = max((part.size for parts in rounds for part in parts if part.name == gram), default=0)
-    if readings > 1 and kept and job.pruning.budget not in ("measured", "search"):  # trials need all of them
+    if readings > 1 and kept and not trials(job):  # which need all of them
         most = max(total(parts, place) for parts in rounds)
         least = of_size(most - kept + one_gram_matrix(job))
         yield (

@@ -11,7 +11,7 @@ from scale_prune.criteria import CRITERIA
 
 
 def check_reachable(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
-    """Refuse a target that is less than what the settings leave.
+    """Refuse a target that is less than what the settings leave, or more than what they begin with.
 
     Raises:
         ValueError: it is, of all units or of those that leave apart.
@@ -25,6 +25,12 @@ def check_reachable(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
         multiples = [1 if group.kind == "head" else config.width_multiple for group in part]
         floors = [-(-_floor(config) // multiple) * multiple for multiple in multiples]
         _refuse_above_target(part, floors, config)
+    initial = remaining_fraction(groups, [group.num_units for group in groups])
+    if initial < config.remaining and config.initial_rank:
+        raise ValueError(
+            f"--initial_rank {config.initial_rank} begins with {initial:.4g} of the targets' parameters, fewer than "
+            f"the {config.remaining:g} that are to remain; give a higher one, or less --remaining"
+        )
 
 
 def check_min_kept(groups: Sequence[UnitGroup], config: PruningConfig) -> None:

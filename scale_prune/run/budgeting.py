@@ -1,7 +1,8 @@
 """What the layers deserve, measured: how far the model's predictions move when units stay away."""
 
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,22 +118,32 @@ def write_table(run: Run, told: Mapping[str, Any]) -> None:
             write_atomically(run.folder / TABLE, json.dumps(told, indent=1) + "\n")
 
 
-def keep_in_time(run: Run) -> None:
-    """Take the widths that lose least within --latency_target, if there is one. A collective."""
+def keep_in_time(run: Run) -> Callable[[Sequence[int]], bool]:
+    """Take the widths that lose least within --latency_target, if there is one; return whether other widths keep to it.
+
+    A collective.
+    """
     criterion, target = run.student.pruner.scoring.criterion, run.config.pruning.latency_target
     if target is None:
-        return
+        return lambda widths: True
     table = criterion.of_layers.table
     assert table is not None
     seconds, others = level_times(run, table.kept)
     criterion.of_layers.widths = table.widths_in_time(seconds, others, target)
-    places = [own.index(width) for own, width in zip(table.kept, criterion.of_layers.widths, strict=True)]
-    taken = others + sum(own[place] for own, place in zip(seconds, places, strict=True))
     dense = others + sum(own[-1] for own in seconds)
-    run.monitor.say(f"matrices take {taken / dense:.3f} of the dense model's time, {1000 * dense:.3g} ms a block here")
+
+    def taken(widths: Sequence[int]) -> float:
+        places = map(bisect_left, table.kept, widths)  # between two levels the upper one's time
+        return (others + sum(own[place] for own, place in zip(seconds, places, strict=True))) / dense
+
+    run.monitor.say(
+        f"matrices take {taken(criterion.of_layers.widths):.3f} of the dense model's time, {1000 * dense:.3g} ms a "
+        "block here"
+    )
+    return lambda widths: taken(widths) <= target
 
 
-def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
+def search_widths(run: Run, trials: Trials, table: LevelTable, fits: Callable[[Sequence[int]], bool]) -> list[int]:
     """Improve on the table's widths at the run's target, or within its time, by trying all groups together.
 
     A collective.
@@ -148,7 +159,7 @@ def search_widths(run: Run, trials: Trials, table: LevelTable) -> list[int]:
     run.monitor.say(f"search: divergence {least:.4f} by the table")
     for generation in range(GENERATIONS):
         for candidate in [switched(widths, table, generator) for _ in range(OFFSPRING)]:
-            if candidate != widths and (loss := trials.loss(candidate)) < least:
+            if candidate != widths and fits(candidate) and (loss := trials.loss(candidate)) < least:
                 widths, least = candidate, loss
                 run.monitor.say(f"search: divergence {least:.4f} in generation {generation + 1} of {GENERATIONS}")
     return widths

@@ -70,7 +70,7 @@ def _choose_and_repair(run: Run, step: int) -> int:
     criterion.of_layers.redundancy = first.get("redundancy", ())
     criterion.of_layers.table = LevelTable.from_told(first["table"]) if "table" in first else _given_table(run)
     compares = pruning.budget == "redundancy" and not criterion.of_layers.redundancy
-    tries = pruning.budget in ("measured", "search") and not run.progress.rounds
+    tries = _tries(run)
     portions = _portions(run) if repairs or "gram" in needs else [[]]  # one reading, without any matrix
     calibration = None
     if compares or (tries and repairs) or (chooses and needs & {"gram", "activity"}):
@@ -79,6 +79,8 @@ def _choose_and_repair(run: Run, step: int) -> int:
     criterion.of_layers.widths = first.get("searched", ())
     if tries:
         _measure(run, calibration)
+    elif criterion.of_layers.table is not None and not first:
+        keep_in_time(run)
     if chooses:
         choose(pruner, step)
     if repairs and not chooses:
@@ -165,20 +167,25 @@ def _measure(run: Run, calibration: Calibration | None) -> None:
     """Measure what the budget asks for, before anything has left. A collective."""
     student, budget = run.student, run.config.pruning.budget
     criterion = student.pruner.scoring.criterion
-    if criterion.of_layers.table is not None and budget == "measured":
-        keep_in_time(run)
-        return
     with run.progress.seconds.measure("budget"):
         student.engine.eval()
         trials = Trials(run, calibration, student.pruner.scoring.rate())
         if criterion.of_layers.table is None:
             criterion.of_layers.table = measure_levels(run, trials)
             write_table(run, criterion.of_layers.table.told())
-        keep_in_time(run)
+        fits = keep_in_time(run)
         if budget == "search":
-            criterion.of_layers.widths = search_widths(run, trials, criterion.of_layers.table)
+            criterion.of_layers.widths = search_widths(run, trials, criterion.of_layers.table, fits)
         student.engine.empty_partition_cache()
         student.engine.train()
+
+
+def _tries(run: Run) -> bool:
+    """Tell whether models of other widths are tried, before anything has left."""
+    pruning = run.config.pruning
+    return not run.progress.rounds and (
+        pruning.budget == "search" or (pruning.budget == "measured" and pruning.table is None)
+    )
 
 
 def _given_table(run: Run) -> LevelTable | None:
@@ -192,7 +199,7 @@ def _portions(run: Run) -> list[list[int]]:
     Trials need them all.
     """
     groups = run.student.groups
-    if run.config.pruning.budget in ("measured", "search") and not run.progress.rounds:
+    if _tries(run):
         return [[*range(len(groups))]]
     gradients = "output_grad" in run.student.pruner.scoring.criterion.needs
     portions = portions_of(groups, run.runtime.world_size, run.runtime.free_memory() / 2, gradients=gradients)
