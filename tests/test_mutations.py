@@ -62,6 +62,8 @@ MUTATIONS = [Mutation(*line) for line in (
     # what calibration text says
     ("run/calibrating.py", "mean_loss * predicted.sum()", 'mean_loss * micro_batch.weight * batch["labels"].numel()',
      "test_writing.py::test_what_a_token_costs_does_not_depend_on_what_is_beside_it"),
+    ("run/removal.py", "taken = repaired < without", "taken = True",
+     "test_rounds.py::test_masks_are_repaired_where_weights_have_not_learned_to_do_without"),
     ("core/repair.py", "OUTPUT_DAMPING).T.float() @ weight", "OUTPUT_DAMPING).float() @ weight",
      "test_repair.py::test_the_gradients_of_the_output_are_the_metric_of_its_errors"),
     ("core/low_rank.py", "weight.to(root.dtype) @ root", "weight.to(root.dtype) @ root.T",
@@ -129,6 +131,8 @@ MUTATIONS = [Mutation(*line) for line in (
      "test_pruner.py::test_after_every_step_exactly_the_masked_units_are_zero_and_the_master_is_dense"),
     ("zero3/rebuild.py", "safe_get_full_optimizer_state(param, kind)",
      "torch.zeros_like(safe_get_full_fp32_param(param))", REBUILD),
+    ("zero3/rebuild.py", "    backend.finish_prefetches()\n", "",
+     "test_rebuild.py::test_a_loop_of_ones_own_keeps_its_scheduler_or_its_engine"),
     # losses
     ("core/divergence.py", "* temperature**2 / count", "/ count", DIVERGENCE),
     ("core/divergence.py", "chance = wanted.exp()", "chance = found.exp()", DIVERGENCE),
