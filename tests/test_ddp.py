@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from command import GROUPED_HEADS, arguments, errors_of, make_work, outcomes, pruned, said_by
 from distributed import run_ranks
 from engines import ds_config, saved_model
@@ -176,6 +177,8 @@ def test_weights_learn_afterwards_and_a_killed_run_goes_on_bit_for_bit(repair: s
     whole = pruned(work, f"whole {repair}", 2, **settings)
     assert whole["perplexity"]["recovered"] < whole["perplexity"]["compacted"]
     assert whole["perplexity"]["masked"] == pytest.approx(whole["perplexity"]["compacted"], rel=1e-5)
+    recipe = yaml.safe_load((work / f"whole {repair}" / "recipe.yaml").read_text())
+    assert recipe == {name: value for name, value in whole["settings"].items() if value is not None}
     for step in (2, 8) if repair == "none" else (7,):  # 7: what is to leave is chosen, and not repaired yet
         name = f"from {step} {repair}"
         checkpoint = work / f"whole {repair}" / "checkpoints" / f"step-{step:08d}"

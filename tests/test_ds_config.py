@@ -357,7 +357,7 @@ OWN = {"optimizer__params__lr": 2e-4, "optimizer__params__weight_decay": 0.1, "g
 )
 def test_what_a_ds_config_has_decided_does_not_contradict_it_when_it_is_said(raw: dict[str, Any]) -> None:
     found = resolved(raw)
-    config = replace(Config(), training=as_it_runs(found, Config().training))
+    config = replace(Config(), training=as_it_runs(found, Config().training, Config().training.max_steps))
     assert resolve(raw, config, frozenset(config.flat()), 1, 13) == found
 
 

@@ -122,23 +122,25 @@ def precision(ds_config: dict[str, Any]) -> str | None:
     return next((name for name in ("bf16", "fp16") if get(ds_config, f"{name}.enabled") is True), None)
 
 
-def as_it_runs(ds_config: dict[str, Any], training: TrainingConfig) -> TrainingConfig:
-    """Return settings with what a complete ds_config has values of its own for, which may differ from the flags'."""
+def as_it_runs(ds_config: dict[str, Any], training: TrainingConfig, steps: int) -> TrainingConfig:
+    """Return settings with what a complete ds_config has values of its own for, which may differ from the flags'.
+
+    Args:
+        ds_config: from `resolve`.
+        training: the settings.
+        steps: in which weights learn.
+    """
     paths = {"learning_rate": "optimizer.params.lr", "weight_decay": "optimizer.params.weight_decay"}
     found = {name: get(ds_config, path) for name, path in (*paths.items(), ("max_grad_norm", "gradient_clipping"))}
-    total, warmup = _steps(training), get(ds_config, "scheduler.params.warmup_num_steps")
-    if warmup not in (None, _warmup_steps(training)) and warmup < total:
+    total, warmup = steps or 2, get(ds_config, "scheduler.params.warmup_num_steps")
+    if warmup not in (None, _warmup(total, training)) and warmup < total:
         found["lr_warmup_fraction"] = warmup / total
     told = {name: value for name, value in found.items() if value is not None}
     return replace(training, precision=precision(ds_config) or "fp32", **told)
 
 
-def _steps(training: TrainingConfig) -> int:
-    return training.max_steps + training.recovery_steps or 2  # DeepSpeed warns of a schedule of 1 step
-
-
-def _warmup_steps(training: TrainingConfig) -> int:
-    return max(1, round(_steps(training) * training.lr_warmup_fraction))
+def _warmup(steps: int, training: TrainingConfig) -> int:
+    return max(1, round(steps * training.lr_warmup_fraction))
 
 
 def _finite(number: str) -> float:
@@ -179,6 +181,7 @@ def _rules(
 ) -> list[Rule]:
     rate = _learning_rate(ds_config, training, explicit)
     dtype = training.precision if "precision" in explicit else precision(ds_config) or training.precision
+    total = training.max_steps + training.recovery_steps or 2  # DeepSpeed warns of a schedule of 1 step
     square = hidden_size * hidden_size if hidden_size else None
     return [
         Rule("gradient_clipping", training.max_grad_norm, ("max_grad_norm",)),
@@ -188,8 +191,8 @@ def _rules(
         Rule("optimizer.params.betas", [0.9, 0.999]),
         Rule("optimizer.params.eps", 1e-8),
         Rule("optimizer.params.weight_decay", training.weight_decay, ("weight_decay",)),
-        Rule("scheduler.params.total_num_steps", _steps(training), ("max_steps", "recovery_steps")),
-        Rule("scheduler.params.warmup_num_steps", _warmup_steps(training), ("lr_warmup_fraction",)),
+        Rule("scheduler.params.total_num_steps", total, ("max_steps", "recovery_steps")),
+        Rule("scheduler.params.warmup_num_steps", _warmup(total, training), ("lr_warmup_fraction",)),
         Rule("scheduler.params.warmup_min_lr", 0.0),
         Rule("scheduler.params.warmup_max_lr", rate, ("learning_rate",)),
         Rule("zero_optimization.reduce_bucket_size", square),

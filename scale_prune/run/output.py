@@ -10,6 +10,7 @@ import yaml
 
 from scale_prune.checkpoint import Checkpoint, set_newer_aside
 from scale_prune.config import Config, as_it_runs
+from scale_prune.criteria import freezes
 from scale_prune.data import Inputs
 from scale_prune.preflight import goes_on, is_empty
 from scale_prune.system import (
@@ -34,7 +35,8 @@ def open_output(inputs: Inputs, checkpoint: Checkpoint | None, runtime: Runtime)
     """
     problem, config = "", inputs.config
     # So that the recipe does not contradict the ds_config where that has decided.
-    config = replace(config, training=as_it_runs(inputs.ds_config, config.training))
+    steps = config.training.recovery_steps + (0 if freezes(config.pruning) else config.training.max_steps)
+    config = replace(config, training=as_it_runs(inputs.ds_config, config.training, steps))
     try:
         if runtime.is_main:
             _prepare(config, checkpoint)

@@ -181,7 +181,9 @@ def _free_state(sharded_optimizer: Any, kinds: Sequence[str] | None = None) -> N
     working = {flat.data_ptr() for flat in sharded_optimizer.fp16_partitioned_groups_flat if flat is not None}
     states = [(MASTER, flat) for flat in sharded_optimizer.fp32_partitioned_groups_flat]
     states += [item for state in sharded_optimizer.optimizer.state.values() for item in state.items()]
-    gradients = [flat.grad for flat in sharded_optimizer.fp32_partitioned_groups_flat]  # there where it is offloaded
+    gradients = [
+        getattr(flat, "grad", None) for flat in sharded_optimizer.fp32_partitioned_groups_flat
+    ]  # there where it is offloaded
     states += [(GRADIENTS, held) for held in (*gradients, sharded_optimizer.grad_partitions_flat_buffer)]
     for kind, held in states:
         wanted = torch.is_tensor(held) and (kinds is None or kind in kinds)
