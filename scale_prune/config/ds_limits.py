@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16.bf16_master_weights_and_grads": ((False,), _MASTER),
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTER),
     "torch_autocast.dtype": (
-        ("bf16", "bfloat16", "torch.bfloat16"),
+        ("bf16", "bfloat16", "torch.bfloat16", "fp32", "float32", "torch.float32"),
         'scores would not know by what the loss is scaled; give "bfloat16", or turn on "fp16" in its place',
     ),
     "zero_optimization.zero_hpz_partition_size": ((0, 1), _COPIES),

@@ -1,7 +1,7 @@
 """What may change when a run goes on, and what may not."""
 
 from scale_prune.checkpoint import UNSAID, Checkpoint
-from scale_prune.config import Config, get, settings_where
+from scale_prune.config import Config, get, precision, settings_where
 from scale_prune.criteria import schedule_of
 from scale_prune.data import Inputs
 
@@ -19,6 +19,8 @@ def check_same(checkpoint: Checkpoint, inputs: Inputs) -> list[str]:
     """
     before, now = UNSAID | checkpoint.state["settings"], inputs.config.flat()
     changed = [name for name in now if name in before and now[name] != before[name]]
+    if precision(checkpoint.state["ds_config"]) == precision(inputs.ds_config):  # whatever says so
+        changed = [name for name in changed if name != "precision"]
     for name in changed:
         if name not in settings_where("may_change", True):
             raise ValueError(

@@ -26,7 +26,7 @@ def check_reachable(groups: Sequence[UnitGroup], config: PruningConfig) -> None:
         floors = [-(-_floor(config) // multiple) * multiple for multiple in multiples]
         _refuse_above_target(part, floors, config)
     initial = remaining_fraction(groups, [group.num_units for group in groups])
-    if initial < config.remaining and config.initial_rank:
+    if config.initial_rank and initial < config.remaining and "initial_rank" in CRITERIA[config.criterion].settings:
         raise ValueError(
             f"--initial_rank {config.initial_rank} begins with {initial:.4g} of the targets' parameters, fewer than "
             f"the {config.remaining:g} that are to remain; give a higher one, or less --remaining"
@@ -80,7 +80,11 @@ def _refuse_above_target(groups: Sequence[UnitGroup], floors: Sequence[int], con
             f"every layer keeps {max(kept)}, which is {sum(kept)} of {total} {kind}s; give at least --remaining "
             f"{enough:g}" + (", or --targets mlp" if kind == "head" else ", or less --min_kept")
         )
-    if kinds == {"neuron"} and max(floors) == config.min_kept:
+    if (
+        kinds == {"neuron"}
+        and config.scope != "per_group"
+        and max(floors) == config.min_kept > 1 == config.width_multiple
+    ):
         allowed = int(config.remaining * total)
         raise ValueError(
             f"--min_kept {config.min_kept} keeps {sum(kept)} units in {len(groups)} layers, more than the {allowed} of "
