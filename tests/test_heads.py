@@ -293,6 +293,14 @@ def test_slimllm_refuses_activations_that_overflow() -> None:
             Slimllm(PruningConfig(criterion="slimllm"), 0).rank_units(gram_with_ones(h), weight, block)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_slimllm_has_scores_where_outputs_do_not_vary(seed: int) -> None:
+    h, weight = tokens_and_output(12, seed)
+    constant = gram_with_ones(h[:1].expand_as(h)).float()  # as sums over tokens are kept
+    scores = Slimllm(PruningConfig(criterion="slimllm"), 0).rank_units(constant, weight, 3)
+    assert scores.isfinite().all()
+
+
 def test_slimllm_takes_out_the_head_without_which_outputs_correlate_best() -> None:
     h, weight = tokens_and_output(12)
     scores = Slimllm(PruningConfig(criterion="slimllm"), 0).rank_units(gram_with_ones(h), weight, 3)
