@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig, refuse_harmful
 from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_scope, check_uniqueness, with_defaults
-from scale_prune.export import Export, check_width_key, model_card
+from scale_prune.export import LAYOUTS, Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import (
     Pruner,
@@ -225,8 +225,10 @@ def save(
         tokenizer: written along, if there is one.
 
     Raises:
-        ValueError: the layout cannot hold the widths, or the folder holds something or is a mount point.
+        ValueError: the layout is unknown or cannot hold the widths, or the folder holds something or is a mount point.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
     backend = Zero3Backend(engine)
     if engine in _uncompacted and backend.rank == 0:
         warnings.warn("saved without `compact`: the removed units are still there, as zeros", stacklevel=2)

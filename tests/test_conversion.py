@@ -94,14 +94,14 @@ def test_what_stands_beside_comes_along_and_the_card_says_how_to_load(tmp_path: 
     card = '# Mine\n\n| parameters | 2,000 | 1,100 |\n\nmodel = Auto.from_pretrained("PATH", trust_remote_code=True)\n'
     folder = export(tmp_path / "pruned", model, groups, "per_layer", tokenizer=tiny_tokenizer(), card=card)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenization_own.py").touch()
     (folder / "README.md").write_bytes(card.encode() + b"Caf\xe9")  # not UTF-8
     for form in ("pad", "nemotron_nas"):
         convert(open_folder(folder), form, tmp_path / form)
         names = {path.name for path in (tmp_path / form).iterdir()}
         assert names >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-        assert {name for name in names if name.endswith(".py")} == (
-            {"modeling_nemotron_nas.py"} if form == "nemotron_nas" else set()
-        )
+        code = {"modeling_nemotron_nas.py"} if form == "nemotron_nas" else set()
+        assert {name for name in names if name.endswith(".py")} == {"tokenization_own.py"} | code
         told = (tmp_path / form / "README.md").read_text()
         assert ("trust_remote_code" in told) == (form == "nemotron_nas")
         assert "1,100" not in told  # of the folder that it was made from; another layout has another number
@@ -143,10 +143,28 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_code_that_a_base_names_and_nobody_ran_is_named_no_more() -> None:
+@pytest.mark.parametrize("code", ["configuration_x.XConfig", "their/model--configuration_x.XConfig"])
+def test_code_that_a_base_names_and_nobody_ran_is_named_no_more(code: str) -> None:
     config = tiny_model("llama").config
-    config.auto_map = {"AutoConfig": "configuration_x.XConfig"}
+    config.auto_map = {"AutoConfig": code, "AutoModelForCausalLM": "their/model--modeling_x.X"}
     assert not hasattr(without_layout(config), "auto_map")
+    config.auto_map = {"AutoModelForCausalLM": "their/model--modeling_x.X"}  # on a stock config, which may have run
+    assert without_layout(config).auto_map == config.auto_map
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["copy", "own"])
+def test_an_output_that_is_stored_beside_the_embedding_is_tied_only_if_it_is_the_same(
+    tmp_path: Path, own: bool
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path / "dense")
+    output: Any = model.get_output_embeddings()
+    stored = dict(named_state(model)) | {"lm_head.weight": output.weight.detach() * (1 + own)}
+    save_file({name: tensor.clone() for name, tensor in stored.items()}, tmp_path / "dense" / "model.safetensors")
+    convert(open_folder(tmp_path / "dense"), "pad", tmp_path / "pad")
+    assert ("lm_head.weight" in load_file(tmp_path / "pad" / "model.safetensors")) == own
+    expected = logits(model, tokens()) * (1 + own)
+    torch.testing.assert_close(logits(load(tmp_path / "pad"), tokens()), expected, rtol=0, atol=1e-5)
 
 
 def gguf(tmp_path: Path, model_type: str, layout: str, dtype: str | None = None, **settings: Any) -> tuple[Path, Any]:

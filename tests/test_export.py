@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -346,6 +348,97 @@ def test_other_heads_on_the_same_layers_load_too(tmp_path: Path) -> None:
     torch.testing.assert_close(body(tokens()).last_hidden_state, own, rtol=0, atol=1e-5)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
     assert classifier(tokens()[:1]).logits.shape == (1, 3)
+
+
+DISTILBERT = Family(
+    model_types=("distilbert",),
+    layers="distilbert.transformer.layer",
+    mlp="ffn",
+    inputs=("lin1",),
+    output="lin2",
+    width_key="hidden_dim",
+    classifies=True,
+)
+
+
+def test_layers_that_are_built_without_an_index_have_widths_of_their_own_too(tmp_path: Path) -> None:
+    with own_registrations():
+        register(DISTILBERT)
+        model, groups, masked = compacted("distilbert", "per_layer")
+        folder = export(tmp_path / "pruned", model, groups, "per_layer")
+    again = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    assert again.distilbert.transformer.layer[2].ffn.lin1.out_features == WIDTHS["per_layer"][2]
+    torch.testing.assert_close(again(tokens()).logits, masked, rtol=0, atol=1e-5)
+
+
+OWN_CONFIG = """
+from transformers import PretrainedConfig
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+    def __init__(self, hidden_size=8, intermediate_size=17, num_hidden_layers=3, vocab_size=29, **others):
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_hidden_layers, self.vocab_size = num_hidden_layers, vocab_size
+        super().__init__(**others)
+"""
+OWN_MODEL = """
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_own import OwnConfig
+
+class Layer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, use_cache=False, **others):
+        hidden = self.table(input_ids)
+        for layer in self.layers:
+            hidden = hidden + layer.down(layer.up(hidden).relu())
+        return CausalLMOutput(logits=self.head(hidden))
+"""
+OWN_CODE = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+
+
+OWN_NAMES: dict[str, Any] = {
+    "model_types": ("own",),
+    "layers": "layers",
+    "mlp": "",
+    "inputs": ("up",),
+    "output": "down",
+}
+
+
+@pytest.mark.parametrize("layout", ["pad", "uniform"])
+def test_the_code_of_a_local_folder_comes_along_where_nothing_takes_its_place(tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "configuration_own.py").write_text(OWN_CONFIG)
+    (folder / "modeling_own.py").write_text(OWN_MODEL)
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": OWN_CODE}))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+    with own_registrations():
+        register(replace(DISTILBERT, **OWN_NAMES, width_key="intermediate_size", classifies=False))
+        groups = unit_groups(model)
+        groups = compact_model(model, groups, random_keep(groups, WIDTHS[layout]))
+        pruned = export(tmp_path / "pruned", model, groups, layout)
+    again = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True).eval()
+    torch.testing.assert_close(logits(again, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
 
 
 def test_a_per_layer_model_can_be_pruned_again_to_a_plain_one(tmp_path: Path) -> None:

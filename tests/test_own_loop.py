@@ -69,6 +69,12 @@ def refused(path: Path, config: dict[str, Any]) -> None:
         start(path, config, pruning("magnitude"))
 
 
+@pytest.mark.parametrize("layout", ["auto", "gguf", "per-layer"])
+def test_a_layout_that_is_none_is_refused(tmp_path: Path, layout: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown layout '{layout}'; valid are uniform, pad, per_layer"):
+        scale_prune.save(SimpleNamespace(), tmp_path, layout=layout)
+
+
 def test_the_page_shows_the_calls_of_the_example() -> None:
     page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
     example = (ROOT / "launch" / "own_loop.py").read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ FORMS = (AUTO, *LAYOUTS, GGUF)
 BESIDE = (
     *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates"),
+    "tokenization_*.py",
     *("generation_config.json", "license*", "notice*", "use_policy*"),
 )
 """In small letters, what comes along with a model: tokenizer, templates, settings of generation, terms of use."""

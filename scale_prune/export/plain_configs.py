@@ -23,12 +23,12 @@ def without_layout(config: PretrainedConfig) -> PretrainedConfig:
     for word in PER_LAYER_WORDS:
         vars(config).pop(word, None)
     named = getattr(config, "auto_map", None) or {}
-    if MODELING_FILE.stem in str(named) or is_stock(
-        config
-    ):  # a folder's own code does not come along, a hub's is there
+    if MODELING_FILE.stem in str(named) or is_stock(config):
         vars(config).pop("auto_map", None)
-        if named := {name: code for name, code in named.items() if "--" in str(code)}:
-            config.auto_map = named
+        # Of a hub's code the config's own part would have run first: who has a stock config ran none of it.
+        hub = {} if "AutoConfig" in named else {name: code for name, code in named.items() if "--" in str(code)}
+        if hub:
+            config.auto_map = hub
     return config
 
 

@@ -68,6 +68,10 @@ class Stored:
                 f"{self.folder} holds no {missing}, only {', '.join(self.files.names[:3])} and so on; give a model by "
                 f"the names that {type(self._model).__name__} of transformers loads"
             )
+        ties = (getattr(self._model, "_tied_weights_keys", None) or {}) if self.config.tie_word_embeddings else {}
+        for output, table in ties.items():
+            if _alike(self.files, found.get(output, []), found.get(table, [])):
+                del found[output]  # a second copy would be read as an output of the model's own
         return dict(found)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -140,3 +144,8 @@ class Stored:
                 break
             live |= self._full(member.name).movedim(member.dim, 0).reshape(len(live), -1).ne(0).any(1)
         return max(1, int(live.nonzero().max()) + 1) if live.any() else 1
+
+
+def _alike(files: TensorFiles, first: Sequence[str], second: Sequence[str]) -> bool:
+    """Tell whether two tensors of a state dict are each one tensor in the files, and equal."""
+    return len(first) == len(second) == 1 and torch.equal(files.read(first[0]), files.read(second[0]))

@@ -118,7 +118,7 @@ class Export:
             self.generation_config.to_json_file(folder / "generation_config.json")
         if self.tokenizer is not None:
             write_tokenizer(folder, self.tokenizer)
-        for path in self.beside:
+        for path in (*_own_code(config), *self.beside):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         if self.card:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
@@ -135,3 +135,10 @@ class Export:
         if plan is None:
             return config_for(self.layout, self.config, self.groups)
         return factorized_config(self.layout, self.config, plan)
+
+
+def _own_code(config: PretrainedConfig) -> list[Path]:
+    """Return the modules of the local folder that a config comes from, where it names code that is not ours."""
+    names = "" if code_of(config) is not None else str(getattr(config, "auto_map", None) or "--")
+    source = config.name_or_path
+    return sorted(Path(source).glob("*.py")) if source and "--" not in names and Path(source).is_dir() else []

@@ -24,7 +24,7 @@ class Family:
 
     Attributes:
         model_types: the `model_type` of the configs that the description fits.
-        layers: dotted name of the list of layers; each is built as `Layer(config, index)`.
+        layers: dotted name of the list of layers; each is built as `Layer(config, index)` or `Layer(config)`.
         mlp: name of the MLP within a layer, "" where the projections belong to the layer itself.
         inputs: names of the projections that make the neurons' activations; two in a gated MLP.
         output: name of the projection that reads them.

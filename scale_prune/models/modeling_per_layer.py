@@ -4,6 +4,7 @@ Written beside a pruned model's weights, for `from_pretrained(folder, trust_remo
 `transformers` in everything else. Widths and heads stand in config.json, under `per_layer_config`.
 """
 
+import inspect
 from typing import Any
 
 import transformers
@@ -53,7 +54,9 @@ class PerLayer:
         widest = config.intermediate_size
         for index, layer_config in widths.items():
             config.intermediate_size = layer_config["intermediate_size"]
-            layers[int(index)] = type(layers[int(index)])(config, int(index))
+            layer = type(layers[int(index)])
+            takes_index = len(inspect.signature(layer).parameters) > 1
+            layers[int(index)] = layer(config, int(index)) if takes_index else layer(config)
             if "num_attention_heads" in layer_config:
                 keep_heads(layers[int(index)], layer_config["num_attention_heads"], config.num_attention_heads)
 

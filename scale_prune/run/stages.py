@@ -4,7 +4,7 @@ from typing import Any
 
 from scale_prune.checkpoint import Checkpoint
 from scale_prune.config import precision
-from scale_prune.export import GGUF, multiplies_out
+from scale_prune.export import GGUF, multiplies_out, needs_code
 from scale_prune.run.going_on import go_on_from
 from scale_prune.run.loop import train
 from scale_prune.run.removal import remove
@@ -88,7 +88,7 @@ def _reload(run: Run) -> int:
     give_back()
     folder = run.folder / "pruned"
     # The code of such a folder is ours; a base model's own code runs only where the user trusts it.
-    trusted = run.config.output.layout not in ("uniform", "pad") or run.config.training.trust_remote_code
+    trusted = needs_code(_layout(run)) or run.config.training.trust_remote_code
     model = load_model(str(folder), run.inputs.ds_config, trust_remote_code=trusted)
     run.student.engine = inference_engine(model, run.inputs.ds_config)
     run.measure("exported")
