@@ -244,6 +244,32 @@ def test_any_number_of_ranks_keeps_the_same_units(criterion: str, world_size: in
     assert sum(pruner.line.num_owned for pruner in several) == alone.line.num_owned
 
 
+@pytest.mark.parametrize("criterion", ["flap", "wanda"])
+def test_what_a_masked_unit_is_remembered_by_stays_as_it_was(criterion: str) -> None:
+    backend, pruner = start(criterion, similarity_every=1)
+    train(backend, pruner, BLOCKS, STEPS - 1)
+    masked, before = ~pruner.masking.live, pruner.scoring.state
+    assert masked.any()
+    train(backend, pruner, BLOCKS, 1)
+    for name in pruner.scoring.state.keys() - {"total"}:  # which is of the weights
+        value = pruner.scoring.state[name]
+        assert torch.equal(value[masked], before[name][masked])
+        assert not torch.equal(value[~masked], before[name][~masked])
+
+
+@pytest.mark.parametrize("criterion", ["gum", "flap"])
+def test_a_sample_that_a_skipped_step_lost_is_taken_in_the_next(criterion: str) -> None:
+    backend, pruner = start(criterion)
+    backend.overflow = True
+    train(backend, pruner, BLOCKS, 1)
+    backend.overflow = False
+    assert pruner.observations.due
+    train(backend, pruner, BLOCKS, 1)
+    seen = pruner.observations.similarity if criterion == "gum" else pruner.scoring.state["tokens"]
+    assert seen.any()
+    assert not pruner.observations.due
+
+
 @pytest.mark.parametrize("criterion", MASKING)
 def test_a_skipped_step_changes_no_score(criterion: str) -> None:
     backend, pruner = start(criterion, update_every=2, similarity_every=1)

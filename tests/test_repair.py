@@ -233,6 +233,19 @@ def output_weight(backend: InMemoryBackend, group: UnitGroup) -> Tensor:
     return backend.gather(member.name).movedim(member.dim, -1)
 
 
+def test_scores_that_cannot_be_computed_name_the_group() -> None:
+    model = tiny_model("gpt_neo")
+    backend, groups = InMemoryBackend(model), unit_groups(model)
+    calibration = Calibration(backend, groups)
+    calibration.grams = {index: torch.eye(group.num_units) for index, group in enumerate(groups)}
+
+    def broken(gram: Tensor, weight: Tensor, block: int) -> Tensor:
+        return torch.linalg.eigvalsh(torch.full((3, 3), torch.nan))  # of a weight that is not finite
+
+    with pytest.raises(ValueError, match=groups[0].name):
+        gram_scores(calibration, broken)
+
+
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gpt2"])
 def test_the_gradients_of_the_output_are_the_metric_of_its_errors(model_type: str) -> None:
     model = tiny_model(model_type)

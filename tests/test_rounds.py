@@ -20,6 +20,8 @@ from test_resume import assert_same_run, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scale_prune.pruning import Calibration
+from scale_prune.run.losses import observe_gradients
+from scale_prune.run.run import Run
 from scale_prune.zero3 import Runtime
 
 pytestmark = pytest.mark.distributed
@@ -80,6 +82,25 @@ def test_any_number_of_ranks_and_passes_prunes_alike_without_training(criterion:
     perplexity = report_of(outputs[0])["perplexity"]
     assert perplexity["masked"] == pytest.approx(perplexity["exported"], rel=1e-5)
     assert perplexity["compacted"] == pytest.approx(perplexity["exported"], rel=1e-5)
+
+
+def counts_of_readings(flags: list[str]) -> list[int]:
+    """Run, and return how many steps a criterion remembers after each reading of the calibration text."""
+    counts = []
+
+    def observe(run: Run) -> None:
+        observe_gradients(run)
+        counts.append(int(run.student.pruner.scoring.state["count"].max()))
+
+    with patch("scale_prune.run.removal.observe_gradients", observe):
+        assert outcome(flags)[0] == 0
+    return counts
+
+
+def test_a_round_without_training_is_chosen_by_its_own_model_alone(work: Path) -> None:
+    flags = arguments(work, work / "readings", **UNTRAINED | {"criterion": "fisher", "rounds": 2})
+    ((first, second),) = run_ranks(counts_of_readings, 1, flags)
+    assert first == second > 0
 
 
 class OnlyOne(Calibration):

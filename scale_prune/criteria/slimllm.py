@@ -28,18 +28,18 @@ class Slimllm(Criterion):
         """
         if not gram.isfinite().all():
             raise UnsolvableError("the Gram matrix is not finite")
-        covariance = _centered(gram.double(), weight.shape[1])
+        covariance = _centered(gram, weight.shape[1])
         of = _of_neurons if block == 1 else _of_heads
         return of(gram.diagonal()[: weight.shape[1]], covariance, weight.double(), block).float()
 
 
 def _centered(gram: Tensor, features: int) -> Tensor:
-    """Return (N, N) sums of products, of deviations from the mean where there is a column of ones."""
-    products = gram[:features, :features]
-    if len(gram) == features:
-        return products
-    sums = gram[features, :features]
-    return products - sums.outer(sums) / gram[features, features]
+    """Return (N, N) float64 sums of products, of deviations from the mean where there is a column of ones."""
+    products = gram[:features, :features].to(torch.float64, copy=True)  # the one matrix of this size
+    if len(gram) > features:
+        sums = gram[features, :features].double()
+        products.addr_(sums, sums, alpha=-1 / float(gram[features, features]))
+    return products
 
 
 def _of_neurons(squares: Tensor, covariance: Tensor, weight: Tensor, block: int) -> Tensor:
@@ -51,21 +51,19 @@ def _of_neurons(squares: Tensor, covariance: Tensor, weight: Tensor, block: int)
 def _of_heads(squares: Tensor, covariance: Tensor, weight: Tensor, block: int) -> Tensor:
     """Return for each head how far the outputs' mean correlation is from 1 once it is gone, in the order they go."""
     shared = shared_variance(covariance, weight, block)
-    total, with_all = shared.sum((1, 2)), shared.sum(2)
-    staying = list(range(shared.shape[1]))
-    scores = torch.zeros(len(staying), dtype=shared.dtype, device=shared.device)
-    worst = scores.new_zeros(())
+    total, with_all, own = shared.sum((1, 2))[:, None], shared.sum(2), shared.diagonal(dim1=1, dim2=2)
+    staying = torch.arange(shared.shape[1], device=shared.device)
+    scores = shared.new_zeros(len(staying))
+    worst = shared.new_zeros(())
     while len(staying) > 1:
-        errors = []
-        for head in staying:
-            others = [other for other in staying if other != head]
-            own = shared[:, others][:, :, others].sum((1, 2))
-            correlation = with_all[:, others].sum(1) / (own * total).clamp(min=1e-60).sqrt()
-            errors.append(1 - correlation.abs().mean())
-        least = int(torch.stack(errors).argmin())
-        worst = torch.maximum(worst, errors[least])
-        scores[staying.pop(least)] = worst
-    scores[staying[0]] = torch.maximum(worst, scores.new_ones(()))
+        among, has = shared[:, staying][:, :, staying].sum(2), with_all[:, staying]
+        variance = among.sum(1, keepdim=True) - 2 * among + own[:, staying]  # of what stays without each of them
+        correlation = (has.sum(1, keepdim=True) - has) / (variance * total).clamp(min=1e-60).sqrt()
+        error, least = (1 - correlation.abs().mean(0)).min(0)
+        worst = torch.maximum(worst, error)
+        scores[staying[least]] = worst
+        staying = staying[torch.arange(len(staying), device=staying.device) != least]
+    scores[staying] = worst.clamp(min=1)
     return scores
 
 

@@ -1,8 +1,8 @@
 """Wanda: the mean of |W2| of a neuron times the norm of its activation.
 
 Source: arXiv 2306.11695, whose score of a weight is |W| times the norm of its input; here the mean over a neuron's
-output weights, since neurons go as a whole. The squares of all samples add up. A head's features are taken as so many
-tokens of one feature.
+output weights, since neurons go as a whole. The squares of all samples add up, so that a neuron that has left keeps the
+norm it had while others' grow, and seldom returns. A head's features are taken as so many tokens of one feature.
 """
 
 from math import prod

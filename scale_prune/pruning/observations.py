@@ -24,6 +24,7 @@ class Observations:
         seed: seed of the sampled tokens, at least 0.
 
     Attributes:
+        due: the coming step is sampled.
         similarity: (U,) float32, of the owned units; 0 before the first sample.
         similarities: what computes it, one a span of owned units.
     """
@@ -39,15 +40,16 @@ class Observations:
             for s in line.spans
         ]
         self._sampler = ActivationSampler(line.backend, line.groups, config.similarity_tokens)
-        self._due = False
+        self.due = False
 
     def prepare(self, step: int) -> None:
-        """Catch activations in the step after `step`, if its turn has come; forget what was not taken."""
+        """Catch activations in the step after `step`, if its turn has come, or that of one that was skipped."""
         sampled = {"activation"} if self.config.rounds else {"activation", "activity"}
         wanted = self.config.remaining < 1 and bool(sampled & self.criterion.needs)
-        self._due = wanted and step % self.config.similarity_every == 0 and step < self.total_steps
+        turn = self.due or step % self.config.similarity_every == 0
+        self.due = wanted and turn and step < self.total_steps
         self._sampler.disarm()
-        if self._due:
+        if self.due:
             self._sampler.arm(self.seed, step)
 
     def stop(self) -> None:
@@ -62,13 +64,15 @@ class Observations:
             masks: (N,) bool, one a group.
 
         Returns:
-            The criterion's state after it.
+            The criterion's state after it; a masked unit's is what it was, since its activations are none of its own.
         """
-        if self._due and "activity" in self.criterion.needs:
+        if self.due and "activity" in self.criterion.needs:
             caught = [self.criterion.activity(rows) for rows in self._sampler.caught()]
-            state = self.criterion.observe(state, self._added_up(caught))
-        if self._due and "activation" in self.criterion.needs:
+            observed, live = self.criterion.observe(state, self._added_up(caught)), self.line.owned(torch.cat([*masks]))
+            state = {name: torch.where(live, new, state[name]) if new.dim() else new for name, new in observed.items()}
+        if self.due and "activation" in self.criterion.needs:
             self._update_similarity(masks)
+        self.due = False
         return state
 
     def take_calibration(self, state: State, calibration: Calibration) -> State:

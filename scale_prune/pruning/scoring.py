@@ -29,13 +29,17 @@ class Scoring:
 
     def __init__(self, line: UnitLine, criterion: Criterion, schedule: Schedule, gating: Gating | None) -> None:
         self.line, self.criterion, self.schedule, self.gating = line, criterion, schedule, gating
-        self.state = criterion.initial_state(line.spans, line.backend.device)
+        self.forget()
         self.scores = line.by_group(line.per_unit(lambda group: 0.0))
         self.total = torch.zeros(line.num_owned, device=line.backend.device)
         watches = schedule.target < 1 and "influence" in criterion.needs
         self._influence = Influence(line, criterion.of_sequences) if watches else None
         weights = line.per_unit(lambda group: 1.0 / (len(line.groups) * group.num_units))
         self._weights = line.owned(weights).clone()
+
+    def forget(self) -> None:
+        """Begin anew with what the criterion remembers."""
+        self.state = self.criterion.initial_state(self.line.spans, self.line.backend.device)
 
     def take_gradients(self) -> None:
         """Add up what the criterion makes of the step's gradients. A collective, 4 M bytes, if it needs them."""

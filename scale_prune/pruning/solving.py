@@ -13,6 +13,8 @@ from scale_prune.core.repair import in_metric
 from scale_prune.pruning.backend import ShardBackend
 from scale_prune.pruning.calibration import Calibration, keeper_of, side_by_side
 
+UNSOLVED = (UnsolvableError, torch.linalg.LinAlgError)
+
 
 def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor, int], Tensor]) -> dict[int, Tensor]:
     """Return (N,) scores by number of the group, of the groups that this rank keeps. A collective.
@@ -37,7 +39,7 @@ def gram_scores(calibration: Calibration, rank_units: Callable[[Tensor, Tensor, 
                     if index in calibration.output_grams:
                         weight = in_metric(weight, calibration.output_grams[index])
                     scores[index] = rank_units(calibration.grams[index], weight, groups[index].block)
-                except UnsolvableError:
+                except UNSOLVED:
                     failed[index] = 1
     _raise_together(backend, groups, failed)
     return scores
@@ -95,7 +97,7 @@ def _solved(
     for index in indices:
         try:
             solved[index] = solve(index, calibration.grams[index])
-        except UnsolvableError:
+        except UNSOLVED:
             failed[index] = 1
     _raise_together(calibration.backend, calibration.groups, failed)
     return solved

@@ -20,6 +20,7 @@ def facts_of(pruner: Pruner) -> dict[str, Any]:
     return {
         "step": pruner.step,
         "churn": pruner.masking.churn,
+        "due": pruner.observations.due,
         "sampled": any(rows.values is not None for rows in pruner.observations.similarities),
         "scalars": {name: float(value) for name, value in pruner.scoring.state.items() if value.dim() == 0},
         "groups": {group.name: group.num_units for group in pruner.groups},
@@ -70,6 +71,7 @@ def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
         for name, value in scoring.state.items()
     }
     observations.similarity = own("similarity").clone()
+    observations.due = facts.get("due", False)  # which checkpoints did not always have
     if facts["sampled"]:
         for span, rows in zip(line.spans, observations.similarities, strict=True):
             rows.go_on_from(observations.similarity[span.place].clone(), _reader_of(span.group.name, read))

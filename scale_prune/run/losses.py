@@ -52,8 +52,12 @@ def _teacher_logits(run: Run, inputs: dict[str, Tensor]) -> Tensor | None:
 
 
 def observe_gradients(run: Run) -> None:
-    """Let the criterion see the gradients of the calibration text, of which no step follows. A collective."""
+    """Let the criterion see the gradients of the calibration text, of which no step follows. A collective.
+
+    They take the place of those that earlier rounds have seen: of the same text, by the model as it was then.
+    """
     engine, pruner = run.student.engine, run.student.pruner
+    pruner.scoring.forget()
     engine.module.enable_input_require_grads()  # where no weight has a gradient, activations are to have one
     engine.eval()  # no dropout
     for micro_batch in calibration_text(engine, run.inputs, run.task):
