@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from scale_prune.commands import evaluate
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.data.rows import Text, say
+from scale_prune.data.tokens import Pieces, Tokens
 from scale_prune.tasks.classification import Labeled
 from scale_prune.tasks.label_metrics import measured
 from scale_prune.tasks.labels import Labels, of_rows
@@ -264,7 +265,8 @@ def test_a_model_may_have_the_numbers_of_the_data_sets_names() -> None:
 
 def test_a_fingerprint_is_that_of_earlier_checkpoints() -> None:
     texts = [torch.tensor([3, 1, 2], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)]
-    data = Labeled(texts=texts, labels=torch.tensor([1, 0]), padding=0, dropped=0)
+    tokens = Tokens(torch.cat(texts).numpy(), np.array([3, 1], dtype=np.int32))
+    data = Labeled(texts=Pieces(tokens, np.arange(2)), labels=torch.tensor([1, 0]), padding=0, dropped=0)
     whole = b"".join(
         np.array(part, dtype).tobytes() for part, dtype in (([3, 1], "q"), ([3, 1, 2, 5], "i"), ([1, 0], "q"))
     )

@@ -107,6 +107,11 @@ def test_without_plain_fine_tuning_the_dense_model_is_the_reference(tmp_path: Pa
             [{"regularization": 1.0}, {"regularization": 0.1}, {"criterion": "random"}],
             ["gum, regularization 1", "gum, regularization 0.1", "random"],
         ),
+        (
+            [{"train_batch_size": 8, "micro_batch_size": 1}, {"train_batch_size": 8, "gradient_checkpointing": True}],
+            ["gum"] * 2,
+        ),
+        ([{"micro_batch_size": 1}, {"micro_batch_size": 2}], ["gum, micro_batch_size 1", "gum, micro_batch_size 2"]),
         ([{"teacher": "/a/big"}, {"teacher": None}], ["gum, teacher big", "gum"]),
         (
             [{"teacher": f"/a/plain-seed{seed}/pruned", "seed": seed} for seed in (1, 12)],

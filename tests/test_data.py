@@ -26,8 +26,9 @@ from scale_prune.data import text_files
 from scale_prune.data.beginnings import continuing
 from scale_prune.data.embedded import END_OF_TEXT, train_tokenizer
 from scale_prune.data.holdout import neighbors, stratified
-from scale_prune.data.rows import SPLITS, Split, _one_message, load_text
+from scale_prune.data.rows import SPLITS, Split, Text, _one_message, load_text
 from scale_prune.data.text import check_length, prepare, token_stream
+from scale_prune.data.tokens import tokenized
 
 DOCUMENTS = ["A first one.", "", "NA", "2020", 'two\nlines, "quoted"', "  null ", "größer ≥ 7 🌲", "A first one."]
 LINES = ["A first one.\n", "\n", " page\x0cbreak \n", "line\u2028separator\n", "2020\n", "no newline at the end"]
@@ -133,6 +134,7 @@ LIKE_WIKITEXT = ["", " = Title = \n", "", " größer ≥ 7 🌲 .\n", " The next
         (["a tweet\n", "another\n"], "lines", True),
         (["a", "", "b"], "auto", False),
         (["a", "", "b"], "lines", True),
+        (["a", "one\ninside", "b"], "lines", True),
     ],
 )
 def test_the_rows_of_a_data_set_are_documents_but_where_they_are_lines(
@@ -142,7 +144,7 @@ def test_the_rows_of_a_data_set_are_documents_but_where_they_are_lines(
     split = datasets.Dataset.from_dict({"text": rows * 3})
     datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "rows")
     found = stream_of(tokenizer, dataset=str(tmp_path / "rows"), rows=asked)
-    between = "" if "\n" in "".join(rows) else "\n"
+    between = "" if any(row.endswith("\n") for row in rows) else "\n"
     (tmp_path / "lines.txt").write_text(between.join(rows * 3), encoding="utf-8")
     as_text = stream_of(tokenizer, train_file=str(tmp_path / "lines.txt"), validation_file=str(tmp_path / "lines.txt"))
     assert found == (as_text if lines else documents_stream(tokenizer, rows * 3))
@@ -197,6 +199,31 @@ def test_the_tokens_are_cached_by_content(
     assert streams[0] == streams[1] == documents_stream(tokenizer, DOCUMENTS)
     assert streams[2] == documents_stream(byte_tokenizer, DOCUMENTS)
     assert len(list((own_cache / "scale_prune").glob("*.arrow"))) == 2
+
+
+def test_other_code_reads_its_own_cache(
+    tmp_path: Path, own_cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.csv"
+    write_csv(file)
+    for version in ("a", "b"):
+        monkeypatch.setattr(text_files, "code_version", lambda version=version: version)
+        stream_of(tokenizer, train_file=str(file), validation_file=str(file))
+    assert len(list((own_cache / "scale_prune").glob("*.arrow"))) == 2
+    assert len(list((own_cache / "scale_prune").glob("*/csv.arrow"))) == 2
+
+
+@pytest.mark.parametrize(("letters", "rows_at_once"), [(2**22, 4), (5 * 2**24, 1), (1, 10)])
+def test_long_rows_are_tokenized_a_few_at_a_time(letters: int, rows_at_once: int, tmp_path: Path) -> None:
+    seen = []
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        seen.append(len(batch["text"]))
+        return {"tokens": [[1, 2] for _ in batch["text"]]}
+
+    rows = datasets.Dataset.from_dict({"text": ["x" * letters] * (10 if letters < 2**24 else 2)})
+    tokenized(Text(name="long", rows=rows, columns=("text",)), encode, ("tokens",))
+    assert max(seen) in (rows_at_once, rows_at_once - 1)  # beside the texts there are their places
 
 
 def test_the_ranks_of_a_host_share_the_memory_of_the_tokens(

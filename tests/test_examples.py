@@ -1,11 +1,14 @@
 """Examples of prompt and completion: what is learnt of them, who sees them, and which cannot be used."""
 
 import csv
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from memory_backend import steady_model
@@ -17,6 +20,7 @@ from scale_prune.core.likelihood import negative_log_likelihood
 from scale_prune.data.embedded import train_tokenizer
 from scale_prune.data.forms import with_templates
 from scale_prune.data.rows import Text
+from scale_prune.data.tokens import Pieces, Tokens
 from scale_prune.tasks.examples import Examples, collate, prepare, training_steps, validation_batches
 
 BATCH = 12
@@ -56,7 +60,13 @@ def made(lengths: list[tuple[int, int]]) -> Examples:
 
     parts = [(random(prompt), random(completion)) for prompt, completion in lengths]
     text = Text(name="made", rows=datasets.Dataset.from_dict({"mr": []}), columns=("mr",))
-    return Examples(prompts=[p for p, _ in parts], completions=[c for _, c in parts], text=text, dropped=0)
+    prompts, completions = zip(*parts, strict=True)
+    return Examples(prompts=pieces(prompts), completions=pieces(completions), text=text, dropped=0)
+
+
+def pieces(rows: Sequence[torch.Tensor]) -> Pieces:
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    return Pieces(Tokens(torch.cat([*rows]).numpy(), lengths), np.arange(len(rows)))
 
 
 LENGTHS = [(2, 5), (7, 1), (3, 3), (1, 9), (5, 2), (2, 2), (4, 6)]
@@ -144,19 +154,24 @@ def test_validation_counts_every_completion_once_and_keeps_ranks_together(world_
     ]
     assert {len(batches) for batches in ranks} == {-(-count // (2 * world_size))}
     counted = [row[row >= 0].tolist() for batches in ranks for _, labels in batches for row in labels]
-    assert sorted(filter(None, counted)) == sorted(each.tolist() for each in examples.completions[:count])
+    assert sorted(filter(None, counted)) == sorted(each.tolist() for each in islice(examples.completions, count))
+
+
+def test_rows_that_are_left_out_leave_the_others_as_they_are() -> None:
+    rows = [torch.arange(first, last, dtype=torch.int32) for first, last in ((0, 2), (2, 7), (7, 8), (8, 12))]
+    whole, kept = pieces(rows), np.array([1, 3])
+    some = Pieces(Tokens(whole.joined().numpy(), np.array([2, 5, 1, 4], dtype=np.int32)), kept)
+    assert [each.tolist() for each in some] == [rows[row].tolist() for row in kept]
+    assert torch.equal(some.joined(), torch.cat([rows[1], rows[3]]))
+    assert some.lengths.tolist() == [5, 4]
 
 
 def test_the_fingerprint_sees_tokens_and_where_they_are_cut() -> None:
-    first, other = made([(2, 3), (4, 3)]), made([(2, 3), (4, 3)])
-    assert first.fingerprint() == other.fingerprint()
-    other.completions[0] = other.completions[0].flip(0)
-    moved = Examples(
-        prompts=[first.prompts[0][:1], first.prompts[1]],
-        completions=[torch.cat([first.prompts[0][1:], first.completions[0]]), first.completions[1]],
-        text=first.text,
-        dropped=0,
-    )
+    first = made([(2, 3), (4, 3)])
+    assert first.fingerprint() == made([(2, 3), (4, 3)]).fingerprint()
+    (a, b), (c, d) = first.prompts, first.completions
+    other = replace(first, completions=pieces([c.flip(0), d]))
+    moved = replace(first, prompts=pieces([a[:1], b]), completions=pieces([torch.cat([a[1:], c]), d]))
     assert len({each.fingerprint() for each in (first, other, moved)}) == 3
 
 

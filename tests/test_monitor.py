@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scale_prune.run.monitor import Monitor
+from scale_prune.run.monitor import POINTS, Monitor
 
 
 def test_scores_of_any_size_have_a_histogram(tmp_path: Path) -> None:
@@ -18,6 +18,18 @@ def test_scores_of_any_size_have_a_histogram(tmp_path: Path) -> None:
     for layer in range(2):
         (found,) = events.Histograms(f"scores/layer_{layer:02d}")
         assert found.histogram_value.num == 5
+
+
+def test_the_map_of_a_long_run_keeps_its_points_few_and_evenly_apart(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, total_steps=3, active=True)
+    for step in range(5 * POINTS):
+        mask = torch.arange(5 * POINTS) < step
+        monitor.layers(step, ["layer_00"], masks=[mask], scores=[torch.ones(3)])
+        assert len(monitor.history) <= POINTS
+    monitor.close()
+    kept = torch.stack(monitor.history).flatten()
+    assert len(kept) > POINTS / 2
+    torch.testing.assert_close(kept.diff(), torch.full((len(kept) - 1,), 8 / (5 * POINTS)))
 
 
 def test_events_that_cannot_be_written_end_no_run(

@@ -243,6 +243,32 @@ def test_an_interrupted_sweep_goes_on_with_what_is_missing(
     assert report_of(folder / "seed_0")["launched"] == str(ROOT / "scale_prune" / "commands" / "__main__.py")
 
 
+# As DeepSpeed's: whoever tells it to end has its ranks killed soon after.
+IMPATIENT = """
+import os, signal, subprocess, sys
+
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | {"LOCAL_RANK": "0"})
+
+def kill(*_):
+    rank.kill()
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, kill)
+sys.exit(rank.wait())
+"""
+
+
+def test_a_run_saves_itself_though_its_launcher_would_not_wait(sweep: list[str], tmp_path: Path) -> None:
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    launcher = f"{sys.executable} {tmp_path / 'impatient.py'} {tmp_path / 'stand_in.py'}"
+    process = start([sweep[0], "--launcher", launcher])
+    wait_until(lambda: (tmp_path / "sweep" / "seed_1" / "recipe.yaml").exists())
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == STOPPED, said
+    assert (tmp_path / "sweep" / "seed_1" / "saved").exists()
+
+
 def test_a_killed_sweep_keeps_others_away_from_the_run_it_leaves(sweep: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     process = start(sweep)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_prune.config import load_plugins, parse_some, settings_where, user_errors
-from scale_prune.data import Inputs, prepare
+from scale_prune.data import Inputs, check_tokens, prepare
 from scale_prune.inspection import (
     GroupAnalysis,
     Sampling,
@@ -71,6 +71,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
 def _analyzed(inputs: Inputs, own: argparse.Namespace, runtime: Runtime) -> list[GroupAnalysis]:
     with runtime.main_first():
         blocks = prepare(inputs.config.data, "train", inputs.tokenizer)
+    check_tokens({"train": int(blocks.all_tokens.max())}, inputs)
     runtime.say(f"{inputs.config.training.model}: {own.batches} batches of {inputs.batch_size} blocks")
     return analyze(inputs, blocks, own.batches, runtime, Sampling(own.sample_units, own.sample_tokens))
 

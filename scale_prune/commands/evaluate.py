@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from scale_prune.config import CLASSIFICATION, Config, load_plugins, parse_some, settings_where, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import GgufModel, add_models, harness, is_gguf, positive, read_models, speeds
+from scale_prune.models import positions_of
 from scale_prune.system import check_writable, json_text, markdown_table, versions, write_atomically
 from scale_prune.tasks import make_task
 from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
         if own.latency:
             _check_positions(inputs, own)
         tasks = harness.tasks_of(own, world_size)
-        with joined(rank) as runtime:
+        way_out = f"what was measured before is in {own.output}{PART}. " if own.output else ""
+        with joined(rank, way_out=way_out) as runtime:
             report: dict[str, dict[str, Any]] = {}
             measure = partial(tasks.measure, runtime=runtime) if tasks is not None else None
             try:
@@ -111,7 +113,7 @@ def _is_result(file: Path) -> bool:
 def _check_positions(inputs: dict[str, Inputs], own: argparse.Namespace) -> None:
     """Refuse to generate past a model's positions."""
     for name, each in inputs.items():
-        positions = getattr(each.model_config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(each.model_config)
         if positions is not None and own.prompt_tokens + own.new_tokens > positions:
             raise ValueError(
                 f"--prompt_tokens {own.prompt_tokens} and --new_tokens {own.new_tokens} are more than the {positions} "

@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
             inputs = read(filled_from(checkpoint, config), explicit, world_size)
             if checkpoint is not None:
                 check_same(checkpoint, inputs)
-        with joined(rank, config.training.collective_timeout) as runtime:
+        way_out = "--resume goes on from the newest checkpoint. "
+        with joined(rank, config.training.collective_timeout, way_out) as runtime:
             if config.training.model is None:
                 config = embedded_default(config, explicit, runtime)
             prune(config, explicit, runtime, read)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from scale_prune.config import parse_some, settings_where, user_errors
 from scale_prune.study.cells import Cell, read_sweep
-from scale_prune.study.sweep import _time_left, run_all
+from scale_prune.study.sweep import run_all, time_left
 
 DESCRIPTION = "Run a grid of settings, one ordinary run a cell; start it again to go on where it was interrupted."
 
@@ -42,7 +42,7 @@ def listing(cells: Sequence[Cell]) -> str:
     """Return a line for each cell, and one for all."""
     left = [cell for cell in cells if not cell.is_done]
     lines = [f"{_state(cell):5}  {cell.folder}" for cell in cells]
-    return "\n".join([*lines, f"{len(cells) - len(left)} of {len(cells)} done; {_time_left(cells, left)}"])
+    return "\n".join([*lines, f"{len(cells) - len(left)} of {len(cells)} done; {time_left(cells, left)}"])
 
 
 def _state(cell: Cell) -> str:

@@ -7,4 +7,4 @@ from scale_prune.data.forms import FORMS, Template, columns_of, templates_of, wi
 from scale_prune.data.inputs import SELF, Inputs, calibration_steps, check_tokens
 from scale_prune.data.rows import SPLITS, Split, Text, load_text, say
 from scale_prune.data.text import prepare
-from scale_prune.data.tokens import Tokens, tokenized
+from scale_prune.data.tokens import Pieces, Tokens, tokenized

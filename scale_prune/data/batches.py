@@ -136,5 +136,5 @@ def _row_order(num_rows: int, seed: int, first: int) -> Iterator[int]:
     """Yield row numbers without end, from place `first` of the line of all epochs."""
     epoch, place = divmod(first, num_rows)
     for number in counting(epoch):
-        yield from np.random.default_rng((seed, number)).permutation(num_rows)[place:].tolist()
+        yield from map(int, np.random.default_rng((seed, number)).permutation(num_rows)[place:])
         place = 0

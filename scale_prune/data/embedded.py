@@ -22,8 +22,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
-from scale_prune import __version__
-
 END_OF_TEXT = "<|endoftext|>"
 
 MODEL: dict[str, Any] = {
@@ -60,7 +58,8 @@ def build(cache: Path, *, vocab_size: int = 2048, seed: int = 0, max_documents: 
         the folder with `train.jsonl` and `validation.jsonl` (column "text") and `untrained/`, a Hugging Face folder
         with a GPT-Neo of about 2 M parameters and its tokenizer.
     """
-    made_by = {"version": __version__, "python": platform.python_version()}
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    made_by = {"code": code, "python": platform.python_version()}
     asked = {"vocab_size": vocab_size, "seed": seed, "max_documents": max_documents}
     folder = cache / _key(made_by | asked | MODEL)
     if folder.is_dir():

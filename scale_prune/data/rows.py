@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow.compute as pc
 from pyarrow.parquet import read_table
 
-from scale_prune import __version__
 from scale_prune.config import AS_LINES, DataConfig
 from scale_prune.data import holdout, text_files
 
@@ -154,9 +153,8 @@ def _read(path: Path, reader: str, columns: tuple[str, ...], label: str | None) 
         if reader == "parquet" and path.suffix == ".gz":
             # The one pair that load_dataset does not unpack.
             return datasets.Dataset(datasets.table.InMemoryTable(read_table(file)))
-        with path.open("rb") as packed:
-            # By content: load_dataset would take a file of the same path, size and date for the one that it has read.
-            cache = text_files.cache_folder() / f"{__version__} {hashlib.file_digest(packed, 'sha256').hexdigest()}"
+        # By content: load_dataset would take a file of the same path, size and date for the one that it has read.
+        cache = text_files.cache_folder() / f"{text_files.code_version()[:16]} {_digest(path, path.stat().st_ctime_ns)}"
         if reader in ("csv", "text"):
             return text_files.read(file, cache / f"{reader}.arrow", is_csv=reader == "csv", label=label)
     load = partial(
@@ -164,6 +162,13 @@ def _read(path: Path, reader: str, columns: tuple[str, ...], label: str | None) 
     )
     rows = load()
     return _dates_as_texts(rows, {*columns, label}, load) if reader == "json" else rows
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    """Return a hash of a file, read once by a process while the file has not changed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _dates_as_texts(
@@ -238,9 +243,9 @@ def _as_told(text: Text, rows: str) -> Text:
 
 
 def have_newlines(text: Text) -> bool:
-    """Whether any row of running text holds a newline."""
+    """Whether any row of running text ends with a newline."""
     tables = text.rows.with_format("arrow").iter(batch_size=10_000)
-    return any(pc.any(pc.match_substring(table[text.columns[0]], "\n")).as_py() for table in tables)
+    return any(pc.any(pc.ends_with(table[text.columns[0]], "\n")).as_py() for table in tables)
 
 
 def _are_lines(text: Text) -> bool:

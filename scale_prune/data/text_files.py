@@ -2,11 +2,13 @@
 
 import csv
 import fcntl
+import hashlib
 import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from gzip import BadGzipFile, GzipFile
 from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
@@ -15,6 +17,7 @@ from secrets import token_hex
 
 import datasets
 import pyarrow as pa
+import tokenizers
 
 BATCH = 1000
 CONTENT_ERRORS = (ValueError, EOFError, BadGzipFile, zlib.error)
@@ -73,6 +76,14 @@ def _write(found: Iterator[Sequence[str]], cache: Path) -> None:
         while rows := list(islice(found, BATCH)):
             columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
             stream.write(pa.record_batch(columns, schema=schema))
+
+
+@cache
+def code_version() -> str:
+    """Return a hash of the code that reads and tokenizes rows: what other code has cached may be something else."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for room in ("data", "tasks") for path in (package / room).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + tokenizers.__version__.encode()).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -4,17 +4,22 @@ Nothing here communicates: the first that wants them makes them, and the others 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from datasets.fingerprint import Hasher
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
+from torch import Tensor
 
-from scale_prune import __version__
 from scale_prune.data import text_files
 from scale_prune.data.rows import Text
+
+BATCH_BYTES = 2**24
+"""Of text that is tokenized at a time: a token takes about 139 bytes until there are arrays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +35,44 @@ class Tokens:
     lengths: np.ndarray
 
 
+class Pieces:
+    """The tokens of some rows, of which one is cut out when it is asked for: a tensor a row would take more memory.
+
+    Args:
+        parts: the tokens of all rows.
+        rows: numbers of those that are wanted, ascending.
+
+    Attributes:
+        lengths: int64 (rows,), how many tokens are of each.
+    """
+
+    def __init__(self, parts: Tokens, rows: np.ndarray) -> None:
+        self._tokens, self._all = torch.from_numpy(parts.tokens), len(rows) == len(parts.lengths)
+        self.lengths = parts.lengths[rows].astype(np.int64)
+        self._starts = np.cumsum(parts.lengths, dtype=np.int64)[rows] - self.lengths
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.lengths)
+
+    def __getitem__(self, place: int) -> Tensor:
+        """Return the tokens of one row, int32."""
+        return self._tokens[self._starts[place] :][: self.lengths[place]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the tokens of each row."""
+        return map(self.__getitem__, range(len(self)))
+
+    def joined(self) -> Tensor:
+        """Return the tokens of all these rows, one after another; not to be changed."""
+        return self._tokens if self._all else torch.cat([*self])
+
+    def add_to(self, found: Any) -> None:
+        """Add all tokens, and where they are cut, to a hash."""
+        found.update(self.lengths.data)
+        found.update(self.joined().numpy().data)
+
+
 def tokenized(text: Text, encode: Callable[..., dict[str, list[list[int]]]], names: Sequence[str]) -> dict[str, Tokens]:
     """Turn every row into tokens, cached on disk by the content of the columns that are wanted and of `encode`.
 
@@ -39,10 +82,11 @@ def tokenized(text: Text, encode: Callable[..., dict[str, list[list[int]]]], nam
         names: what it returns.
     """
     rows = text.rows.select_columns(list(text.columns))
-    fingerprint = Hasher.hash((__version__, _content(rows), encode))
+    fingerprint = Hasher.hash((text_files.code_version(), _content(rows), encode))
     encoded = rows.map(
         encode,
         batched=True,
+        batch_size=max(1, min(1000, BATCH_BYTES * len(rows) // max(1, rows.data.nbytes))),
         remove_columns=rows.column_names,
         features=datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names}),
         cache_file_name=str(text_files.cache_folder() / f"{fingerprint}.arrow"),

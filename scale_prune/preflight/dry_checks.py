@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -62,11 +61,11 @@ def _tokens(reading: Reading, split: Split, text: Text, tokenizer: PreTrainedTok
         train = reading.texts.get("train", text)
         labels_for = partial(classification.labels_for, training_follows=True)
         labels = labels_for(reading.inputs(), train) if knows_model else of_rows(train)
-        return torch.cat(classification.prepare(config, text, tokenizer, labels).texts)
+        return classification.prepare(config, text, tokenizer, labels).texts.joined()
     examples = prepare(config, split, tokenizer)
     if split == "validation" and knows_model:
         check_positions(reading.inputs(), questions_of(examples, config.task))
-    return torch.cat([*examples.prompts, *examples.completions])
+    return examples.all_tokens()
 
 
 def _check_updates(reading: Reading) -> None:

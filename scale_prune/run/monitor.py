@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LARGEST = 1e19  # what histograms of TensorBoard have room for
+POINTS = 400  # in time that the heat map has at most
 CELL = 12  # pixels a layer and a point in time take in the heat map
 COLORS = torch.tensor([[68, 1, 84], [33, 145, 140], [253, 231, 37]], dtype=torch.float32)  # 0, 0.5, 1
 
@@ -30,6 +31,7 @@ class Monitor:
             initial=steps_made, total=total_steps, unit="step", disable=not active, dynamic_ncols=True, mininterval=1.0
         )
         self.history: list[Tensor] = []
+        self._logged, self._stride = 0, 1
         if active and folder is not None:
             purged = steps_made + 1 if steps_made else 0  # step 0 is measured at the start only
             with self._events():
@@ -63,7 +65,11 @@ class Monitor:
         if self.writer is None:
             return
         kept = torch.tensor([float(mask.float().mean()) for mask in masks])
-        self.history.append(kept)
+        if self._logged % self._stride == 0:
+            self.history.append(kept)
+        self._logged += 1
+        if len(self.history) > POINTS:  # every second one stays, so that a long run does not draw ever larger pictures
+            self.history, self._stride = self.history[::2], 2 * self._stride
         with self._events():
             for name, share, score in zip(names, kept, scores, strict=True):
                 self.writer.add_scalar(f"kept/{name}", float(share), step)

@@ -44,17 +44,24 @@ def open_output(inputs: Inputs, checkpoint: Checkpoint | None, runtime: Runtime)
         problem = str(error)
     if problem := of_all_ranks(problem)[0]:  # the other ranks have not tried
         raise ValueError(f"--output_dir {config.output.output_dir} cannot be written: {problem}")
-    _check_shared(Path(config.output.output_dir), runtime)
+    advice = "all ranks write checkpoints there and load the result from there, so give a folder"
+    check_shared(Path(config.output.output_dir), runtime, "--output_dir", advice)
 
 
-def _check_shared(output: Path, runtime: Runtime) -> None:
-    """Wait for all ranks, and see that they have one disk under the run's folder. A collective.
+def check_shared(folder: Path, runtime: Runtime, name: str, advice: str) -> None:
+    """Wait for all ranks, and see that they have one disk under a folder. A collective.
+
+    Args:
+        folder: the folder, which rank 0 has.
+        runtime: the ranks.
+        name: what it is called.
+        advice: why it has to be shared, and what to do.
 
     Raises:
         ValueError: a rank does not see what rank 0 writes there.
     """
     number = int(runtime.add_over_ranks(torch.tensor([time.time_ns() if runtime.is_main else 0])))
-    mark = output / f".shared-{number}"
+    mark = folder / f".shared-{number}"
     if runtime.is_main:
         mark.touch()
     runtime.barrier()
@@ -63,8 +70,7 @@ def _check_shared(output: Path, runtime: Runtime) -> None:
         mark.unlink()
     if blind:
         raise ValueError(
-            f"rank {blind[0]} does not see --output_dir {output} as rank 0 does; all ranks write checkpoints "
-            "there and load the result from there, so give a folder on a disk that all nodes share"
+            f"rank {blind[0]} does not see {name} {folder} as rank 0 does; {advice} on a disk that all nodes share"
         )
 
 

@@ -63,7 +63,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         "",
         *_step_seconds(report["step_seconds"]),
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['world_size']} ranks, peak memory "
-        f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}.",
+        f"{', '.join(f'{peak / 2**30:.2f} GiB' for peak in report['peak_memory_bytes'])}{_since(report)}.",
         "",
         *_origin(report),
         "| setting | |",
@@ -73,6 +73,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _since(report: Mapping[str, Any]) -> str:
+    """Say from when on a process has measured its peak."""
+    return f" since it was resumed after step {report['resumed_at'][-1]}" if report.get("resumed_at") else ""
 
 
 def _effort(report: Mapping[str, Any]) -> str:

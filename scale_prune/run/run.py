@@ -16,7 +16,7 @@ from scale_prune.run.progress import Progress
 from scale_prune.run.quality import Quality
 from scale_prune.run.student import Student
 from scale_prune.system import StopSignal
-from scale_prune.tasks import Task
+from scale_prune.tasks import Measured, Task
 from scale_prune.zero3 import Runtime, Teacher
 
 
@@ -65,7 +65,10 @@ class Run:
 
     def measure(self, stage: str | None = None) -> None:
         """Measure the student on the validation data, under its engine as it is. A collective."""
-        measured = self.quality.measure(self.student.engine, self.progress.step, stage)
+        self.note(self.quality.measure(self.student.engine, self.progress.step, stage), stage)
+
+    def note(self, measured: Measured, stage: str | None) -> None:
+        """Add what was measured to the history."""
         told: dict[str, Any] = {"step": self.progress.step, "stage": stage, "perplexity": measured.perplexity}
         told |= {"metrics": measured.metrics, "remaining": self.student.pruner.remaining}
         self.progress.history.append(told)

@@ -10,7 +10,7 @@ from scale_prune.config import Config, cache_folder, precision
 from scale_prune.data import Inputs, build
 from scale_prune.preflight import calibration_warning, check_same, read_inputs, unused_settings
 from scale_prune.run.figure import draw
-from scale_prune.run.output import drop_replaced
+from scale_prune.run.output import check_shared, drop_replaced
 from scale_prune.run.report import write_report
 from scale_prune.run.run import set_up
 from scale_prune.run.stages import go
@@ -32,7 +32,9 @@ def embedded_default(config: Config, explicit: frozenset[str], runtime: Runtime)
         folder = build(CACHE)
     base = folder / "base"
     text = {"train_file": str(folder / "train.jsonl"), "validation_file": str(folder / "validation.jsonl")}
-    if not all(of_all_ranks((base / REPORT).is_file())):  # nodes may have caches of their own
+    if not all(of_all_ranks((base / REPORT).is_file())):
+        advice = "where no --model is given one is made there, so give one, or in SCALE_PRUNE_CACHE a folder"
+        check_shared(folder, runtime, "the cache", advice)
         if runtime.is_main:
             print(f"training the small base model, {BASE['max_steps']} steps; it is kept in {base}", flush=True)
         given = {name: getattr(config.training, name) for name in ("ds_config", "precision")}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from scale_prune.config import EMBEDDING
 from scale_prune.core import UnitGroup
 from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.criteria.base import members_of_shares
@@ -69,7 +70,7 @@ class Student:
             pruning,
             seed=training.seed,
             values=factors,
-            token_counts=task.token_counts(),
+            token_counts=task.token_counts() if EMBEDDING in pruning.target_names else None,
             roots=whitening_roots(model, inputs, task) if factors == "whitened" else {},
         )
         if pruning.rounds:  # after which the groups go on counting in the dense model as they do now

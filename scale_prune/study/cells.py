@@ -16,7 +16,7 @@ from scale_prune.config import Config, as_settings, check_value, load_plugins, r
 from scale_prune.criteria import AUTO, CRITERIA, check_uniqueness, with_defaults
 from scale_prune.export import resolve_layout
 from scale_prune.study.naming import differing, short
-from scale_prune.study.rows import NO_METHOD
+from scale_prune.study.rows import NO_METHOD, PARTS
 from scale_prune.system import RECIPE, REPORT
 
 CELLS = "cells"
@@ -25,9 +25,6 @@ NAMES_ITSELF = ("criterion", "scope")
 
 PLACES = ("model", "dataset", "train_file", "validation_file", "trust_remote_code", "ds_config")
 """Where things lie: a cell that was begun goes on with them elsewhere, and judges itself whether they are the same."""
-
-PARTS = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "generation_batch_size")
-"""How a batch is cut up, which changes no result where its size is given."""
 
 NOT_A_CELLS = {
     "output_dir": "the cells' folders are made in the sweep's output_dir, which stands beside `cells`",

@@ -23,6 +23,11 @@ LOWER_IS_BETTER = (PERPLEXITY, "loss")
 
 NO_METHOD = frozenset(settings_where("compared", IGNORED))
 FOLLOWING = frozenset(settings_where("compared", FOLLOWS))
+PARTS = frozenset(
+    {"micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "generation_batch_size"}
+)
+"""How a batch is cut up, which changes no result where its size is given."""
+
 PRUNING = frozenset(spec.name for spec in fields(PruningConfig)) | FOLLOWING
 
 
@@ -130,7 +135,8 @@ def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the name of each run's method: criterion, then the settings that tell the methods apart."""
     settings = [_of_any_target(_of_any_seed(run.settings)) for run in runs]
-    named = [name for name in differing(settings) if name not in NO_METHOD | FOLLOWING]
+    unnamed = NO_METHOD | FOLLOWING | (PARTS if all(each.get("train_batch_size") for each in settings) else set())
+    named = [name for name in differing(settings) if name not in unnamed]
     named.sort(key=lambda name: name != "scope")
     texts = {name: short(each.get(name) for each in settings) for name in {*named, *FOLLOWING}}
     found = []

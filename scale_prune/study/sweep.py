@@ -45,7 +45,7 @@ def run_all(cells: Sequence[Cell], launcher: Sequence[str]) -> int:
             if stop.received:
                 break
             verb = "goes on with" if cell.is_begun else "runs"
-            _say(f"{verb} {cell.name}, cell {cells.index(cell) + 1} of {len(cells)}; {_time_left(cells, todo[place:])}")
+            _say(f"{verb} {cell.name}, cell {cells.index(cell) + 1} of {len(cells)}; {time_left(cells, todo[place:])}")
             logged = cell.log.stat().st_size if cell.log.is_file() else 0
             code = run(cell, launcher, stop, lock)
             if not cell.is_done and not stop.received:
@@ -100,11 +100,28 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Tell what is left of a process group to end, and wait: launchers may end before the ranks have saved."""
-    with suppress(ProcessLookupError):  # the last of them may end at this moment
+    """Tell what is left of a process group to end, and wait: launchers may end before the ranks have saved.
+
+    The ranks are told first, and alone: DeepSpeed's launcher kills them 30 seconds after it is told itself.
+    """
+    ranks = set(filter(_is_rank, _group(process.pid)))
+    for each in ranks or {-process.pid}:
+        with suppress(ProcessLookupError):  # it may end at this moment
+            os.kill(each, signal.SIGTERM)
+    while ranks.intersection(_group(process.pid)):
+        time.sleep(0.2)
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     while process.poll() is None or _group(process.pid):
         time.sleep(0.2)
+
+
+def _is_rank(process: int) -> bool:
+    """Tell whether a launcher has started a process as a rank."""
+    try:
+        return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:  # it has ended
+        return False
 
 
 def _group(group: int) -> list[int]:
@@ -120,7 +137,7 @@ def _group(group: int) -> list[int]:
     return found
 
 
-def _time_left(cells: Sequence[Cell], left: Sequence[Cell]) -> str:
+def time_left(cells: Sequence[Cell], left: Sequence[Cell]) -> str:
     """Say how many cells are left, and how long they take if each takes what the finished ones took on average."""
     if not left:
         return "none left"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, mse_loss
@@ -22,6 +21,7 @@ from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.data import (
     SELF,
     Inputs,
+    Pieces,
     Split,
     Template,
     Text,
@@ -32,7 +32,7 @@ from scale_prune.data import (
     templates_of,
     tokenized,
 )
-from scale_prune.tasks.examples import refuse_empty, selected, short_enough
+from scale_prune.tasks.examples import refuse_empty, short_enough
 from scale_prune.tasks.label_metrics import measured
 from scale_prune.tasks.labels import Labels, of_model, of_rows
 from scale_prune.tasks.task import Measured, MicroBatch, Step, Task
@@ -44,22 +44,27 @@ class Labeled:
     """Tokenized texts of one split with their labels.
 
     Attributes:
-        texts: tokens with the tokenizer's special ones, one tensor an example.
+        texts: tokens with the tokenizer's special ones.
         labels: (E,) int64 numbers of classes, or float32.
         padding: the token that fills up shorter texts.
         dropped: rows that were left out because they are longer than a block.
     """
 
-    texts: list[Tensor]
+    texts: Pieces
     labels: Tensor
     padding: int
     dropped: int
 
+    @property
+    def last_token(self) -> int:
+        """The largest number of a token, that of the filling included."""
+        return max(self.padding, int(self.texts.joined().max()))
+
     def fingerprint(self) -> str:
         """Return a hash of all tokens, of where they are cut, and of the labels."""
-        found = hashlib.sha256(np.array([len(tokens) for tokens in self.texts]).data)
-        for part in (torch.cat(self.texts), self.labels):
-            found.update(part.numpy().data)
+        found = hashlib.sha256()
+        self.texts.add_to(found)
+        found.update(self.labels.numpy().data)
         return found.hexdigest()
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -91,7 +96,7 @@ class Classification(Task):
             self.data = {
                 split: prepare(inputs.config, text, inputs.tokenizer, self.labels) for split, text in texts.items()
             }
-        check_tokens({split: int(torch.cat(each.texts).max()) for split, each in self.data.items()}, inputs)
+        check_tokens({split: each.last_token for split, each in self.data.items()}, inputs)
         self.fingerprints = {split: each.fingerprint() for split, each in self.data.items()}
         self.dropped = {split: each.dropped for split, each in self.data.items()}
         config = copy.deepcopy(inputs.model_config)
@@ -103,12 +108,12 @@ class Classification(Task):
     @property
     def training_tokens(self) -> Tensor:
         """All texts."""
-        return torch.cat(self.data["train"].texts)
+        return self.data["train"].texts.joined()
 
     def steps(self, accumulation: int, first_step: int) -> Iterator[Step]:
         """Yield padded texts; all passes have as many examples, so that a mean of means is the mean."""
         data = self.data["train"]
-        lengths = torch.tensor([len(text) for text in data.texts])
+        lengths = data.texts.lengths
         shape = (accumulation, self.runtime.world_size, self.inputs.micro_batch_size)
         for chosen in assigned(len(data.texts), shape, seed=self.config.training.seed, first_step=first_step):
             passes = [MicroBatch(inputs=data.collate(rows)) for rows in chosen[:, self.runtime.rank].tolist()]
@@ -210,7 +215,7 @@ def prepare(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, labe
     refuse_empty(config, text, {"prompt": tokens})
     kept = short_enough(config, text, {"text": tokens})
     return Labeled(
-        texts=selected(tokens, kept),
+        texts=Pieces(tokens, kept),
         labels=encoded[torch.from_numpy(kept)],
         padding=int(tokenizer.pad_token_id),
         dropped=len(text.rows) - len(kept),

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from scale_prune.config import Config
 from scale_prune.core import IGNORED
 from scale_prune.data import (
+    Pieces,
     Split,
     Template,
     Text,
@@ -43,14 +44,14 @@ class Examples:
     """Tokenized examples of one split.
 
     Attributes:
-        prompts: the prompts' tokens with the BOS token, if there is one, one tensor an example.
-        completions: the completions' tokens with the end-of-text token, one tensor an example.
+        prompts: the prompts' tokens with the BOS token, if there is one.
+        completions: the completions' tokens with the end-of-text token.
         text: the rows that they come from, one an example.
         dropped: rows that were left out because they are longer than a block.
     """
 
-    prompts: list[Tensor]
-    completions: list[Tensor]
+    prompts: Pieces
+    completions: Pieces
     text: Text
     dropped: int
 
@@ -61,19 +62,22 @@ class Examples:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each example, int64."""
-        return torch.tensor([len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)])
+        return torch.from_numpy(self.prompts.lengths + self.completions.lengths)
 
     @property
     def counted(self) -> Tensor:
         """Tokens of each example that are learned, int64."""
-        return torch.tensor([len(completion) for completion in self.completions])
+        return torch.from_numpy(self.completions.lengths)
+
+    def all_tokens(self) -> Tensor:
+        """Return prompts and completions, one after another, int32."""
+        return torch.cat([self.prompts.joined(), self.completions.joined()])
 
     def fingerprint(self) -> str:
         """Return a hash of all tokens and of where they are cut."""
         found = hashlib.sha256()
-        for part in (self.prompts, self.completions):
-            found.update(np.array([len(tokens) for tokens in part]).data)
-            found.update(torch.cat(part).numpy().data)
+        self.prompts.add_to(found)
+        self.completions.add_to(found)
         return found.hexdigest()
 
 
@@ -105,8 +109,8 @@ def prepare(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase) ->
     refuse_empty(config, text, parts)
     kept = short_enough(config, text, parts)
     return Examples(
-        prompts=selected(parts["prompt"], kept),
-        completions=selected(parts["completion"], kept),
+        prompts=Pieces(parts["prompt"], kept),
+        completions=Pieces(parts["completion"], kept),
         text=text.select(kept, text.part),
         dropped=len(text.rows) - len(kept),
     )
@@ -167,13 +171,6 @@ def short_enough(config: Config, text: Text, parts: Mapping[str, Tokens]) -> np.
             "--block_size" + (", or --long_examples drop" if len(kept) else "")
         )
     return kept
-
-
-def selected(parts: Tokens, kept: np.ndarray) -> list[Tensor]:
-    """Return the tokens of some rows, one tensor each."""
-    ends = np.cumsum(parts.lengths)
-    stream = torch.from_numpy(parts.tokens)
-    return [stream[ends[row] - parts.lengths[row] : ends[row]] for row in kept.tolist()]
 
 
 def collate(examples: Examples, rows: Sequence[int]) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig
 
 from scale_prune.config import TaskConfig
 from scale_prune.data import FORMS, Inputs, Split, check_tokens, templates_of
+from scale_prune.models import positions_of
 from scale_prune.tasks.examples import Examples, prepare, training_steps, validation_batches
 from scale_prune.tasks.generation import complete
 from scale_prune.tasks.metrics import METRICS
@@ -37,8 +37,7 @@ class Writing(Task):
         with runtime.main_first():
             self.examples = {split: prepare(inputs.config, split, inputs.tokenizer) for split in splits}
         self.inputs = replace(inputs, train_rows=len(self.examples["train"]) if "train" in splits else None)
-        tokens = {split: each.prompts + each.completions for split, each in self.examples.items()}
-        check_tokens({split: int(torch.cat(parts).max()) for split, parts in tokens.items()}, inputs)
+        check_tokens({split: int(each.all_tokens().max()) for split, each in self.examples.items()}, inputs)
         check_positions(inputs, self.questions)
         self.fingerprints = {split: each.fingerprint() for split, each in self.examples.items()}
         self.dropped = {split: each.dropped for split, each in self.examples.items()}
@@ -51,7 +50,7 @@ class Writing(Task):
     @property
     def training_tokens(self) -> Tensor:
         """Prompts and completions."""
-        return torch.cat(self.examples["train"].prompts + self.examples["train"].completions)
+        return self.examples["train"].all_tokens()
 
     def steps(self, accumulation: int, first_step: int) -> Iterator[Step]:
         """Yield padded examples."""
@@ -123,7 +122,7 @@ def check_positions(inputs: Inputs, questions: Sequence[Question]) -> None:
         with suppress(OSError):  # as another check has said, and a dry run goes on
             writers[reference] = AutoConfig.from_pretrained(reference, trust_remote_code=training.trust_remote_code)
     for model, config in writers.items():
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = positions_of(config)
         if positions is not None and longest + new > positions:
             raise ValueError(
                 f"--max_new_tokens {new} after the longest prompt, of {longest} tokens, is more than the {positions} "

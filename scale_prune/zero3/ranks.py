@@ -36,24 +36,25 @@ def give_back() -> None:
 
 
 @contextmanager
-def joined(rank: int, timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[Runtime]:
+def joined(rank: int, timeout: float = COLLECTIVE_TIMEOUT, way_out: str = "") -> Iterator[Runtime]:
     """Join the process group for the time of the `with` block.
 
     Args:
         rank: this process's.
         timeout: seconds that a rank waits for the others before it gives them up.
+        way_out: what to do where contact is lost.
     """
-    with lost_contact(rank):
+    with lost_contact(rank, way_out):
         runtime = Runtime.start(timeout)
     try:
-        with lost_contact(rank):
+        with lost_contact(rank, way_out):
             yield runtime
     finally:
         runtime.stop()
 
 
 @contextmanager
-def lost_contact(rank: int) -> Iterator[None]:
+def lost_contact(rank: int, way_out: str) -> Iterator[None]:
     """Turn a failed collective into one message of this rank and the exit code LOST_CONTACT.
 
     The process ends at once: whatever would close the process group in good order could wait for the others again.
@@ -74,7 +75,7 @@ def lost_contact(rank: int) -> Iterator[None]:
             sys.exit(2)
         print(
             f"error: rank {rank} has lost contact with the other ranks, one of which has died or cannot be reached; "
-            f"--resume goes on from the newest checkpoint. {reason}",
+            f"{way_out}{reason}",
             file=sys.stderr,
             flush=True,
         )
