@@ -173,6 +173,28 @@ def test_what_nothing_uses_is_said(work: Path, capsys: pytest.CaptureFixture[str
     assert unused_settings(fill_in(labeled)).startswith("nothing uses --eval_tokens 9 in this run")
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"criterion": "sensitivity", "rounds": 0}, ["calibration_tokens", "repair_damping"]),
+        ({"criterion": "sensitivity", "rounds": 0, "repair": "mean"}, ["repair_damping"]),
+        ({"criterion": "sensitivity", "rounds": 2, "repair": "none"}, ["calibration_tokens", "repair_damping"]),
+        ({"criterion": "sensitivity", "rounds": 2}, []),
+        ({"criterion": "sensitivity", "repair": "none", "max_steps": 0}, ["repair_damping"]),
+        ({"criterion": "flap", "rounds": 2, "repair": "none"}, ["repair_damping"]),
+        ({"criterion": "obs", "repair": "none"}, []),
+        ({"criterion": "factorize", "factors": "whitened"}, []),
+        ({"criterion": "factorize"}, ["calibration_tokens", "repair_damping"]),
+        ({"remaining": 1.0}, []),
+    ],
+    ids=str,
+)
+def test_calibration_that_nothing_needs_is_named(settings: dict[str, Any], named: list[str]) -> None:
+    given = {"model": "m", "calibration_tokens": 9999, "repair_damping": 0.5}
+    said = unused_settings(fill_in(Config.from_flat(given | settings)))
+    assert [name for name in ("calibration_tokens", "repair_damping") if f"--{name} " in said] == named
+
+
 def test_every_bad_input_is_found(work: Path) -> None:
     paths = files(work) | {"bad": work / "bad"}
     for settings, expected in BAD:

@@ -31,7 +31,7 @@ from scale_prune.preflight.budgets import afforded, read_table, sizes_of
 from scale_prune.preflight.layout import check_layout_of, settle_heads, settle_layout
 from scale_prune.preflight.output import finds_checkpoint
 from scale_prune.preflight.reading import Reading
-from scale_prune.preflight.rounds import check_calibration, check_repair, settle_rounds
+from scale_prune.preflight.rounds import check_calibration, check_repair, reads_text, settle_rounds, solves
 from scale_prune.pruning import check_min_kept, check_reachable, removes_components, sketch_units
 from scale_prune.zero3 import ds_check
 
@@ -282,6 +282,9 @@ def unused_settings(config: Config) -> str:
     names += ["max_new_tokens", "num_beams", "generation_batch_size"] if task in ("lm", CLASSIFICATION) else []
     names += ["long_examples", "eval_examples"] if task == "lm" else []
     names += ["eval_tokens"] if task == CLASSIFICATION else []
+    if config.pruning.remaining < 1:
+        names += [] if reads_text(config) else ["calibration_tokens"]
+        names += [] if solves(config.pruning) else ["repair_damping"]
     names += ["rows"] if task != "lm" and flat["rows"] == "lines" else []
     found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
     listed = ", ".join(f"--{name} {value}" for name, value in found.items())

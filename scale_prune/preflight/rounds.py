@@ -114,6 +114,23 @@ def check_calibration(config: Config, batch_size: int) -> None:
         )
 
 
+def reads_text(config: Config) -> bool:
+    """Tell whether the calibration text is read."""
+    pruning, criterion = config.pruning, CRITERIA[config.pruning.criterion]
+    observed = observes(pruning, trains=config.training.max_steps > 0)
+    chooses = "activity" in criterion.needs or observed or pruning.budget in READERS
+    return pruning.remaining < 1 and (solves(pruning) or pruning.repair != "none" or bool(pruning.rounds and chooses))
+
+
+def solves(pruning: PruningConfig) -> bool:
+    """Tell whether matrices of products of the calibration text are solved for something."""
+    return pruning.repair == "least_squares" or "gram" in CRITERIA[pruning.criterion].needs or _whitens(pruning)
+
+
+def _whitens(pruning: PruningConfig) -> bool:
+    return CRITERIA[pruning.criterion].kind == "component" and pruning.factors == "whitened"
+
+
 def calibration_warning(config: Config, groups: Sequence[UnitGroup], found: int | None = None) -> str:
     """Return a line where there is less text than was asked for, or the damping decides more than it, else nothing.
 
@@ -122,18 +139,14 @@ def calibration_warning(config: Config, groups: Sequence[UnitGroup], found: int 
         groups: the model's.
         found: tokens that a round is calibrated on, where the text is known.
     """
-    pruning, trains = config.pruning, config.training.max_steps > 0
-    criterion, tokens = CRITERIA[pruning.criterion], found or pruning.calibration_tokens
-    whitens = criterion.kind == "component" and pruning.factors == "whitened"
-    widest = max(group.members[0].shape[1] if whitens else group.num_features for group in groups)
-    solves = pruning.repair == "least_squares" or "gram" in criterion.needs or whitens
+    pruning, tokens = config.pruning, found or config.pruning.calibration_tokens
+    widest = max(group.members[0].shape[1] if _whitens(pruning) else group.num_features for group in groups)
     asked, short = f"--calibration_tokens {pruning.calibration_tokens}", ""
-    chooses = "activity" in criterion.needs or observes(pruning, trains=trains) or pruning.budget in READERS
-    if pruning.remaining == 1 or not (solves or pruning.repair != "none" or (pruning.rounds and chooses)):
+    if not reads_text(config):
         return ""
     if tokens < pruning.calibration_tokens:
         short = f"{asked} are more than the training text has in whole steps, {tokens} at most"
-    if not solves or tokens >= widest:
+    if not solves(pruning) or tokens >= widest:
         return short
     damping = f"{replace(pruning, calibration_tokens=tokens).damping_of(widest):.3g}"
     return (
