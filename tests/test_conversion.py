@@ -214,6 +214,18 @@ def test_queries_keys_and_values_of_a_starcoder_stand_one_after_another_in_gguf(
         assert torch.equal(told[f"blk.0.attn_qkv.{kind}"], by_head.transpose(0, 1).flatten(0, 2))
 
 
+def test_norms_of_bfloat16_are_as_exact_in_gguf_as_in_transformers(tmp_path: Path) -> None:
+    model, groups, _ = compacted("gemma", "uniform", **WIDE)
+    folder = export(tmp_path / "pruned", model.bfloat16(), groups, "uniform", tokenizer=tiny_tokenizer())
+    left = tmp_path / "model.gguf.partial-0123abcd"
+    for file in (left, tmp_path / "model.gguf.partial-mine"):
+        file.touch()
+    convert(open_folder(folder), "gguf", tmp_path / "model.gguf")
+    told = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert torch.equal(told["output_norm.weight"], 1 + model.model.norm.weight.float())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.gguf.partial-mine", "pruned"]
+
+
 @pytest.mark.parametrize(
     ("heads", "size", "message"),
     [(True, 60, "heads of a qwen2 have left"), (False, 3, "needs a row of the embedding for every token: .* 3 rows")],
@@ -222,6 +234,10 @@ def test_what_gguf_will_not_hold_is_refused_before_training(heads: bool, size: i
     config = tiny_config("qwen2", **HEADS, vocab_size=size)
     with pytest.raises(ValueError, match=message):
         check_gguf(config, tiny_tokenizer(), heads=heads)
+
+
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 16}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +251,12 @@ def test_what_gguf_will_not_hold_is_refused_before_training(heads: bool, size: i
         ("gpt2", "gguf", {"scale_attn_by_inverse_layer_idx": True}, "not scaled by the root of a head's width alone"),
         ("starcoder2", "gguf", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
         ("stablelm", "gguf", {**HEADS, "qk_layernorm": True}, "its queries and keys have norms"),
+        ("stablelm", "gguf", {**HEADS, "tie_word_embeddings": True}, "its output is its embedding"),
+        ("qwen3", "gguf", {"attention_bias": True}, "its projections have biases"),
+        ("gpt_neox", "gguf", {"attention_bias": False}, "its attention has no biases"),
+        ("gpt2", "gguf", {"activation_function": "quick_gelu"}, "its activation function is quick_gelu, not gelu"),
         ("qwen2", "gguf", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, '"yarn"'),
+        ("qwen3", "gguf", {"rope_parameters": LLAMA_3}, '"llama3"'),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(

@@ -157,6 +157,27 @@ def test_the_time_of_a_round_is_that_of_its_passes(
     assert seconds[f"1 rounds, {part}, passes"] == pytest.approx(500 * a_pass, abs=0.06, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("settings", "part", "forwards"),
+    [
+        ({"criterion": "gum"}, "repair", 0),
+        ({"criterion": "magnitude", "rounds": 2, "repair": "none"}, "2 rounds", 0),
+        ({"criterion": "magnitude", "rounds": 0, "repair": "least_squares"}, "repair", 3),
+        ({"criterion": "factorize", "factors": "whitened"}, "factors", 1),
+    ],
+)
+def test_the_calibration_text_takes_time_where_it_is_read(
+    settings: dict[str, Any], part: str, forwards: int, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry(work, measure=True, world_size=2, calibration_tokens=64 * 500, **settings) == (0, [])
+    printed = capsys.readouterr().out
+    forward = float(re.findall(r": ([\d.e-]+) s a forward pass", printed)[0])
+    seconds = {name: float(spent) for name, spent in rows(printed, "| what takes time |")}
+    (found,) = [spent for name, spent in seconds.items() if "calibration, passes" in name] or [0.0]
+    assert found == pytest.approx(500 * forwards * forward, abs=0.06, rel=0.01)
+    assert (f"{part}, calibration, passes" in seconds) == (forwards > 0)
+
+
 def test_a_model_too_large_to_measure_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "own_device", lambda: (torch.device("cpu"), 1000))
     code, (error,) = dry(work, measure=True)

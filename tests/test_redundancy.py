@@ -24,7 +24,7 @@ def activations() -> Tensor:
 def products(first: int, last: int, sample: Tensor | None = None) -> Products:
     found = Products(N, first, last, torch.arange(N) if sample is None else sample)
     for part in activations().split(10):
-        found.update(part)
+        found.update(torch.cat([part, torch.zeros(2, N)]))  # a rank with fewer tokens is filled up
     return found
 
 

@@ -19,7 +19,7 @@ from outcomes import outcome_of
 
 from scale_prune.commands import evaluate
 from scale_prune.export import convert, open_folder
-from scale_prune.export.gguf_file import DIALECTS
+from scale_prune.export.gguf_file import DIALECTS, GELU
 from scale_prune.export.layouts import LLAMA_LIKE
 
 pytestmark = pytest.mark.serving
@@ -118,7 +118,7 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, model_type: str, layout: st
     told = ask("LLAMA_CPP", LLAMA_CPP, tmp_path, asked)
     logits, greedy = expected(model, asked["ids"])
     found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
-    rounding = 2e-3 if DIALECTS[model_type].activation == "gelu" else 1e-4  # its gelu is a table in fp16
+    rounding = 2e-3 if DIALECTS[model_type].activations == GELU else 1e-4  # its gelu is a table in fp16
     torch.testing.assert_close(found, logits, rtol=0, atol=rounding * float(logits.std()))
     assert told["greedy"] == greedy
 

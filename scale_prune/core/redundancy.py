@@ -39,7 +39,7 @@ class Products:
     def update(self, activations: Tensor) -> None:
         """Take in the (T, N) activations of some tokens."""
         h = activations.float()
-        self.count += len(h)
+        self.count += int(h.any(1).sum())  # rows of zeros fill up what ranks have less
         self.products += h[:, self.first : self.last].T @ h[:, self.sample]
         self.sums += h.sum(0)
         self.squares += h.square().sum(0)

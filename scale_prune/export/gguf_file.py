@@ -32,38 +32,42 @@ class Dialect:
         fused: q, k and v of all heads stand one after another in the fused projection, instead of by head; it has one
             k and v for all in "multi_query" models anyway.
         shift: added to the weights of norms, which transformers adds when it uses them.
-        activation: part of the names of the activation functions that it stands for.
+        activations: the names of the activation function that it computes.
         own_heads: heads together may be wider or narrower than the model.
+        factors: rotary embeddings may be of type "llama3", whose factors are a tensor of the file.
     """
 
     arch: str
     pairs: bool = False
     fused: bool = False
     shift: float = 0.0
-    activation: str = "silu"
+    activations: tuple[str, ...] = ("silu", "swish")
     own_heads: bool = False
+    factors: bool = False
 
+
+GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 DIALECTS = {
-    "llama": Dialect(arch="llama", pairs=True, own_heads=True),
-    "mistral": Dialect(arch="llama", pairs=True, own_heads=True),
-    "arcee": Dialect(arch="arcee", pairs=True, own_heads=True, activation="relu2"),
-    "granite": Dialect(arch="granite", pairs=True, own_heads=True),
+    "llama": Dialect(arch="llama", pairs=True, own_heads=True, factors=True),
+    "mistral": Dialect(arch="llama", pairs=True, own_heads=True, factors=True),
+    "arcee": Dialect(arch="arcee", pairs=True, own_heads=True, factors=True, activations=("relu2",)),
+    "granite": Dialect(arch="granite", pairs=True, own_heads=True, factors=True),
     "smollm3": Dialect(arch="smollm3", pairs=True, own_heads=True),
     "qwen2": Dialect(arch="qwen2"),
     "qwen3": Dialect(arch="qwen3", own_heads=True),
     "olmo2": Dialect(arch="olmo2"),
-    "gemma": Dialect(arch="gemma", shift=1.0, own_heads=True, activation="gelu"),
-    "starcoder2": Dialect(arch="starcoder2", activation="gelu"),
+    "gemma": Dialect(arch="gemma", shift=1.0, own_heads=True, activations=GELU),
+    "starcoder2": Dialect(arch="starcoder2", activations=GELU),
     "stablelm": Dialect(arch="stablelm"),
-    "phi": Dialect(arch="phi2", activation="gelu"),
-    "gpt2": Dialect(arch="gpt2", activation="gelu"),
-    "gpt_bigcode": Dialect(arch="starcoder", fused=True, activation="gelu"),
-    "gpt_neox": Dialect(arch="gptneox", fused=True, activation="gelu"),
+    "phi": Dialect(arch="phi2", activations=GELU),
+    "gpt2": Dialect(arch="gpt2", activations=GELU),
+    "gpt_bigcode": Dialect(arch="starcoder", fused=True, activations=GELU),
+    "gpt_neox": Dialect(arch="gptneox", fused=True, activations=GELU),
 }
 """By model type, the architectures that were tried in llama.cpp."""
 
-PER_LAYER = Dialect(arch="deci", pairs=True, own_heads=True)
+PER_LAYER = Dialect(arch="deci", pairs=True, own_heads=True, factors=True)
 
 
 def dialect_of(config: PretrainedConfig) -> Dialect:
@@ -81,9 +85,11 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
         )
     dialect = DIALECTS[model_type]
     heads = config.num_attention_heads * head_size(config)
-    problems = [short_window(config), unknown_rope(config)]
-    if dialect.activation not in activation_of(config):
-        problems += [f"its activation function is {activation_of(config)}, not {dialect.activation}"]
+    problems = [short_window(config), unknown_rope(config, dialect.factors), unknown_biases(config)]
+    if activation_of(config) not in dialect.activations:
+        problems += [f"its activation function is {activation_of(config)}, not {dialect.activations[0]}"]
+    if config.tie_word_embeddings and dialect.arch == "stablelm":
+        problems += ["its output is its embedding"]
     if heads != config.hidden_size and not dialect.own_heads:
         problems += [f"its heads are {heads} wide together, not {config.hidden_size} like the model"]
     rotary = getattr(config, "no_rope_layers", None) or []  # 1 where a layer has rotary embeddings
@@ -96,6 +102,14 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
     if problem := next(filter(None, problems), ""):
         raise ValueError(f"gguf cannot tell what this {model_type} has: {problem}; every other layout can")
     return dialect
+
+
+def unknown_biases(config: PretrainedConfig) -> str:
+    """Return which biases llama.cpp does not read, or misses, "" where it reads what there is."""
+    model_type, biases = model_type_of(config), getattr(config, "attention_bias", None)
+    if model_type in ("qwen3", "arcee") and (biases or getattr(config, "mlp_bias", False)):
+        return "its projections have biases"
+    return "its attention has no biases" if model_type == "gpt_neox" and biases is False else ""
 
 
 def activation_of(config: PretrainedConfig) -> str:

@@ -133,4 +133,5 @@ class _Orders:
         if by_head and module in ("query_key_value", "c_attn"):
             heads = self.config.num_attention_heads
             tensor = rearrange(tensor, "(head part row) ... -> (part head row) ...", head=heads, part=3)
-        return tensor + dialect.shift if module.endswith("norm") else tensor
+        # In float32, as transformers adds it: bfloat16 has no numbers between 1 and 1.0078.
+        return tensor.float() + dialect.shift if dialect.shift and module.endswith("norm") else tensor

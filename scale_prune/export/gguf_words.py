@@ -59,10 +59,16 @@ def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
     return getattr(config, "rope_parameters", None)
 
 
-def unknown_rope(config: PretrainedConfig) -> str:
-    """Return what there is of rotary embeddings that is not written, "" where all is."""
+def unknown_rope(config: PretrainedConfig, factors: bool) -> str:
+    """Return what there is of rotary embeddings that is not written, "" where all is.
+
+    Args:
+        config: the model's.
+        factors: "llama3" is known, whose factors are a tensor of the file.
+    """
     kind = (rope_of(config) or {}).get("rope_type", "default")
-    return "" if kind in ("default", "linear", "llama3") else f'rotary embeddings of type "{kind}"'
+    known = ("default", "linear", "llama3") if factors else ("default", "linear")
+    return "" if kind in known else f'rotary embeddings of type "{kind}"'
 
 
 def _add_rope(writer: Any, config: PretrainedConfig, rope: dict[str, Any]) -> None:

@@ -80,7 +80,9 @@ def speeds(
             if number >= WARM_UP:
                 measured[name].prefill.append(prefill)
                 measured[name].token.append(token)
-                measured[name].peak_bytes = None if peak is None else peak + measured[name].weight_bytes
+                if peak is not None:
+                    before = measured[name].peak_bytes or 0
+                    measured[name].peak_bytes = max(before, peak + measured[name].weight_bytes)
     return measured
 
 

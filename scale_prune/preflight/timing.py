@@ -15,7 +15,14 @@ import torch
 from scale_prune.criteria import CRITERIA, freezes, observes
 from scale_prune.preflight.job import Job
 from scale_prune.preflight.reading import Reading
-from scale_prune.preflight.round_needs import round_operations, trial_passes, trials
+from scale_prune.preflight.round_needs import (
+    reads,
+    round_operations,
+    trial_passes,
+    trials,
+    tries_repair,
+    whitening_memory,
+)
 from scale_prune.system import markdown_table
 from scale_prune.zero3 import own_device
 
@@ -85,13 +92,15 @@ def _of_a_round(reading: Reading, job: Job, forward: float, both: float, rate: f
     operations = round_operations(job, tokens)
     criterion = CRITERIA[job.pruning.criterion]
     micro_batches = job.calibration_steps * job.accumulation
+    whitens = bool(whitening_memory(job))
+    a_reading = (both if "output_grad" in criterion.needs else forward) * (reads(job) or whitens)
     passes = {
-        "calibration, passes": micro_batches * (both if "output_grad" in criterion.needs else forward),
+        "calibration, passes": micro_batches * (a_reading + 2 * forward * tries_repair(job)),
         "gradients, passes": micro_batches * both * observes(job.pruning, trains=job.trains),
         "budget, passes": trials(job) * trial_passes(job, tokens) * forward / max(job.removals, 1),
     }
     every = {part: passes.get(part, count / rate) for part, count in operations.items()}
-    what = f"{job.removals} rounds" if job.pruning.rounds else "repair"
+    what = f"{job.removals} rounds" if job.pruning.rounds else "factors" if whitens else "repair"
     return {f"{what}, {part}": job.removals * spent for part, spent in every.items() if spent}
 
 

@@ -37,6 +37,13 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes have left of a file that only one at a time writes."""
+    for left in path.parent.iterdir():
+        if re.fullmatch(rf"{re.escape(path.name)}\.partial-[0-9a-f]{{8}}", left.name):
+            left.unlink(missing_ok=True)
+
+
 def check_new(folder: Path, asked: str = "") -> None:
     """Refuse a folder whose name a finished result cannot take.
 
