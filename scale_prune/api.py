@@ -110,8 +110,9 @@ def _check_in_a_loop(config: PruningConfig) -> None:
     Raises:
         ValueError: the settings ask for it.
     """
-    rounds = config.rounds
-    if rounds != 0 or config.repair not in (None, "none") or config.budget in ("redundancy", "measured", "search"):
+    rounds, needs = config.rounds, CRITERIA[config.criterion].needs
+    calibrates = "gram" in needs or config.budget in ("redundancy", "measured", "search")
+    if calibrates or rounds != 0 or config.repair not in (None, "none"):
         raise ValueError(
             f"criterion {config.criterion}, rounds {rounds}, repair {config.repair}, budget "
             f"{config.budget}: rounds, repairs and redundancy belong to launch/prune.py, which has text to calibrate "

@@ -19,7 +19,7 @@ from outcomes import outcome_of
 from torch import Tensor
 
 from scale_prune import Criterion, Family, PruningConfig, ShardView, State, register_criterion, register_family
-from scale_prune.commands import analyze, evaluate, sweep
+from scale_prune.commands import analyze, evaluate, prune, sweep
 from scale_prune.criteria import CRITERIA
 from scale_prune.criteria.registry import criterion_in
 from scale_prune.models import unit_groups
@@ -86,6 +86,19 @@ class Sum(Criterion):
 
 def like(**attributes: Any) -> Any:
     return type("Mine", (Sum,), attributes)
+
+
+@pytest.mark.parametrize("command", [prune, evaluate, analyze], ids=lambda command: command.__name__.split(".")[-1])
+def test_one_of_many_processes_that_does_not_know_which_is_no_run_of_its_own(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.chdir(tmp_path)
+    code, stderr = outcome_of(command.main, "--model", tmp_path)
+    assert code == 2
+    assert "16 processes were started (SLURM_STEP_NUM_TASKS), but none knows which it is" in stderr
+    assert not list(tmp_path.iterdir())
 
 
 REFUSED: list[tuple[str, Any, str]] = [

@@ -50,6 +50,7 @@ def test_the_example_prunes_half_of_the_neurons(tmp_path: Path) -> None:
     [
         ({"budget": "log", "scope": "global"}, "says what each layer loses, --scope global lets scores say it"),
         ({"rounds": 2}, "belong to launch/prune.py"),
+        ({"criterion": "kfac", "rounds": 0}, "a criterion that needs no Gram matrix"),
         ({"max_parameters": 9}, "max_parameters: only launch/prune.py knows"),
     ],
     ids=str,
@@ -57,7 +58,7 @@ def test_the_example_prunes_half_of_the_neurons(tmp_path: Path) -> None:
 def test_what_a_loop_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
     engine = SimpleNamespace(zero_optimization_stage=lambda: 3)
     with pytest.raises(ValueError, match=message):
-        scale_prune.attach(engine, scale_prune.PruningConfig(criterion="magnitude", **settings), total_steps=9)
+        scale_prune.attach(engine, scale_prune.PruningConfig(**{"criterion": "magnitude"} | settings), total_steps=9)
 
 
 def test_a_ds_config_that_is_harmful_is_refused_in_a_loop_too(tmp_path: Path) -> None:

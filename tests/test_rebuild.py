@@ -256,6 +256,20 @@ def rates_of(path: Path, scheduler: Any) -> dict[str, list[float]]:
     return rates
 
 
+def without_its_scheduler(path: Path) -> None:
+    """Compact with an engine that lacks the scheduler of the one before."""
+    config = ds_config()
+    config.pop("scheduler", None)
+    model = load_model(str(path), config)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=config, lr_scheduler=linear
+    )
+    pruner = attach(engine, pruning("magnitude"), total_steps=STEPS)
+    train(engine, pruner, BLOCKS, STEPS)
+    with pytest.raises(ValueError, match="1 groups of parameters and no scheduler, the one before had 1 and a: let"):
+        compact(pruner, partial(training_engine, ds_config=config))
+
+
 def refused_optimizer(path: Path) -> dict[str, Tensor]:
     """Return what the model computes before and after a compaction that is refused, and that it trains on."""
     config = ds_config(zero_allow_untested_optimizer=True)
@@ -311,6 +325,7 @@ def after_evaluation(path: Path) -> dict[str, Tensor]:
 
 def of_own_loops(path: Path) -> dict[str, Any]:
     bf16: dict[str, Any] = {"bf16": {"enabled": True}}
+    without_its_scheduler(path)
     return {
         "rates": {scheduler.__name__: rates_of(path, scheduler) for scheduler in (linear, milestones, sequence)},
         "refused": refused_optimizer(path),

@@ -24,7 +24,7 @@ from scale_prune.inspection import (
 )
 from scale_prune.inspection.analysis_tables import as_table
 from scale_prune.system import check_new, check_writable, complete_or_absent, json_text
-from scale_prune.zero3 import Runtime, joined, launched_as
+from scale_prune.zero3 import Runtime, check_launcher, joined, launched_as
 
 DESCRIPTION = "Measure how sensitive the loss is to each MLP neuron of a model, and how much neurons repeat each other."
 KEPT = "kept.json"
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, settings_where("commands", "analyze"), DESCRIPTION, add_own)
+        check_launcher()
         load_plugins(config.training.plugin)
         folder = Path(own.output_dir)
         check_new(folder, f"--output_dir {folder}")

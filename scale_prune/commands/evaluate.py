@@ -21,7 +21,16 @@ from scale_prune.inspection import GgufModel, add_models, harness, is_gguf, posi
 from scale_prune.models import positions_of
 from scale_prune.system import check_writable, json_text, markdown_table, versions, write_atomically
 from scale_prune.tasks import make_task
-from scale_prune.zero3 import Runtime, inference_engine, joined, launched_as, load_model, precision, release
+from scale_prune.zero3 import (
+    Runtime,
+    check_launcher,
+    inference_engine,
+    joined,
+    launched_as,
+    load_model,
+    precision,
+    release,
+)
 
 DESCRIPTION = "Measure how good models are at a task on validation data, and how fast they generate."
 SPEED = {
@@ -46,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     with user_errors(rank):
         with redirect_stdout(None if rank else sys.stdout):
             config, explicit, own = parse_some(argv, settings_where("commands", "evaluate"), DESCRIPTION, add_own)
+        check_launcher()
         load_plugins(config.training.plugin)
         _check_output(own)
         _check_gguf(own, config)

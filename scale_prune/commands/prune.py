@@ -13,7 +13,7 @@ from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins
 from scale_prune.criteria import AUTO, CRITERIA, check_uniqueness
 from scale_prune.preflight import check_output, check_same, dry_run, fill_in, goes_on, is_complete, read_inputs
 from scale_prune.run import embedded_default, prune
-from scale_prune.zero3 import joined, launched_as
+from scale_prune.zero3 import check_launcher, joined, launched_as
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
             raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))
         with redirect_stdout(None if rank else sys.stdout):  # --help once, not once a rank
             config, explicit = parse(argv, criteria=(AUTO, *CRITERIA))
+        check_launcher()
         fill_in(config)
         load(config.training.ds_config)
         check_output(config)

@@ -47,6 +47,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (True,),
         "gradients are read before a step, which alone knows then that it is one; remove the key",
     ),
+    "zero_optimization.cpu_offload": (
+        (False,),
+        'it is the old name of "offload_optimizer"; give {"device": "cpu"} there',
+    ),
+    "zero_optimization.cpu_offload_param": (
+        (False,),
+        'it is the old name of "offload_param"; give {"device": "cpu"} there',
+    ),
     "zero_optimization.zenflow": ((), "it updates weights between steps, past the masks; remove the section"),
     "zero_optimization.offload_optimizer.device": (
         ("none", "cpu"),

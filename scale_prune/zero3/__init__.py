@@ -6,7 +6,7 @@ from scale_prune.zero3.frozen import FrozenEngine
 from scale_prune.zero3.loading import load_model
 from scale_prune.zero3.prepare import prepare_units
 from scale_prune.zero3.randomness import random_state, set_random_state
-from scale_prune.zero3.ranks import give_back, joined, launched_as, own_device
+from scale_prune.zero3.ranks import check_launcher, give_back, joined, launched_as, own_device
 from scale_prune.zero3.rebuild import compact_engine, reading, release
 from scale_prune.zero3.repair import repair_weights, tried
 from scale_prune.zero3.runtime import Runtime, inference_engine, precision, training_engine

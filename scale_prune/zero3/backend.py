@@ -68,13 +68,18 @@ class Zero3Backend(Collectives):
         trains: whether the engine has an optimizer.
 
     Raises:
-        ValueError: the engine's stage is not 3.
+        ValueError: the engine's stage is not 3, or its parameters are not sharded over all ranks.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         if engine.zero_optimization_stage() != 3:
             raise ValueError(
                 f"the engine runs ZeRO stage {engine.zero_optimization_stage()}; scale_prune needs stage 3"
+            )
+        if getattr(engine, "mpu", None) is not None:
+            raise ValueError(
+                "the engine was given an `mpu`, by which ranks share sequences or tensors; scale_prune needs shards "
+                "over all ranks, and every rank to read rows of its own"
             )
         super().__init__()
         self.engine = engine

@@ -88,10 +88,19 @@ def restore(backend: Zero3Backend, facts: Mapping[str, Any], read: Callable[[str
         backend: the engine, with the optimizer and scheduler of the other one.
         facts: of `facts_of`, perhaps out of a file that anybody has written; names that it should not have are ignored.
         read: (kind, name, start, count) -> the (count,) values.
+
+    Raises:
+        ValueError: optimizer or scheduler are of another kind.
     """
     if not backend.trains:  # what it knows is the pruner's
         return
-    engine = backend.engine
+    engine, found, before = backend.engine, len(_groups(backend)), len(facts["options"])
+    if found != before or (facts["scheduler"] is not None and engine.lr_scheduler is None):
+        schedulers = ["a" if each is not None else "no" for each in (engine.lr_scheduler, facts["scheduler"])]
+        raise ValueError(
+            f"the new engine has {found} groups of parameters and {schedulers[0]} scheduler, the one before had "
+            f"{before} and {schedulers[1]}: let make_engine build the same anew, around the parameters as they are then"
+        )
     _make_state(backend, facts)
     for name in trained(backend):
         shard = Shard(backend.parameters[name])

@@ -81,6 +81,9 @@ def _in_shards(path: str, config: PretrainedConfig, **options: Any) -> tuple[Pre
 @contextmanager
 def _slices_read_by_their_ranks() -> Iterator[None]:
     """Let every rank read its own slices, where transformers has rank 0 read all and send it parameter by parameter."""
+    if not all(hasattr(modeling_utils, name) for name in ("load_state_dict", "_load_state_dict_into_zero3_model")):
+        yield  # of a version that calls them otherwise
+        return
     list_tensors, send_whole = modeling_utils.load_state_dict, modeling_utils._load_state_dict_into_zero3_model
     stored: dict[str, Stored] = {}
 

@@ -14,11 +14,27 @@ from scale_prune.system import LOST_CONTACT
 from scale_prune.zero3.runtime import Runtime, is_lost_contact, remove_shared_memory
 
 COLLECTIVE_TIMEOUT = 1800.0
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""What mpirun and srun say of how many processes they have started."""
 
 
 def launched_as() -> tuple[int, int]:
     """Return this process's rank and the number of ranks, as the launcher says; a process by itself is 0 of 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launcher() -> None:
+    """Refuse to be one of several processes that were not told which: each would be a run of its own.
+
+    Raises:
+        ValueError: it is.
+    """
+    several = [name for name in SIZES if int(os.environ.get(name, "1")) > 1]
+    if "RANK" not in os.environ and several:
+        raise ValueError(
+            f"{os.environ[several[0]]} processes were started ({several[0]}), but none knows which it is, by RANK, "
+            "LOCAL_RANK and WORLD_SIZE; start one launcher a node, deepspeed or torchrun, as launch/slurm.sbatch does"
+        )
 
 
 def own_device() -> tuple[torch.device, int]:
