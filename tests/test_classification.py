@@ -124,6 +124,8 @@ def test_a_pruned_classifier_is_measured_as_anyone_can(
     settles = criterion in ("flop", "neuron_l0")  # then what remains is trained on after compaction
     stages = {"dense", "masked", "compacted", "exported"} | ({"recovered"} if settles else set())
     assert set(found) == stages | ({"factorized"} if criterion == "flop" else set())
+    first = report["history"][0]
+    assert (first["stage"], first["remaining"]) == ("dense", 1.0)
     assert found["compacted"] == pytest.approx({name: found["masked"][name] for name in found["compacted"]}, rel=1e-4)
     trained = found["recovered"] if settles else found["masked"]
     assert found["exported"] == pytest.approx(trained, rel=1e-4)

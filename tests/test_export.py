@@ -441,6 +441,19 @@ def test_the_code_of_a_local_folder_comes_along_where_nothing_takes_its_place(tm
     torch.testing.assert_close(logits(again, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
 
 
+def test_code_in_the_folder_of_a_base_never_takes_the_place_of_ours(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    for name in (MODELING_FILE.name, "train.py"):
+        (tmp_path / "base" / name).write_text("raise SystemExit")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    groups = unit_groups(model)
+    groups = compact_model(model, groups, random_keep(groups, WIDTHS["per_layer"]))
+    for layout in ("per_layer", "pad", "nemotron_nas"):
+        folder = export(tmp_path / layout, model, groups, layout)
+        assert "SystemExit" not in "".join(path.read_text() for path in folder.glob("*.py"))
+        assert len(list(folder.glob("*.py"))) == (layout != "pad")
+
+
 def test_a_per_layer_model_can_be_pruned_again_to_a_plain_one(tmp_path: Path) -> None:
     model, groups, _ = compacted("llama", "per_layer")
     first = export(tmp_path / "first", model, groups, "per_layer")

@@ -243,11 +243,12 @@ def test_an_interrupted_sweep_goes_on_with_what_is_missing(
     assert report_of(folder / "seed_0")["launched"] == str(ROOT / "scale_prune" / "commands" / "__main__.py")
 
 
-# As DeepSpeed's: whoever tells it to end has its ranks killed soon after.
+# As DeepSpeed's and torch's: whoever tells it to end has its ranks killed soon after.
 IMPATIENT = """
 import os, signal, subprocess, sys
 
-rank = subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | {"LOCAL_RANK": "0"})
+own = sys.argv.pop(1) == "own"  # as torch's, which gives ranks sessions of their own
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | {"LOCAL_RANK": "0"}, start_new_session=own)
 
 def kill(*_):
     rank.kill()
@@ -258,9 +259,10 @@ sys.exit(rank.wait())
 """
 
 
-def test_a_run_saves_itself_though_its_launcher_would_not_wait(sweep: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", ["shared", "own"])
+def test_a_run_saves_itself_though_its_launcher_would_not_wait(session: str, sweep: list[str], tmp_path: Path) -> None:
     (tmp_path / "impatient.py").write_text(IMPATIENT)
-    launcher = f"{sys.executable} {tmp_path / 'impatient.py'} {tmp_path / 'stand_in.py'}"
+    launcher = f"{sys.executable} {tmp_path / 'impatient.py'} {session} {tmp_path / 'stand_in.py'}"
     process = start([sweep[0], "--launcher", launcher])
     wait_until(lambda: (tmp_path / "sweep" / "seed_1" / "recipe.yaml").exists())
     process.send_signal(signal.SIGTERM)

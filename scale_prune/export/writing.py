@@ -139,6 +139,6 @@ class Export:
 
 def _own_code(config: PretrainedConfig) -> list[Path]:
     """Return the modules of the local folder that a config comes from, where it names code that is not ours."""
-    names = "" if code_of(config) is not None else str(getattr(config, "auto_map", None) or "--")
-    source = config.name_or_path
-    return sorted(Path(source).glob("*.py")) if source and "--" not in names and Path(source).is_dir() else []
+    named, source = str(getattr(config, "auto_map", None) or ""), config.name_or_path
+    theirs = named and "--" not in named and code_of(config) is None
+    return sorted(Path(source).glob("*.py")) if theirs and source and Path(source).is_dir() else []

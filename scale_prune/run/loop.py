@@ -21,7 +21,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
     pruning = not run.student.finished  # afterwards the masked units are gone
     stages = {run.last_step} | ({pruner.schedule.removal_steps[-1]} if pruning else set())  # measured anyway
     engine.train()
-    steps_before, tokens_before = len(progress.step_seconds), progress.tokens
+    seconds_before, tokens_before = progress.stepping, progress.tokens
     for step in range(progress.step + 1, last + 1):
         batch = next(steps)
         step_begun, own_loss = time.monotonic(), 0.0
@@ -42,7 +42,7 @@ def train(run: Run, steps: Iterator[Step], last: int) -> None:
         if pruning:
             progress.count_received(run.student.backend.received)
         progress.count_step(batch.tokens, time.monotonic() - step_begun)
-        rate = (progress.tokens - tokens_before) / sum(progress.step_seconds[steps_before:])
+        rate = (progress.tokens - tokens_before) / (progress.stepping - seconds_before)
         run.monitor.progress(step, loss=mean_loss, remaining=pruner.remaining, tokens_per_second=rate)
         if step % output.log_every == 0 or step == last:
             log(run, loss=mean_loss, tokens_per_second=rate)

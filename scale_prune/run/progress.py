@@ -15,6 +15,7 @@ class Progress:
         step: optimizer steps made, recovery included.
         tokens: tokens learned from, over all ranks, without padding.
         step_seconds: wall-clock seconds of each step.
+        stepping: of all steps that this process has made.
         resumed_at: steps after which the run has gone on from a checkpoint.
         seconds: wall-clock seconds by part of the work.
         history: of each evaluation of the student the step, the stage, what was measured, and what remained.
@@ -28,6 +29,7 @@ class Progress:
         self.step = 0
         self.tokens = 0
         self.step_seconds: list[float] = []
+        self.stepping = 0.0
         self.resumed_at: list[int] = []
         self.seconds = Seconds()
         self.received: Counter[str] = Counter()
@@ -52,6 +54,7 @@ class Progress:
         self.step += 1
         self.tokens += tokens
         self.step_seconds.append(seconds)
+        self.stepping += seconds
 
     def count_received(self, received: Mapping[str, int]) -> None:
         """Take note of what a step that prunes has received."""

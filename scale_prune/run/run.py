@@ -65,12 +65,13 @@ class Run:
 
     def measure(self, stage: str | None = None) -> None:
         """Measure the student on the validation data, under its engine as it is. A collective."""
-        self.note(self.quality.measure(self.student.engine, self.progress.step, stage), stage)
+        measured = self.quality.measure(self.student.engine, self.progress.step, stage)
+        self.note(measured, stage, self.student.pruner.remaining)
 
-    def note(self, measured: Measured, stage: str | None) -> None:
+    def note(self, measured: Measured, stage: str | None, remaining: float) -> None:
         """Add what was measured to the history."""
         told: dict[str, Any] = {"step": self.progress.step, "stage": stage, "perplexity": measured.perplexity}
-        told |= {"metrics": measured.metrics, "remaining": self.student.pruner.remaining}
+        told |= {"metrics": measured.metrics, "remaining": remaining}
         self.progress.history.append(told)
 
 

@@ -54,7 +54,7 @@ def _measure_start(run: Run) -> None:
         run.measure("dense")
         return
     run.quality.keep(dense, run.progress.step, "dense")
-    run.note(dense, "dense")
+    run.note(dense, "dense", 1.0)
     run.measure("factorized")
 
 

@@ -22,6 +22,8 @@ PROGRAM = Path(__file__).resolve().parents[1] / "commands" / "__main__.py"
 """A file, not a module's name: each launcher has another flag for modules."""
 
 LOCK = ".sweep.lock"
+PATIENCE = 3600.0
+"""Seconds that ranks have to save themselves before their launcher is told, which kills what hangs."""
 
 
 def run_all(cells: Sequence[Cell], launcher: Sequence[str]) -> int:
@@ -100,20 +102,42 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Tell what is left of a process group to end, and wait: launchers may end before the ranks have saved.
+    """Tell what is left of a run to end, and wait: launchers may end before the ranks have saved.
 
-    The ranks are told first, and alone: DeepSpeed's launcher kills them 30 seconds after it is told itself.
+    The ranks are told first, and alone: DeepSpeed's and torch's launchers kill them 30 seconds after they are told.
     """
-    ranks = set(filter(_is_rank, _group(process.pid)))
-    for each in ranks or {-process.pid}:
+    ranks, patience = set(filter(_is_rank, _processes_of(process.pid))), time.monotonic() + PATIENCE
+    for rank in ranks:
         with suppress(ProcessLookupError):  # it may end at this moment
-            os.kill(each, signal.SIGTERM)
-    while ranks.intersection(_group(process.pid)):
+            os.kill(rank, signal.SIGTERM)
+    while ranks & _living().keys() and time.monotonic() < patience:
         time.sleep(0.2)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    while process.poll() is None or _group(process.pid):
+    while process.poll() is None or _processes_of(process.pid):
         time.sleep(0.2)
+
+
+def _processes_of(leader: int) -> set[int]:
+    """Return the living processes of a group, and all that come from them: torch gives ranks groups of their own."""
+    living = _living()
+    found = {process for process, (_, group) in living.items() if group == leader}
+    while more := {process for process, (parent, _) in living.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _living() -> dict[int, tuple[int, int]]:
+    """Return parent and group of all processes but the dead that nobody has asked after."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, group = path.read_text().rsplit(")", 1)[1].split()[:3]
+        except OSError:
+            continue
+        if state not in "ZX":
+            found[int(path.parent.name)] = int(parent), int(group)
+    return found
 
 
 def _is_rank(process: int) -> bool:
@@ -122,19 +146,6 @@ def _is_rank(process: int) -> bool:
         return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{process}/environ").read_bytes()
     except OSError:  # it has ended
         return False
-
-
-def _group(group: int) -> list[int]:
-    """Return the living processes of a group; the dead that nobody has asked after do not count."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, of_group = path.read_text().rsplit(")", 1)[1].split()[:3]
-        except OSError:
-            continue
-        if int(of_group) == group and state not in "ZX":
-            found.append(int(path.parent.name))
-    return found
 
 
 def time_left(cells: Sequence[Cell], left: Sequence[Cell]) -> str:

@@ -55,11 +55,6 @@ class Labeled:
     padding: int
     dropped: int
 
-    @property
-    def last_token(self) -> int:
-        """The largest number of a token, that of the filling included."""
-        return max(self.padding, int(self.texts.joined().max()))
-
     def fingerprint(self) -> str:
         """Return a hash of all tokens, of where they are cut, and of the labels."""
         found = hashlib.sha256()
@@ -96,7 +91,7 @@ class Classification(Task):
             self.data = {
                 split: prepare(inputs.config, text, inputs.tokenizer, self.labels) for split, text in texts.items()
             }
-        check_tokens({split: each.last_token for split, each in self.data.items()}, inputs)
+        check_tokens({split: int(each.texts.joined().max()) for split, each in self.data.items()}, inputs)
         self.fingerprints = {split: each.fingerprint() for split, each in self.data.items()}
         self.dropped = {split: each.dropped for split, each in self.data.items()}
         config = copy.deepcopy(inputs.model_config)

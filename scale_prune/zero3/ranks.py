@@ -33,7 +33,8 @@ def check_launcher() -> None:
     if "RANK" not in os.environ and several:
         raise ValueError(
             f"{os.environ[several[0]]} processes were started ({several[0]}), but none knows which it is, by RANK, "
-            "LOCAL_RANK and WORLD_SIZE; start one launcher a node, deepspeed or torchrun, as launch/slurm.sbatch does"
+            "LOCAL_RANK and WORLD_SIZE; start one launcher a node, deepspeed or torchrun, as launch/slurm.sbatch does, "
+            f"or unset {several[0]} where each is to be a run of its own"
         )
 
 
