@@ -12,6 +12,7 @@ from scale_prune.criteria.registry import (
     freezes,
     observes,
     register_criterion,
+    repairs_masks,
     schedule_of,
     unused,
     with_defaults,

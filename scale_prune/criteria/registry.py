@@ -144,6 +144,11 @@ def freezes(config: PruningConfig) -> bool:
     return CRITERIA[config.criterion].freezes and config.remaining < 1
 
 
+def repairs_masks(config: PruningConfig) -> bool:
+    """Tell whether masks are repaired at their end, if the calibration text has less loss so."""
+    return config.repair not in (None, "none") and not config.rounds and not freezes(config)
+
+
 def observes(config: PruningConfig, *, trains: bool) -> bool:
     """Tell whether a criterion takes gradients of the calibration text, which no step follows.
 

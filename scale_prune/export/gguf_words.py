@@ -50,13 +50,13 @@ def add_words(writer: Any, stored: Stored, widths: list[int]) -> None:
     for name, called in SCALES.items():
         if hasattr(config, name):
             getattr(writer, f"add_{called}")(getattr(config, name))
-    if (rope := rope_of(config)) is not None:
+    if rope := rope_of(config):
         _add_rope(writer, config, rope)
 
 
-def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return what the config says of rotary embeddings, None where the model has none."""
-    return getattr(config, "rope_parameters", None)
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what the config says of rotary embeddings, nothing where the model has none."""
+    return getattr(config, "rope_parameters", None) or {}
 
 
 def unknown_rope(config: PretrainedConfig, factors: bool) -> str:
@@ -66,7 +66,7 @@ def unknown_rope(config: PretrainedConfig, factors: bool) -> str:
         config: the model's.
         factors: "llama3" is known, whose factors are a tensor of the file.
     """
-    kind = (rope_of(config) or {}).get("rope_type", "default")
+    kind = rope_of(config).get("rope_type", "default")
     known = ("default", "linear", "llama3") if factors else ("default", "linear")
     return "" if kind in known else f'rotary embeddings of type "{kind}"'
 
@@ -82,7 +82,7 @@ def _add_rope(writer: Any, config: PretrainedConfig, rope: dict[str, Any]) -> No
 def rope_factors(config: PretrainedConfig) -> Tensor | None:
     """Return (head size / 2,) by which "llama3" divides the frequencies, None for other rotary embeddings."""
     rope = rope_of(config)
-    if rope is None or rope.get("rope_type") != "llama3":
+    if rope.get("rope_type") != "llama3":
         return None
     size = head_size(config)
     plain = rope["rope_theta"] ** -(torch.arange(0, size, 2) / size)

@@ -8,7 +8,7 @@ from math import prod
 
 from scale_prune.core.level_table import TRIAL_TOKENS, num_trials
 from scale_prune.core.repair import WIDEST_IN_DOUBLE
-from scale_prune.criteria import CRITERIA, freezes, observes
+from scale_prune.criteria import CRITERIA, observes, repairs_masks
 from scale_prune.criteria.base import members_of_shares
 from scale_prune.preflight.job import FP32, Job
 from scale_prune.pruning import ROWS_AT_ONCE
@@ -39,9 +39,8 @@ def solves(job: Job) -> bool:
 
 
 def tries_repair(job: Job) -> bool:
-    """Tell whether a repair at the end of masks is taken only where the calibration text has less loss with it."""
-    repairs = job.pruning.repair not in (None, "none")
-    return job.removals > 0 and repairs and not job.pruning.rounds and not freezes(job.pruning)
+    """Tell whether a repair at the end of masks is tried."""
+    return job.removals > 0 and repairs_masks(job.pruning)
 
 
 def round_memory(job: Job) -> dict[str, int]:

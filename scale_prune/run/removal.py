@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scale_prune.core import remaining_fraction
 from scale_prune.core.level_table import LevelTable
-from scale_prune.criteria import freezes, observes
+from scale_prune.criteria import observes, repairs_masks
 from scale_prune.preflight import read_table
 from scale_prune.pruning import Calibration, choose, take_calibration, takeovers_of
 from scale_prune.pruning.calibration import portions_of, side_by_side
@@ -85,7 +85,7 @@ def _choose_and_repair(run: Run, step: int) -> int:
         choose(pruner, step)
     if repairs and not chooses:
         write_working_copy(student.backend)  # what the masks hide is to be seen, and taken over
-    if repairs and not chooses and not freezes(pruning):
+    if repairs_masks(pruning):
         _repair_if_better(run, portions)
     elif repairs:
         if len(portions) > 1:
