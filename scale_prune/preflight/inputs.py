@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig
 
 from scale_prune.config import (
     CLASSIFICATION,
@@ -25,14 +22,13 @@ from scale_prune.config import (
 )
 from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, load_text, with_templates
-from scale_prune.export import AUTO, check_width_key, resolve_layout
-from scale_prune.models import FACTOR_WORDS, FAMILIES, auto_model, classifies, positions_of
-from scale_prune.preflight.budgets import afforded, read_table, sizes_of
-from scale_prune.preflight.layout import check_layout_of, settle_heads, settle_layout
-from scale_prune.preflight.output import finds_checkpoint
+from scale_prune.export import AUTO, resolve_layout
+from scale_prune.models import FAMILIES, classifies, positions_of
+from scale_prune.preflight.groups import check_groups
+from scale_prune.preflight.layout import check_layout_of
+from scale_prune.preflight.named_models import built, check_weights, read, read_config
 from scale_prune.preflight.reading import Reading
-from scale_prune.preflight.rounds import check_calibration, check_repair, reads_text, settle_rounds, solves
-from scale_prune.pruning import check_min_kept, check_reachable, removes_components, sketch_units
+from scale_prune.preflight.rounds import check_calibration, reads_text, settle_rounds, solves
 from scale_prune.zero3 import ds_check
 
 
@@ -72,7 +68,7 @@ def _fill_in(reading: Reading) -> None:
 def _read_model_config(reading: Reading) -> None:
     training = reading.config.training
     if reading.model_config is None:  # a dry run knows that of the embedded model already
-        found = _read_config(training.model, training.trust_remote_code)
+        found = read_config(training.model, training.trust_remote_code)
         if reading.needs_groups:
             _refuse_composite(found, training)
         reading.model_config = found
@@ -112,7 +108,7 @@ def _check_task(reading: Reading) -> None:
 def _read_tokenizer(reading: Reading) -> None:
     training = reading.config.training
     if training.model is not None:
-        reading.tokenizer = _read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code)
+        reading.tokenizer = read("tokenizer", training.model, AutoTokenizer, training.trust_remote_code)
 
 
 def _settle_bos(reading: Reading) -> None:
@@ -142,52 +138,22 @@ def _check_other(reading: Reading, flag: str, name: str | None) -> None:
     if name is None or reading.model_config is None or reading.tokenizer is None:
         return
     size = reading.model_config.vocab_size
-    config = _read_config(name, trusted, flag=flag)
+    config = read_config(name, trusted, flag=flag)
     others = config.get_text_config().vocab_size
     if others != size:
         raise ValueError(
             f"--{flag} {name} predicts {others} tokens, --model {model} {size}; "
             f"a {flag} needs the model's own vocabulary"
         )
-    tokenizer = _read("tokenizer", name, AutoTokenizer, trusted, flag=flag)
+    tokenizer = read("tokenizer", name, AutoTokenizer, trusted, flag=flag)
     if tokenizer.get_vocab() != reading.tokenizer.get_vocab():
         raise ValueError(
             f"--{flag} {name} has other tokens than --model {model}, though as many; "
             f"a {flag} needs the model's own vocabulary"
         )
     _check_block(reading.config, f"--{flag} {name}", config)
-    _built(config, name, trusted, flag=flag)
+    built(config, name, trusted, flag=flag)
     check_weights(Path(name), flag=flag)
-
-
-def _check_groups(reading: Reading) -> None:
-    if reading.model_config is None:
-        return
-    training = reading.config.training
-    model = _built(reading.model_config, training.model, training.trust_remote_code)
-    dropped = getattr(reading.model_config, "layerdrop", 0)
-    if reading.needs_groups and dropped and reading.world_size > 1:
-        raise ValueError(
-            f"--model {training.model} drops layers by chance (layerdrop {dropped:g}), other ones on "
-            'every rank, whose gathers of parameters then do not fit together; set "layerdrop": 0 in its config.json'
-        )
-    if reading.needs_groups:
-        settle_layout(reading, model)
-        sizes = sizes_of(model)
-        reading.groups = sketch_units(model, reading.config.pruning)
-        pruning = afforded(reading.config.pruning, reading.explicit, sizes, reading.groups)
-        reading.config = replace(reading.config, pruning=pruning)
-        settle_heads(reading)
-        if pruning.table is not None and pruning.budget in ("measured", "search"):
-            read_table(pruning.table, reading.groups)
-        if empty := [group for group in reading.groups if not group.num_units]:
-            raise ValueError(f"--model {training.model} has 0 neurons in {empty[0].name}; give another one")
-        if not finds_checkpoint(reading.config):  # of a version that did not refuse it
-            check_reachable(reading.groups, pruning)
-        check_min_kept(reading.groups, pruning)
-        if not removes_components(reading.config.pruning):
-            check_width_key(model)
-            check_repair(model, reading.groups, reading.config.pruning)
 
 
 def _read_ds_config(reading: Reading) -> None:
@@ -250,7 +216,7 @@ CHECKS: tuple[Callable[[Reading], None], ...] = (
     _check_teacher,
     _check_reference,
     check_layout_of,
-    _check_groups,
+    check_groups,
     _read_ds_config,
     _check_own_block,
     _check_calibration,
@@ -289,70 +255,3 @@ def unused_settings(config: Config) -> str:
     found = unused(config.pruning) | {name: flat[name] for name in names if flat[name] != defaults[name]}
     listed = ", ".join(f"--{name} {value}" for name, value in found.items())
     return f"nothing uses {listed} in this run, of --criterion {config.pruning.criterion}" if listed else ""
-
-
-def _built(model_config: PretrainedConfig, name: str | None, trusted: bool, *, flag: str = "model") -> PreTrainedModel:
-    """Return a model without weights.
-
-    Raises:
-        ValueError: it is built by code of its own, which the user does not trust, or cannot be built.
-    """
-    values = model_config.to_dict()
-    own = {"per_layer_config": "layers of different widths", **dict.fromkeys(FACTOR_WORDS, "factorized weights")}
-    for key, what in own.items():
-        if values.get(key) and not trusted:
-            raise ValueError(
-                f"--{flag} {name} has {what}, which the modeling file in that folder builds; "
-                "give --trust_remote_code to run that file"
-            )
-    try:
-        with torch.device("meta"):
-            model = auto_model(model_config).from_config(model_config, trust_remote_code=trusted)
-    except Exception as error:  # whatever an architecture raises at values it cannot be built with
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise ValueError(f"--{flag} {name}: no model can be built from its config: {reason}") from error
-    return model
-
-
-def check_weights(folder: Path, *, flag: str = "model") -> None:
-    """See that the files with a local model's weights are whole; what a hub has is found out when it is loaded.
-
-    Raises:
-        ValueError: one of them is damaged.
-    """
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"--{flag} {folder}: its weights cannot be read: {path.name} is damaged, {error}"
-            ) from error
-
-
-def _read_config(name: str | None, trusted: bool, *, flag: str = "model") -> PretrainedConfig:
-    """Read a model's config.
-
-    Raises:
-        ValueError: it cannot be read, or its weights are quantized.
-    """
-    config: PretrainedConfig = _read("model", name, AutoConfig, trusted, flag=flag)
-    values = config.to_dict()
-    parts = [values, *(part for part in values.values() if isinstance(part, dict))]  # of a composite config one may be
-    if quantized := next(filter(None, (part.get("quantization_config") for part in parts)), None):
-        raise ValueError(
-            f"--{flag} {name} has weights quantized by {quantized.get('quant_method', 'some method')}, which can be "
-            "neither trained nor sharded by ZeRO-3; give the 16-bit model that they were made from"
-        )
-    return config
-
-
-def _read(what: str, name: str | None, kind: Any, trusted: bool, *, flag: str = "model") -> Any:
-    assert name is not None
-    try:
-        return kind.from_pretrained(name, trust_remote_code=trusted)
-    except Exception as error:  # a broken file raises whatever its content comes to
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"--{flag} {name}: its {what} cannot be read, neither as a folder nor as a hub name: {reason}"
-        ) from error
