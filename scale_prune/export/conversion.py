@@ -16,7 +16,6 @@ from scale_prune.export.stored import Stored
 from scale_prune.export.writing import Export
 from scale_prune.models import family_of
 from scale_prune.system import check_new, whole_or_absent
-from scale_prune.system.folders import remove_unfinished
 from scale_prune.system.tensor_files import TensorFiles
 
 FORMS = (AUTO, *LAYOUTS, GGUF)
@@ -130,8 +129,7 @@ def convert(
         if destination.exists() and not replace:
             raise ValueError(f"{destination} exists already; give the name of a new file")
         destination.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(destination)
-        with whole_or_absent(destination) as partial:
+        with whole_or_absent(destination, alone=True) as partial:
             return write_gguf(stored, partial, dtype)
     card = stored.folder / "README.md"
     export = Export(

@@ -26,8 +26,16 @@ def is_set_aside(name: str, before: str = "") -> bool:
 
 
 @contextmanager
-def whole_or_absent(path: Path) -> Iterator[Path]:
-    """Give a file to write that takes the place of `path` on success and is gone on failure."""
+def whole_or_absent(path: Path, *, alone: bool = False) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` on success and is gone on failure.
+
+    Args:
+        path: the file.
+        alone: no other process writes it now, so that what killed ones have left of it goes.
+    """
+    for left in path.parent.iterdir() if alone else ():
+        if re.fullmatch(rf"{re.escape(path.name)}\.partial-[0-9a-f]{{8}}", left.name):
+            left.unlink(missing_ok=True)
     partial = name_beside(path, "partial")
     try:
         yield partial
@@ -35,13 +43,6 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove what killed processes have left of a file that only one at a time writes."""
-    for left in path.parent.iterdir():
-        if re.fullmatch(rf"{re.escape(path.name)}\.partial-[0-9a-f]{{8}}", left.name):
-            left.unlink(missing_ok=True)
 
 
 def check_new(folder: Path, asked: str = "") -> None:
