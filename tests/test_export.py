@@ -45,13 +45,9 @@ from transformers import (
 from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export.card import model_card
 from scale_prune.export.config_files import write_tokenizer
-from scale_prune.export.layouts import (
-    FACTORIZED_FILE,
-    MODELING_FILE,
-    NEMOTRON_FILE,
-    check_layout,
-    resolve_layout,
-)
+from scale_prune.export.layouts import check_layout, resolve_layout
+from scale_prune.export.modeling_files import FACTORIZED_FILE, NEMOTRON_FILE
+from scale_prune.export.plain_configs import MODELING_FILE
 from scale_prune.models.families import FAMILIES, Family, register
 from scale_prune.models.layer_units import unit_groups
 

@@ -1,15 +1,10 @@
 """The layouts of a pruned model: its config, its modeling file and its tensors in each of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -17,36 +12,29 @@ from transformers import (
 from scale_prune.core import Kind, UnitGroup, pad_units, resize_group
 from scale_prune.export.factors import Plan
 from scale_prune.export.heads import fitting_heads, head_words, set_heads, tells_heads
+from scale_prune.export.modeling_files import (
+    FACTORIZED_FILE,
+    NEMOTRON_FILE,
+    other_heads,
+    set_code,
+    stock_config_class,
+)
 from scale_prune.export.plain_configs import MODELING_FILE, without_layout
 from scale_prune.models import (
-    auto_model,
-    classifies,
     family_of,
     head_size,
     model_type_of,
     stock_class,
     unit_groups,
 )
-from scale_prune.models.families import GPT_NEO
 from scale_prune.models.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM
 
 LAYOUTS = ("uniform", "pad", "per_layer", "nemotron_nas")
 AUTO, GGUF = "auto", "gguf"
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 """Model types that are a Llama in all but name, and a bias that config.json can tell."""
-OTHER_HEAD = """
-
-class PerLayer{name}(PerLayer, transformers.{name}):
-    _auto_class = "{loader}"
-"""
 PROBE = 61
 """A width that no model has by itself."""
-FACTORIZED_FILE = MODELING_FILE.with_name("modeling_factorized.py")
-NEMOTRON_FILE = MODELING_FILE.with_name("modeling_nemotron_nas.py")
-OTHER_HEADS: dict[str, Any] = {
-    "AutoModel": MODEL_MAPPING,
-    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-}
 
 
 def resolve_layout(layout: str | None, scope: str, kind: Kind = "neuron") -> str:
@@ -209,7 +197,7 @@ def _nemotron(config: PretrainedConfig, widths: Sequence[int]) -> PretrainedConf
     plain = {"no_op": False, "replace_with_linear": False}
     blocks = [{"attention": {"n_heads_in_group": heads_in_group} | plain, "ffn": each | plain} for each in told]
     changed = DeciLMConfig(block_configs=blocks, **words)
-    _set_code(changed, NEMOTRON_FILE, DeciLMForCausalLM.__name__)
+    set_code(changed, NEMOTRON_FILE, DeciLMForCausalLM.__name__)
     changed.auto_map["AutoConfig"] = f"{NEMOTRON_FILE.stem}.{DeciLMConfig.__name__}"
     return changed
 
@@ -224,17 +212,9 @@ def _set_per_layer(config: PretrainedConfig, widths: dict[int, int], heads: Sequ
     config.per_layer_config = {layer: {key: width, **own.get(layer, {})} for layer, width in widths.items()}
     # Without it, layers as wide as the widest are left out of config.json.
     config.serialize_explicit_per_layer_config = True
-    _set_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
-    for loader, name in _other_heads(config):
+    set_code(config, MODELING_FILE, f"PerLayer{stock_class(config).__name__}")
+    for loader, name in other_heads(config):
         config.auto_map[loader] = f"{MODELING_FILE.stem}.PerLayer{name}"
-
-
-def _other_heads(config: PretrainedConfig) -> list[tuple[str, str]]:
-    """Return other classes that load the same layers: what loads them, and their names in transformers."""
-    own = auto_model(config).__name__
-    kinds = [kind for kind in type(config).__mro__ if kind in MODEL_MAPPING][:1]
-    heads = [(loader, known[kind]) for kind in kinds for loader, known in OTHER_HEADS.items() if kind in known]
-    return [(loader, head.__name__) for loader, head in heads if loader != own]
 
 
 def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
@@ -246,56 +226,11 @@ def factorized_config(layout: str, config: PretrainedConfig, plan: Plan) -> Pret
         config.architectures = [stock.__name__]
     if factors := plan.settings():
         config.update(factors)
-        _set_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
-        config.auto_map["AutoConfig"] = f"{FACTORIZED_FILE.stem}.Factorized{_stock_config(config).__name__}"
+        set_code(config, FACTORIZED_FILE, f"Factorized{stock.__name__}")
+        config.auto_map["AutoConfig"] = f"{FACTORIZED_FILE.stem}.Factorized{stock_config_class(config).__name__}"
     if plan.cluster_ranks:
         config.tie_word_embeddings = False  # the output uses the clusters, there is nothing to tie
     return config
-
-
-def _set_code(config: PretrainedConfig, file: Path, name: str) -> None:
-    config.architectures = [name]
-    config.auto_map = {auto_model(config).__name__: f"{file.stem}.{name}"}
-
-
-def _stock_config(config: PretrainedConfig) -> type[PretrainedConfig]:
-    """Return the class of transformers for a config, also of one that we have left with factors."""
-    kind: type[PretrainedConfig] = CONFIG_MAPPING[model_type_of(config)]
-    return kind
-
-
-def code_of(config: PretrainedConfig) -> Path | None:
-    """Return the modeling file that a written config names, if it is one of ours."""
-    auto_map = str(getattr(config, "auto_map", None))
-    return next(
-        (file for file in (MODELING_FILE, FACTORIZED_FILE, NEMOTRON_FILE) if f"'{file.stem}." in auto_map), None
-    )
-
-
-def modeling_source(file: Path, config: PretrainedConfig) -> str:
-    """Return a modeling file of ours, which is GPT-Neo's, with the names of another family."""
-    family = family_of(config)
-    names = {
-        "AutoModelForCausalLM": auto_model(config).__name__,
-        "A causal language model": "A classifier" if classifies(config) else "A causal language model",
-        "GPTNeoForCausalLM": stock_class(config).__name__,
-        "GPTNeoConfig": _stock_config(config).__name__,
-        "factorized_gpt_neo": f"factorized_{model_type_of(config)}",
-        _listed(GPT_NEO.attention): _listed(family.attention),
-        "transformer.h": family.layers,
-        "intermediate_size": family.width_key,
-    }
-    source = file.read_text(encoding="utf-8")
-    if file == NEMOTRON_FILE:
-        return source
-    for ours, theirs in names.items():
-        source = source.replace(ours, theirs)
-    others = _other_heads(config) if file == MODELING_FILE else []
-    return source + "".join(OTHER_HEAD.format(loader=loader, name=name) for loader, name in others)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
 
 
 def in_layout(

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from scale_prune.core import UnitGroup
 from scale_prune.export.config_files import write_config, write_tokenizer
 from scale_prune.export.factors import Plan, plan_for, stored_factors
-from scale_prune.export.layouts import code_of, config_for, factorized_config, in_layout, modeling_source
+from scale_prune.export.layouts import config_for, factorized_config, in_layout
+from scale_prune.export.modeling_files import code_of, modeling_source, own_code
 from scale_prune.models import family_of, stock_class
 from scale_prune.system import complete_or_absent
 from scale_prune.system.tensor_files import Portions, name_portions, write_portions
@@ -118,7 +119,7 @@ class Export:
             self.generation_config.to_json_file(folder / "generation_config.json")
         if self.tokenizer is not None:
             write_tokenizer(folder, self.tokenizer)
-        for path in (*_own_code(config), *self.beside):
+        for path in (*own_code(config), *self.beside):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         if self.card:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
@@ -135,10 +136,3 @@ class Export:
         if plan is None:
             return config_for(self.layout, self.config, self.groups)
         return factorized_config(self.layout, self.config, plan)
-
-
-def _own_code(config: PretrainedConfig) -> list[Path]:
-    """Return the modules of the local folder that a config comes from, where it names code that is not ours."""
-    named, source = str(getattr(config, "auto_map", None) or ""), config.name_or_path
-    theirs = named and "--" not in named and code_of(config) is None
-    return sorted(Path(source).glob("*.py")) if theirs and source and Path(source).is_dir() else []
