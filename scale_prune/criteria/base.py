@@ -175,6 +175,8 @@ class Criterion:
     def observe(self, state: State, activity: Tensor) -> State:
         """Return the state after a step whose tokens were sampled; by default the samples add up. Pure.
 
+        Of masked units it is not taken: their activations are none of their own.
+
         Args:
             state: (U,) tensors by name.
             activity: (U,) or (K, U) float32, added up over the tokens of all ranks.

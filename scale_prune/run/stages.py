@@ -83,13 +83,13 @@ def _reload(run: Run) -> int:
     Raises:
         RuntimeError: it is not as good as the model it was written from.
     """
+    # The code of such a folder is ours; a base model's own code runs only where the user trusts it.
+    trusted = needs_code(_layout(run)) or run.config.training.trust_remote_code
     run.student.let_go()
     if run.teacher is not None:
         run.teacher.let_go()
     give_back()
     folder = run.folder / "pruned"
-    # The code of such a folder is ours; a base model's own code runs only where the user trusts it.
-    trusted = needs_code(_layout(run)) or run.config.training.trust_remote_code
     model = load_model(str(folder), run.inputs.ds_config, trust_remote_code=trusted)
     run.student.engine = inference_engine(model, run.inputs.ds_config)
     run.measure("exported")
