@@ -15,6 +15,7 @@ from distributed import run_ranks
 
 from scale_prune.system import LOST_CONTACT
 from scale_prune.zero3 import Runtime
+from scale_prune.zero3.runtime import is_lost_contact
 
 pytestmark = pytest.mark.distributed
 
@@ -138,3 +139,16 @@ def test_a_port_that_another_run_has_taken_is_named() -> None:
     assert done.returncode == 2
     assert f"error: port {port}, where the ranks are to meet, is taken on this machine" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 20000ms for send operation", True),
+        ("Application timeout caused pair closure", True),
+        ("NCCL communicator was aborted on rank 1", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_collectives_say_when_another_rank_is_gone_is_known(words: str, lost: bool) -> None:
+    assert is_lost_contact(RuntimeError(words)) == lost

@@ -118,7 +118,7 @@ def test_whatever_is_killed_when_the_run_ends_as_if_nothing_had_happened(work: P
         ranks = start_ranks(counting, RANKS, folder, arguments(work, output, **SETTINGS, resume=True), steps)
         when = moment(rng, number, output, ranks)
         who = killed(rng, ranks)
-        log.append(Kill(who, when, max(int(steps.read_text()), before), newest_step(output)))
+        log.append(Kill(who, when, max(int(steps.read_text() or 0), before), newest_step(output)))
         assert before <= log[-1].saved
         assert log[-1].made - log[-1].saved <= EVERY, "more than the steps since the last save is lost"
     write_log(log)

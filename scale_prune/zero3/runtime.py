@@ -195,7 +195,7 @@ def remove_shared_memory(rank: int) -> None:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Tell whether a collective failed because another rank has died, hangs or cannot be reached."""
-    where = ("gloo/", "nccl", "connection closed", "connection reset", "socket timeout")
+    where = ("gloo/", "nccl", "connection closed", "connection reset", "pair closure", "socket timeout")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in where)
 
 
