@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scale_prune.checkpoint import problem_of_pruner
 from scale_prune.config import PruningConfig, refuse_harmful
-from scale_prune.criteria import CRITERIA, IN_A_LOOP, check_scope, check_uniqueness, with_defaults
+from scale_prune.criteria import CRITERIA, IN_A_LOOP, READERS, check_scope, check_uniqueness, with_defaults
 from scale_prune.export import LAYOUTS, Export, check_width_key, model_card
 from scale_prune.models import auto_model, stored_groups, tied_output
 from scale_prune.pruning import (
@@ -111,7 +111,7 @@ def _check_in_a_loop(config: PruningConfig) -> None:
         ValueError: the settings ask for it.
     """
     rounds, needs = config.rounds, CRITERIA[config.criterion].needs
-    calibrates = "gram" in needs or config.budget in ("redundancy", "measured", "search")
+    calibrates = "gram" in needs or config.budget in READERS
     if calibrates or rounds != 0 or config.repair not in (None, "none"):
         raise ValueError(
             f"criterion {config.criterion}, rounds {rounds}, repair {config.repair}, budget "

@@ -7,6 +7,7 @@ from scale_prune.criteria.registry import (
     AUTO,
     CRITERIA,
     IN_A_LOOP,
+    READERS,
     check_scope,
     check_uniqueness,
     freezes,

@@ -16,6 +16,8 @@ from scale_prune.criteria.base import Criterion, GatedCriterion, Need, learns_fr
 NO_CRITERIA = ("base", "registry")
 CRITERIA: dict[str, type[Criterion]] = {}
 AUTO, BY_THE_COMMAND, IN_A_LOOP = "auto", "kfac", "gum"
+READERS = ("redundancy", "measured", "search")
+"""Budgets that read the calibration text."""
 
 
 def register_criterion(name: str, criterion: type[Criterion]) -> None:

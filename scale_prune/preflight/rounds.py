@@ -7,12 +7,18 @@ from torch import nn
 
 from scale_prune.config import Config, PruningConfig
 from scale_prune.core import UnitGroup
-from scale_prune.criteria import CRITERIA, check_scope, freezes, learns_from_gradients, observes, schedule_of
+from scale_prune.criteria import (
+    CRITERIA,
+    READERS,
+    check_scope,
+    freezes,
+    learns_from_gradients,
+    observes,
+    schedule_of,
+)
 from scale_prune.pruning import layer_of
 
 USUAL_ROUNDS = 4
-READERS = ("redundancy", "measured", "search")
-"""Budgets that read the calibration text."""
 
 
 def settle_rounds(config: Config) -> Config:
@@ -65,7 +71,7 @@ def _check_criterion(pruning: PruningConfig, max_steps: int) -> None:
         raise ValueError(
             f"{asked} belongs to neurons, {name} removes components; leave it out, or give --criterion obs"
         )
-    if pruning.budget in ("redundancy", "measured", "search") and not pruning.rounds:
+    if pruning.budget in READERS and not pruning.rounds:
         raise ValueError(
             f"--budget {pruning.budget} is measured where neurons leave at once, not under masks; give --rounds 1 or "
             "more"
