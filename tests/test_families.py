@@ -12,14 +12,7 @@ from transformers import AutoConfig, BloomConfig
 from transformers.pytorch_utils import Conv1D
 
 from scale_prune.export.layouts import check_width_key
-from scale_prune.models.families import (
-    FAMILIES,
-    Family,
-    classifies,
-    family_of,
-    register,
-    stock_class,
-)
+from scale_prune.models.families import FAMILIES, Family, classifies, family_of, register, stock_class
 from scale_prune.models.layer_units import linear_names, unit_groups
 
 # No key of the config is the width: it is four times, or half of, another one.

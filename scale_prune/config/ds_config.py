@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from scale_prune.config.ds_limits import get, refuse_unsupported
-from scale_prune.config.places import builtin_ds_configs
+from scale_prune.config.places import BUILTIN
 from scale_prune.config.setting import BLOCKS
 from scale_prune.config.settings import Config, TrainingConfig
 
 AUTO = "auto"
-BUILTIN = builtin_ds_configs()
 DEFAULT = "zero3_cpu"
 DEFAULT_BATCH = 16
 

@@ -4,12 +4,9 @@ import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def builtin_ds_configs() -> Path:
-    """Return the folder of the ds_configs that have names."""
-    installed = PACKAGE / "ds_configs"
-    return installed if installed.is_dir() else PACKAGE.parent / "ds_configs"
+INSTALLED = PACKAGE / "ds_configs"
+BUILTIN = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "ds_configs"
+"""The folder of the ds_configs that have names."""
 
 
 def cache_folder() -> Path:

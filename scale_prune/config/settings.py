@@ -492,11 +492,8 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its flag's name, without the leading dashes."""
-        return {f.name: getattr(part, f.name) for part in self.parts() for f in fields(part)}  # type: ignore[arg-type]  # every subclass is a dataclass
-
-    def parts(self) -> tuple[Settings, ...]:
-        """Return the concerns."""
-        return self.data, self.task, self.pruning, self.training, self.distillation, self.output, self.checkpoint
+        parts = ((getattr(self, name), fields(concern)) for name, concern in concerns().items())
+        return {spec.name: getattr(part, spec.name) for part, specs in parts for spec in specs}
 
 
 def concerns() -> dict[str, Any]:

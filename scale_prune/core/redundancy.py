@@ -82,20 +82,19 @@ def sample_units(num_units: int, size: int | None, seed: int) -> Tensor:
     return order[:size].sort().values
 
 
-def has_similar(cosines: Tensor, first: int, sample: Tensor, threshold: float = SIMILAR) -> Tensor:
-    """Tell which sampled units have, among some rows, a later unit whose signed cosine to them reaches the threshold.
+def has_similar(cosines: Tensor, first: int, sample: Tensor) -> Tensor:
+    """Tell which sampled units have, among some rows, a later unit whose signed cosine to them reaches SIMILAR.
 
     Args:
         cosines: (R, K) of units first, first + 1, ... to the sampled units.
         first: number of the unit in row 0.
         sample: (K,) numbers of the sampled units.
-        threshold: in (0, 1].
 
     Returns:
         (K,) bool; over disjoint rows the whole answer is whether any of them says so.
     """
     rows = torch.arange(first, first + len(cosines), device=cosines.device)
-    return ((cosines >= threshold) & (rows[:, None] > sample)).any(0)
+    return ((cosines >= SIMILAR) & (rows[:, None] > sample)).any(0)
 
 
 def nearest(cosines: Tensor) -> Tensor:

@@ -4,29 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scale_prune.core import Kind, UnitGroup, pad_units, resize_group
 from scale_prune.export.factors import Plan
 from scale_prune.export.heads import fitting_heads, head_words, set_heads, tells_heads
-from scale_prune.export.modeling_files import (
-    FACTORIZED_FILE,
-    NEMOTRON_FILE,
-    other_heads,
-    set_code,
-    stock_config_class,
-)
+from scale_prune.export.modeling_files import FACTORIZED_FILE, NEMOTRON_FILE, other_heads, set_code, stock_config_class
 from scale_prune.export.plain_configs import MODELING_FILE, without_layout
-from scale_prune.models import (
-    family_of,
-    head_size,
-    model_type_of,
-    stock_class,
-    unit_groups,
-)
+from scale_prune.models import family_of, head_size, model_type_of, stock_class, unit_groups
 from scale_prune.models.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM
 
 LAYOUTS = ("uniform", "pad", "per_layer", "nemotron_nas")

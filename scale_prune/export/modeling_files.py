@@ -4,12 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-    PretrainedConfig,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING, PretrainedConfig
 
 from scale_prune.export.plain_configs import MODELING_FILE
 from scale_prune.models import auto_model, classifies, family_of, model_type_of, stock_class

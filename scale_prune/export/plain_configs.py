@@ -23,18 +23,13 @@ def without_layout(config: PretrainedConfig) -> PretrainedConfig:
     for word in PER_LAYER_WORDS:
         vars(config).pop(word, None)
     named = getattr(config, "auto_map", None) or {}
-    if MODELING_FILE.stem in str(named) or is_stock(config):
+    if MODELING_FILE.stem in str(named) or type(config).__module__.startswith("transformers.models."):
         vars(config).pop("auto_map", None)
         # Of a hub's code the config's own part would have run first: who has a stock config ran none of it.
         hub = {} if "AutoConfig" in named else {name: code for name, code in named.items() if "--" in str(code)}
         if hub:
             config.auto_map = hub
     return config
-
-
-def is_stock(config: PretrainedConfig) -> bool:
-    """Tell whether a config is of a class of transformers itself."""
-    return type(config).__module__.startswith("transformers.models.")
 
 
 def stock_config(words: Mapping[str, Any]) -> PretrainedConfig:

@@ -10,16 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from scale_prune.config import (
-    CLASSIFICATION,
-    TASKS,
-    Config,
-    DataConfig,
-    TrainingConfig,
-    get,
-    load,
-    resolve,
-)
+from scale_prune.config import CLASSIFICATION, TASKS, Config, DataConfig, TrainingConfig, get, load, resolve
 from scale_prune.criteria import CRITERIA, freezes, unused, with_defaults
 from scale_prune.data import SELF, SPLITS, Inputs, Split, bos_of, columns_of, load_text, with_templates
 from scale_prune.export import AUTO, resolve_layout

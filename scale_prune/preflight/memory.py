@@ -18,8 +18,6 @@ from scale_prune.preflight.job import FP32, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_
 from scale_prune.preflight.round_needs import GRAM_MATRICES, num_observed, round_memory, whitening_memory
 from scale_prune.preflight.sizes import criterion_state, kept_gathered, needs, persistent, products, sampled_tokens
 
-PROCESS = 550 * 2**20
-"""Bytes of a process that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
 KEPT = "all, kept"
 
 
@@ -32,6 +30,10 @@ class Part:
     size: int
 
 
+PROCESS = Part("process", "host", 550 * 2**20)
+"""One that runs a model of next to no size: imports, tokenizer, text; see benchmarks/memory.md."""
+
+
 def memory(job: Job) -> dict[str, list[Part]]:
     """Return what a rank holds in each phase of a run; the peak is the largest phase.
 
@@ -39,7 +41,7 @@ def memory(job: Job) -> dict[str, list[Part]]:
     process without a GPU has one more phase, `KEPT`: with the settings of launch/setup.sh glibc keeps what is freed,
     and the phases of a step hardly find room in each other's blocks, so that they add up.
     """
-    always = [*_process(job), *_buffers(job), *_scores(job), *_teacher(job)]
+    always = [PROCESS, *_buffers(job), *_scores(job), *_teacher(job)]
     held = [*always, *_states(job, job.shards, "")]
     own = _phases(job)
     kept = [*chain.from_iterable(own.values())]
@@ -47,7 +49,7 @@ def memory(job: Job) -> dict[str, list[Part]]:
         own["round"] = [Part(name, job.place(), size) for name, size in added.items()]
         kept += own["round"]
         own["round, reading"] = _reading(job, added[GRAM_MATRICES])
-    phases = {"loading": [*_process(job), *_loading(job)]}
+    phases = {"loading": [PROCESS, *_loading(job)]}
     if whitening := _whitening(job):
         phases["whitening"] = whitening
     phases |= {name: [*held, *parts] for name, parts in own.items()}
@@ -68,14 +70,14 @@ def _whitening(job: Job) -> list[Part]:
     device = job.place()
     parts = [Part(name, device, size) for name, size in added.items()]
     parameters = Part("parameters", job.place("offload_param"), job.shards * job.width)
-    return [*_process(job), parameters, Part("gathered parameters", device, _gathered(job)), *parts]
+    return [PROCESS, parameters, Part("gathered parameters", device, _gathered(job)), *parts]
 
 
 def _recovery(job: Job) -> list[Part]:
     """Return what is there while the smaller model is trained, where nothing was trained before."""
     after, device = replace(job, trains=True), job.place()
     return [
-        *_process(job),
+        PROCESS,
         *_buffers(after),
         *_teacher(job),
         *_states(after, job.shard_of(job.num_pruned), "smaller "),
@@ -134,10 +136,6 @@ def total(parts: Iterable[Part], place: str) -> int:
 def peak(phases: dict[str, list[Part]], place: str) -> int:
     """Return the bytes of the largest phase in one place."""
     return max(total(parts, place) for parts in phases.values())
-
-
-def _process(job: Job) -> list[Part]:
-    return [Part("process", "host", PROCESS)]
 
 
 def _states(job: Job, shards: int, prefix: str) -> list[Part]:

@@ -79,7 +79,7 @@ def whitening_memory(job: Job) -> dict[str, int]:
         return {}
     own, widest = -(-len(widths) // job.world_size), max(widths)
     exact = 2 * FP32 if widest <= WIDEST_IN_DOUBLE else FP32
-    return {"Gram matrices": own * FP32 * widest**2, "roots": own * exact * widest**2}
+    return {GRAM_MATRICES: own * FP32 * widest**2, "roots": own * exact * widest**2}
 
 
 def trials(job: Job) -> int:

@@ -7,15 +7,7 @@ from torch import nn
 
 from scale_prune.config import Config, PruningConfig
 from scale_prune.core import UnitGroup
-from scale_prune.criteria import (
-    CRITERIA,
-    READERS,
-    check_scope,
-    freezes,
-    learns_from_gradients,
-    observes,
-    schedule_of,
-)
+from scale_prune.criteria import CRITERIA, READERS, check_scope, freezes, learns_from_gradients, observes, schedule_of
 from scale_prune.pruning import layer_of
 
 USUAL_ROUNDS = 4

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scale_prune.core import UnitGroup
-from scale_prune.system import json_text, markdown_table, whole_or_absent, write_atomically
+from scale_prune.system import REPORT, json_text, markdown_table, whole_or_absent, write_atomically
 
 
 def write_kept(folder: Path, groups: Sequence[UnitGroup], masks: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
@@ -30,7 +30,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     A number that is not finite, such as a perplexity, is null in report.json: JSON knows neither infinity nor NaN.
     """
     write_atomically(folder / "report.md", as_markdown(report))
-    write_atomically(folder / "report.json", json_text(report))
+    write_atomically(folder / REPORT, json_text(report))
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
@@ -136,8 +136,8 @@ def _clusters(clusters: Sequence[Mapping[str, int]]) -> list[str]:
     if not clusters:
         return []
     names = list(clusters[0])
-    rows = [f"| {' | '.join(f'{cluster[name]:,}' for name in names)} |" for cluster in clusters]
-    return [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---:|' * len(names)}", *rows, ""]
+    rows = [[f"{cluster[name]:,}" for name in names] for cluster in clusters]
+    return [*markdown_table([name.replace("_", " ") for name in names], rows, texts=0), ""]
 
 
 def _by_gates(remaining: Mapping[str, float | None]) -> str:

@@ -98,7 +98,7 @@ def read_sweep(path: str, plugin: str | None = None) -> list[Cell]:
     over = _over(path, common.pop(CELLS, [{}]))
     sweep = _output_dir(path, common.pop("output_dir", Config().output.output_dir))
     _refuse(path, common, *over)
-    points = [point for lines in over for point in _points(path, common | lines)]
+    points = [point for lines in over for point in _points(common | lines)]
     given = [as_settings(path, point | ({"plugin": plugin} if plugin else {})) for point in points]
     for each in given:
         load_plugins(each.get("plugin"))
@@ -137,7 +137,7 @@ def _refuse(path: str, *mappings: Mapping[str, Any]) -> None:
                 raise ValueError(f"{path}: {name} is an empty list, which makes no run")
 
 
-def _points(path: str, lines: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _points(lines: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the grid that a mapping's lists make; the last list changes fastest."""
     axes = [value if isinstance(value, list) else [value] for value in lines.values()]
     for values in product(*axes):

@@ -140,15 +140,11 @@ def _make_state(backend: Zero3Backend, facts: Mapping[str, Any]) -> None:
     if not facts["moments"]:
         return
     sharded = backend.engine.optimizer
-    for flat, group in zip(sharded.fp32_partitioned_groups_flat, _group_of_each(sharded), strict=True):
+    groups = (sharded.optimizer.param_groups[group] for group in sharded.sub_group_to_group_id.values())
+    for flat, group in zip(sharded.fp32_partitioned_groups_flat, groups, strict=True):
         device = flat.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         scalars = {key: _optimizers_own(value, device) for key, value in facts["scalars"].items()}
         sharded.optimizer.state[flat] = scalars | {kind: torch.zeros_like(flat) for kind in facts["moments"]}
-
-
-def _group_of_each(sharded: Any) -> Iterable[dict[str, Any]]:
-    """Return the parameter group of every flat buffer; ZeRO-3 cuts groups into sub-groups."""
-    return (sharded.optimizer.param_groups[group] for group in sharded.sub_group_to_group_id.values())
 
 
 def plain(value: Any) -> Any:
