@@ -47,6 +47,7 @@ def submit(environment: dict[str, str], flags: list[str]) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -58,7 +59,7 @@ def test_a_job_that_is_warned_queues_itself_again_and_goes_on(told: int, tmp_pat
     job = submit(environment | {"SRUN_TELLS": str(told)}, flags)
     wait_until(lambda: (output / "recipe.yaml").exists())
     time.sleep(5)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGUSR1)
     said, _ = job.communicate(timeout=120)
     assert job.returncode == told, said
     assert (tmp_path / "requeued").read_text() == "77\n"
@@ -68,6 +69,17 @@ def test_a_job_that_is_warned_queues_itself_again_and_goes_on(told: int, tmp_pat
     assert again.returncode == 0, said
     assert report_of(output)["resumed_at"] == [step]
     assert (tmp_path / "requeued").read_text() == "77\n"
+    assert not list(ROOT.glob(".hostfile-*"))
+
+
+def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
+    environment = slurm(tmp_path)
+    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\ntouch "$REQUEUED.started"\nexec sleep 60\n')
+    job = submit(environment, ["--help"])
+    wait_until((tmp_path / "requeued.started").exists)
+    os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all that runs
+    job.communicate(timeout=20)
+    assert not (tmp_path / "requeued").exists()
     assert not list(ROOT.glob(".hostfile-*"))
 
 
