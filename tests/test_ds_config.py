@@ -323,6 +323,7 @@ def test_what_pruning_cannot_work_with_is_refused(change: dict[str, Any], piece:
         ("scheduler", {"type": "StepLR", "params": {"step_size": 7}}, "is none of DeepSpeed's, choose LRRangeTest, "),
         ("scheduler", {"type": "CosineAnnealingLR", "params": {"T_max": 7}}, "OneCycle, WarmupLR, WarmupDecayLR, "),
         ("optimizer", {"type": "Muon", "params": {"lr": 0.1}}, "not of one kind, choose adagrad, adam, adamw, "),
+        ("optimizer", {"type": "SGD", "params": {"lr": 0.1}}, 'where "zero_allow_untested_optimizer" is true'),
     ],
 )
 def test_what_no_engine_starts_with_or_no_checkpoint_holds_is_refused(

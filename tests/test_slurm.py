@@ -72,6 +72,18 @@ def test_a_job_that_is_warned_queues_itself_again_and_goes_on(told: int, tmp_pat
     assert not list(ROOT.glob(".hostfile-*"))
 
 
+@pytest.mark.parametrize(
+    ("restarts", "flags", "goes_on"), [(0, [], True), (0, ["--overwrite"], False), (1, ["--overwrite"], True)]
+)
+def test_what_is_to_be_replaced_is_not_gone_on_with(
+    restarts: int, flags: list[str], goes_on: bool, tmp_path: Path
+) -> None:
+    environment = slurm(tmp_path) | {"SLURM_RESTART_COUNT": str(restarts)}
+    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    said, _ = submit(environment, ["--output_dir", "out", *flags]).communicate(timeout=20)
+    assert ("--resume" in said) == goes_on, said
+
+
 def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
     environment = slurm(tmp_path)
     (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\ntouch "$REQUEUED.started"\nexec sleep 60\n')
@@ -83,7 +95,7 @@ def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
     assert not list(ROOT.glob(".hostfile-*"))
 
 
-@pytest.mark.parametrize(("told", "restarts", "again"), [(76, 4, True), (76, 5, False), (250, 0, True), (2, 0, False)])
+@pytest.mark.parametrize(("told", "restarts", "again"), [(76, 4, True), (76, 5, False), (143, 0, True), (2, 0, False)])
 def test_a_job_that_fails_alike_each_time_stops(told: int, restarts: int, again: bool, tmp_path: Path) -> None:
     environment = slurm(tmp_path) | {"SRUN_TELLS": str(told), "SLURM_RESTART_COUNT": str(restarts)}
     job = submit(environment, ["--help"])

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 
 from scale_prune.checkpoint import filled_from, glance
 from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins_of, user_errors
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         ranks = dry_run_ranks(argv, world_size)
         if ranks is not None:
             raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))
-        with redirect_stdout(None if rank else sys.stdout):  # --help once, not once a rank
+        with redirect_stdout(StringIO() if rank else sys.stdout):  # --help once, not once a rank
             config, explicit = parse(argv, criteria=(AUTO, *CRITERIA))
         check_launcher()
         fill_in(config)

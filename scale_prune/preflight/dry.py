@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
         the exit code: 0, or 2 where there is a mistake.
     """
     mistakes = Mistakes()
-    with redirect_stdout(sys.stdout if speaks else None):
+    with redirect_stdout(sys.stdout if speaks else StringIO()):
         config, explicit = parse(argv, criteria=(AUTO, *CRITERIA), noted=mistakes.noted)
     reading = Reading(config=config, explicit=explicit, world_size=world_size)
     if config.training.model is None:

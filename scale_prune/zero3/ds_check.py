@@ -14,6 +14,7 @@ from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, MUON_OPTIMIZER, DeepSpeedConfig
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from pydantic import ValidationError
 
 from scale_prune.config import get
@@ -88,6 +89,11 @@ def _check_optimizer(ds_config: dict[str, Any]) -> None:
             raise ValueError(
                 f'the ds_config has "optimizer.params.{key}": {json.dumps(value)[:60]}, it must be {needed}'
             )
+    if made_by not in ZERO_SUPPORTED_OPTIMIZERS and not ds_config.get("zero_allow_untested_optimizer"):
+        raise ValueError(
+            f'the ds_config has "optimizer.type": {json.dumps(name)}, which DeepSpeed takes under ZeRO only where '
+            '"zero_allow_untested_optimizer" is true'
+        )
 
 
 def _optimizer_of(name: Any, params: Mapping[str, Any], *, on_cpu: bool) -> Callable[..., Any] | None:
