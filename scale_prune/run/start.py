@@ -85,16 +85,18 @@ def prune(
     finally:
         run.monitor.close()  # so that a message does not stand behind the progress bar
     if runtime.is_main:
-        if config.output.tensorboard:
-            draw(run.folder, report)
         write_report(run.folder, report)
         drop_replaced(config)
+        if config.output.tensorboard:  # last: a run is complete without its picture
+            draw(run.folder, report)
     return report
 
 
 def slow_precision(device: torch.device, ds_config: dict[str, Any]) -> str:
-    """Return a line where the processor has no instructions for the precision, else nothing."""
+    """Return a line where another precision would be much faster on the device, else nothing."""
     asked = precision(ds_config)
+    if asked is None and device.type != "cpu":
+        return "all is in fp32 on this device, as without --ds_config; --ds_config zero3 is in bf16"
     if asked is None or device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return ""
     return f"this processor has no instructions for {asked}, which may take forty times as long here as fp32"
