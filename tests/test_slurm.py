@@ -84,6 +84,20 @@ def test_what_is_to_be_replaced_is_not_gone_on_with(
     assert ("--resume" in said) == goes_on, said
 
 
+@pytest.mark.parametrize(("ended_with", "again"), [(76, True), (250, True), (2, False), (1, False)])
+def test_a_lost_contact_is_known_where_srun_tells_of_the_launchers_that_it_killed(
+    ended_with: int, again: bool, tmp_path: Path
+) -> None:
+    environment = slurm(tmp_path) | {"SRUN_TELLS": "143"}
+    (tmp_path / "bin" / "deepspeed").write_text(f"#!/usr/bin/env bash\nexit {ended_with}\n")
+    (tmp_path / "bin" / "deepspeed").chmod(0o755)
+    job = submit(environment, [])
+    said, _ = job.communicate(timeout=20)
+    assert job.returncode == 143, said
+    assert (tmp_path / "requeued").exists() == again
+    assert not list(ROOT.glob(".hostfile-*"))
+
+
 def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
     environment = slurm(tmp_path)
     (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\ntouch "$REQUEUED.started"\nexec sleep 60\n')
@@ -95,7 +109,7 @@ def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
     assert not list(ROOT.glob(".hostfile-*"))
 
 
-@pytest.mark.parametrize(("told", "restarts", "again"), [(76, 4, True), (76, 5, False), (143, 0, True), (2, 0, False)])
+@pytest.mark.parametrize(("told", "restarts", "again"), [(76, 4, True), (76, 5, False), (250, 0, True), (2, 0, False)])
 def test_a_job_that_fails_alike_each_time_stops(told: int, restarts: int, again: bool, tmp_path: Path) -> None:
     environment = slurm(tmp_path) | {"SRUN_TELLS": str(told), "SLURM_RESTART_COUNT": str(restarts)}
     job = submit(environment, ["--help"])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `launch/evaluate.py`; a user's mistake ends in one message a host and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
-        with redirect_stdout(None if rank else sys.stdout):
+        with redirect_stdout(StringIO() if rank else sys.stdout):
             config, explicit, own = parse_some(argv, settings_where("commands", "evaluate"), DESCRIPTION, add_own)
         check_launcher()
         load_plugins(config.training.plugin)

@@ -4,13 +4,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
+from scale_prune import __version__
 from scale_prune.core import Kind, UnitGroup
 from scale_prune.criteria import CRITERIA
 from scale_prune.export.layouts import needs_code
@@ -54,7 +54,7 @@ def model_card(
         "```",
         "",
         *(_limits(name, report) if report else []),
-        f"Made with scale_prune {version('scale_prune')}.",
+        f"Made with scale_prune {__version__}.",
     ]
     return "\n".join(lines) + "\n"
 

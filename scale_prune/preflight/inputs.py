@@ -161,7 +161,8 @@ def _read_ds_config(reading: Reading) -> None:
             f"--criterion {config.pruning.criterion} learns gates whose gradients are sums over tokens, which fp16 may "
             "not hold; give --precision bf16 or fp32"
         )
-    ds_check.check(reading.ds_config)
+    trains = (config.training.max_steps or config.training.recovery_steps) and reading.splits == SPLITS  # as a run does
+    ds_check.check(reading.ds_config, trains=bool(trains))
 
 
 def _check_calibration(reading: Reading) -> None:

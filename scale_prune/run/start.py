@@ -95,7 +95,7 @@ def prune(
 def slow_precision(device: torch.device, ds_config: dict[str, Any]) -> str:
     """Return a line where another precision would be much faster on the device, else nothing."""
     asked = precision(ds_config)
-    if asked is None and device.type != "cpu":
+    if asked is None and device.type != "cpu" and "torch_autocast" not in ds_config:
         return "all is in fp32 on this device, as without --ds_config; --ds_config zero3 is in bf16"
     if asked is None or device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return ""

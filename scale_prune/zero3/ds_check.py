@@ -24,14 +24,18 @@ from scale_prune.zero3.quiet import quieten
 OF_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
 
 
-def check(ds_config: dict[str, Any]) -> None:
+def check(ds_config: dict[str, Any], *, trains: bool = True) -> None:
     """Refuse a complete ds_config that DeepSpeed, the optimizer or the scheduler would not take.
+
+    Args:
+        ds_config: without "auto" values.
+        trains: False where no engine takes the optimizer.
 
     Raises:
         ValueError: one of them would not; the message says which, and why.
     """
     quieten()
-    _check_optimizer(ds_config)
+    _check_optimizer(ds_config, trains=trains)
     _check_scheduler(ds_config)
     # Without the total, which is for all ranks: before they have met, DeepSpeed knows of one.
     own = {key: value for key, value in ds_config.items() if key != "train_batch_size"}
@@ -65,7 +69,7 @@ def _first_of(error: ValidationError, ds_config: dict[str, Any]) -> str:
     return f'the ds_config has "{next(known, key)}": {found}, which DeepSpeed does not take: {first["msg"]}'
 
 
-def _check_optimizer(ds_config: dict[str, Any]) -> None:
+def _check_optimizer(ds_config: dict[str, Any], *, trains: bool) -> None:
     name, params = ds_config["optimizer"]["type"], ds_config["optimizer"]["params"]
     made_by = _optimizer_of(name, params, on_cpu=get(ds_config, "zero_optimization.offload_optimizer.device") == "cpu")
     own = [each for each in DEEPSPEED_OPTIMIZERS if each != MUON_OPTIMIZER]
@@ -89,7 +93,7 @@ def _check_optimizer(ds_config: dict[str, Any]) -> None:
             raise ValueError(
                 f'the ds_config has "optimizer.params.{key}": {json.dumps(value)[:60]}, it must be {needed}'
             )
-    if made_by not in ZERO_SUPPORTED_OPTIMIZERS and not ds_config.get("zero_allow_untested_optimizer"):
+    if trains and made_by not in ZERO_SUPPORTED_OPTIMIZERS and not ds_config.get("zero_allow_untested_optimizer"):
         raise ValueError(
             f'the ds_config has "optimizer.type": {json.dumps(name)}, which DeepSpeed takes under ZeRO only where '
             '"zero_allow_untested_optimizer" is true'
