@@ -99,11 +99,14 @@ class Bench:
         """Time plain and pruned steps in turns; a step whose activations are sampled follows a pruned one at once."""
         pruning = Config.from_flat({"criterion": criterion, "remaining": 0.5, "warmup_fraction": 0.0}).pruning
         backend = Zero3Backend(self.engine)
-        pruner = Pruner(backend, self.groups, pruning, total_steps=self.args.steps, seed=0)
+        pruner = Pruner(backend, self.groups, pruning, total_steps=self.args.steps + pruning.similarity_every, seed=0)
         plain: list[float] = []
         pruned: list[float] = []
         sampling: list[float] = []
-        for step in range(self.args.steps):
+        for step in range(-pruning.similarity_every, self.args.steps):
+            if step == 0:  # the first turns, a sample among them, load what they use
+                for each in (plain, pruned, sampling, pruner.seconds):
+                    each.clear()
             samples = "activation" in pruner.scoring.criterion.needs and step % pruning.similarity_every == 0
             if not samples:  # the sampler's hooks are in place already, and must not catch a plain step
                 plain.append(self.step(None))

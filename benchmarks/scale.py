@@ -88,9 +88,9 @@ def main() -> None:
     print(f"peak GiB by the report, of the GPU where there is one: {reported}\n")
     print(parts_table(report))
     on_gpu = torch.cuda.is_available()
-    most = max(report["peak_memory_bytes"]) if on_gpu else max(own["Pss"] for own in peaks.values())
+    most = max(report["peak_memory_bytes"]) if on_gpu else max((own["Pss"] for own in peaks.values()), default=0)
     bound = foretold(words[words.index("--ds_config") :], args.ranks, report["rounds"])
-    resident = max(own["VmHWM"] for own in peaks.values())
+    resident = max((own["VmHWM"] for own in peaks.values()), default=0)
     print(f"\nmemory of a rank: {most / GIB:.2f} GiB, {most / bound:.2f} of what the dry run foretells")
     print(f"between the looks, by the kernel: {resident / GIB:.2f} GiB, {resident / bound:.2f} of it")
     if not report["steps"]:  # weights that were trained are compared with nothing
@@ -177,7 +177,7 @@ def memory_of_ranks(launcher: int) -> Iterator[tuple[int, dict[str, int]]]:
             continue  # it has ended
         sizes = {words[0].rstrip(":"): 1024 * int(words[1]) for words in told}
         if "RANK" in environment:
-            yield int(environment["RANK"]), {kind: sizes[kind] for kind in KINDS}
+            yield int(environment["RANK"]), {kind: sizes.get(kind, 0) for kind in KINDS}
 
 
 def memory_table(peaks: dict[int, dict[str, int]]) -> str:
