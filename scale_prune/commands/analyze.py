@@ -2,16 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from scale_prune.config import load_plugins, parse_some, settings_where, user_errors
+from scale_prune.config import load_plugins, parse_some, said_once, settings_where, user_errors
 from scale_prune.data import Inputs, check_tokens, prepare
 from scale_prune.inspection import (
     GroupAnalysis,
@@ -35,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `launch/analyze.py`; a user's mistake ends in one message a host and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
-        with redirect_stdout(StringIO() if rank else sys.stdout):
+        with said_once(speaks=rank == 0):
             config, explicit, own = parse_some(argv, settings_where("commands", "analyze"), DESCRIPTION, add_own)
         check_launcher()
         load_plugins(config.training.plugin)

@@ -4,11 +4,8 @@ import argparse
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from scale_prune.config import CLASSIFICATION, Config, load_plugins, parse_some, settings_where, user_errors
+from scale_prune.config import CLASSIFICATION, Config, load_plugins, parse_some, said_once, settings_where, user_errors
 from scale_prune.data import Inputs
 from scale_prune.inspection import GgufModel, add_models, harness, is_gguf, positive, read_models, speeds
 from scale_prune.models import positions_of
@@ -54,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `launch/evaluate.py`; a user's mistake ends in one message a host and exit code 2."""
     rank, world_size = launched_as()
     with user_errors(rank):
-        with redirect_stdout(StringIO() if rank else sys.stdout):
+        with said_once(speaks=rank == 0):
             config, explicit, own = parse_some(argv, settings_where("commands", "evaluate"), DESCRIPTION, add_own)
         check_launcher()
         load_plugins(config.training.plugin)

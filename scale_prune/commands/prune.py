@@ -3,14 +3,11 @@
 inputs -> sharded model -> engine + pruner -> loop -> smaller engine -> recovery -> pruned/ -> re-load -> report
 """
 
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from functools import cache
-from io import StringIO
 
 from scale_prune.checkpoint import filled_from, glance
-from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins_of, user_errors
+from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins_of, said_once, user_errors
 from scale_prune.criteria import AUTO, CRITERIA, check_uniqueness
 from scale_prune.preflight import check_output, check_same, dry_run, fill_in, goes_on, is_complete, read_inputs
 from scale_prune.run import embedded_default, prune
@@ -25,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
         ranks = dry_run_ranks(argv, world_size)
         if ranks is not None:
             raise SystemExit(dry_run(argv, ranks, speaks=rank == 0))
-        with redirect_stdout(StringIO() if rank else sys.stdout):  # --help once, not once a rank
+        with said_once(speaks=rank == 0):
             config, explicit = parse(argv, criteria=(AUTO, *CRITERIA))
         check_launcher()
         fill_in(config)
@@ -33,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         check_output(config)
         checkpoint = glance(config)
         if goes_on(config) and is_complete(config):
-            with redirect_stdout(None if rank else sys.stdout):
+            with said_once(speaks=rank == 0):
                 print(f"the run in {config.output.output_dir} is complete, there is nothing to go on with", flush=True)
             return
         if checkpoint is None:

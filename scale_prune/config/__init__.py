@@ -1,6 +1,14 @@
 """Every setting, and the ways it is given: flags, recipes, DeepSpeed's own file."""
 
-from scale_prune.config.command_line import Mistakes, dry_run_ranks, parse, parse_some, plugins_of, user_errors
+from scale_prune.config.command_line import (
+    Mistakes,
+    dry_run_ranks,
+    parse,
+    parse_some,
+    plugins_of,
+    said_once,
+    user_errors,
+)
 from scale_prune.config.ds_config import DEFAULT, as_it_runs, load, precision, resolve
 from scale_prune.config.ds_limits import get, refuse_harmful
 from scale_prune.config.places import cache_folder

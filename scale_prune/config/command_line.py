@@ -13,8 +13,9 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import Field, fields
+from io import StringIO
 from typing import Any, NoReturn
 
 from scale_prune.config.recipes import NOUNS, check_value, kind_of, nearest, read_recipe, read_yaml, specs
@@ -178,6 +179,11 @@ def user_errors(rank: int) -> Iterator[None]:
             where, reason = f"{socket.gethostname()}: " if rank else "", " ".join(str(error).splitlines())
             print(f"error: {where}{'a disk is full: ' if full else ''}{reason}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def said_once(*, speaks: bool) -> AbstractContextManager[Any]:
+    """Let one process alone be heard, as where `--help` is printed; without any stdout argparse would take stderr."""
+    return redirect_stdout(sys.stdout if speaks else StringIO())
 
 
 class _Parser(argparse.ArgumentParser):

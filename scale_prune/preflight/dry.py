@@ -6,16 +6,14 @@ could be read.
 
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scale_prune.config import DEFAULT, Mistakes, parse, precision
+from scale_prune.config import DEFAULT, Mistakes, parse, precision, said_once
 from scale_prune.criteria import AUTO, CRITERIA, freezes, with_defaults
 from scale_prune.data import calibration_steps, embedded
 from scale_prune.preflight.disk import check_disk
@@ -43,7 +41,7 @@ def dry_run(argv: Sequence[str], world_size: int, *, speaks: bool) -> int:
         the exit code: 0, or 2 where there is a mistake.
     """
     mistakes = Mistakes()
-    with redirect_stdout(sys.stdout if speaks else StringIO()):
+    with said_once(speaks=speaks):
         config, explicit = parse(argv, criteria=(AUTO, *CRITERIA), noted=mistakes.noted)
     reading = Reading(config=config, explicit=explicit, world_size=world_size)
     if config.training.model is None:
