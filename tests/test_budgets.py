@@ -17,6 +17,7 @@ from test_resume import assert_same_run
 
 from scale_prune.core.level_table import LevelTable, best_levels, levels_of, on_the_way, switched
 from scale_prune.models import unit_groups
+from scale_prune.run.budgeting import in_two_bytes
 from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, training_engine, tried
 
 MEASURED = {
@@ -126,6 +127,18 @@ def test_what_is_tried_leaves_no_trace(tmp_path: Path, trains: bool, persistence
         assert torch.equal(each["before"], each["after"])
         assert not torch.allclose(each["before"], each["without"])
         assert not torch.allclose(each["repaired"], each["without"])
+
+
+def test_what_the_dense_model_says_is_kept_with_its_digits_however_far_its_logits_are_from_0() -> None:
+    logits = 3 * torch.randn(16, 50_000, generator=torch.Generator().manual_seed(0)) - 110
+
+    def divergence(kept: torch.Tensor) -> float:
+        known, found = kept.float().log_softmax(-1), logits.log_softmax(-1)
+        return float((known.exp() * (known - found)).sum(-1).mean())
+
+    assert divergence(logits.to(torch.bfloat16)) > 1e-3
+    assert 0 <= divergence(in_two_bytes(logits)) < 1e-4
+    assert torch.equal(in_two_bytes(logits.half()), logits.half())
 
 
 @pytest.fixture(scope="module")

@@ -260,3 +260,18 @@ def test_sensitivity_counts_the_input_bias_but_no_other() -> None:
     pruner.after_step()
     found = pruner.scoring.criterion.score(pruner.scoring.state)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["wanda", "flap"])
+def test_a_head_of_features_like_neurons_is_worth_about_as_much_a_parameter(name: str) -> None:
+    criterion, block, width = make(name), 64, 768
+    weight, activity = torch.randn(width, block), criterion.activity(torch.randn(512, block))
+    neuron = Member(name="weight", shape=(width, block), dim=1, role="out")
+    worth = []
+    for member, cost in ((neuron, 2 * width), (replace(neuron, block=block), 4 * width * block)):
+        total = criterion.share(view(member, weight, weight, 0, weight.numel()))
+        state = dict.fromkeys(("activity", "tokens", "sum", "squares"), torch.zeros(())) | {"total": total}
+        state = criterion.observe(state, activity if member is neuron else activity.sum(-1, keepdim=True))
+        assert criterion.grows is not None
+        worth.append(float(criterion.score(state).mean() / cost**criterion.grows))
+    assert 0.4 < worth[1] / worth[0] < 2

@@ -1,6 +1,7 @@
 """The helper that the distributed tests stand on: a rank that fails or hangs is a failed test, not a silent one."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -105,26 +106,61 @@ with joined(rank, timeout=2) as runtime:
 """
 
 
-@pytest.mark.parametrize("dead", [0, 1])
-def test_ranks_wait_for_the_first_without_end_but_not_for_one_that_is_gone(dead: int) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def started(program: str, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITING, str(rank), str(dead)],
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(rank), *words],
+        env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_ranks_wait_for_the_first_without_end_but_not_for_one_that_is_gone(dead: int) -> None:
+    port = free_port()
+    ranks = [started(WAITING, rank, port, str(dead)) for rank in range(2)]
     said = [process.communicate(timeout=100) for process in ranks]
     assert [ranks[dead].returncode, ranks[1 - dead].returncode] == [9, LOST_CONTACT], said
     assert all("waited" in out for out, _ in said)
     assert said[1 - dead][1].count(f"error: rank {1 - dead} has lost contact with the other ranks") == 1
+
+
+SILENT = """
+import sys, time
+from scale_prune.zero3 import joined
+rank, does = int(sys.argv[1]), sys.argv[2]
+with joined(rank, timeout=2) as runtime:
+    print("joined", file=sys.stderr, flush=True)
+    sys.stdin.readline()
+    if does == "waits":
+        with runtime.main_first():
+            pass
+"""
+
+
+@pytest.mark.parametrize(("does", "code"), [("waits", LOST_CONTACT), ("leaves", 0)])
+def test_a_store_that_gives_no_answer_is_not_waited_for(does: str, code: int) -> None:
+    """As that of a host that is cut off: its socket stays open, and nothing ever comes."""
+    port = free_port()
+    first, second = (started(SILENT, rank, port, does) for rank in range(2))
+    try:
+        assert all("joined\n" in iter(process.stderr.readline, "") for process in (first, second) if process.stderr)
+        first.send_signal(signal.SIGSTOP)
+        _, said = second.communicate("\n", timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+    assert second.returncode == code, said
+    assert said.count("error: rank 1 has lost contact with the other ranks") == (does == "waits")
 
 
 def test_a_port_that_another_run_has_taken_is_named() -> None:

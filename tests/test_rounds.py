@@ -331,6 +331,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"criterion": "sensitivity", "max_steps": 0, "calibration_tokens": 10},
         "--calibration_tokens 10 are less than the 64 tokens of a step",
     ),
+    (
+        {"criterion": "slimllm", "scope": "global", "targets": "mlp,attention"},
+        "--scope global ranks heads and neurons together, whose scores under --criterion slimllm",
+    ),
     ({"criterion": "magnitude", "repair_damping": -1}, "--repair_damping -1.0 is out of range"),
     ({"criterion": "magnitude", "repair": "some"}, "--repair some is unknown"),
 ]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from command import ROOT, arguments, make_work, report_of, wait_until
 from scale_prune.checkpoint.folder import newest_first
 from scale_prune.system.exits import STOPPED
 
-pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+pytestmark = pytest.mark.distributed
 
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
@@ -25,6 +26,14 @@ SCONTROL = """#!/usr/bin/env bash
 [ "$1" != show ] || echo 127.0.0.1
 [ "$1" != requeue ] || echo "$2" >> "$REQUEUED"
 """
+
+
+@pytest.fixture(autouse=True)
+def left_behind() -> Iterator[None]:
+    """See that a job leaves nothing in the project folder but, queued again, when it has started."""
+    yield
+    (ROOT / ".started-77").unlink(missing_ok=True)
+    assert not list(ROOT.glob(".hostfile-*"))
 
 
 def slurm(folder: Path) -> dict[str, str]:
@@ -51,6 +60,7 @@ def submit(environment: dict[str, str], flags: list[str]) -> subprocess.Popen[st
     )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("told", [STOPPED, 137])  # srun has killed the launcher of another node meanwhile
 def test_a_job_that_is_warned_queues_itself_again_and_goes_on(told: int, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
@@ -69,19 +79,33 @@ def test_a_job_that_is_warned_queues_itself_again_and_goes_on(told: int, tmp_pat
     assert again.returncode == 0, said
     assert report_of(output)["resumed_at"] == [step]
     assert (tmp_path / "requeued").read_text() == "77\n"
-    assert not list(ROOT.glob(".hostfile-*"))
 
 
+@pytest.mark.parametrize("in_recipe", [False, True])
 @pytest.mark.parametrize(
-    ("restarts", "flags", "goes_on"), [(0, [], True), (0, ["--overwrite"], False), (1, ["--overwrite"], True)]
+    ("flags", "first", "again", "once_saved"),
+    [
+        ([], "--resume F", "--resume F", "F --resume"),
+        (["--overwrite"], "F", "F", "F --resume"),
+        (["--resume", "PATH"], "--resume F", "--resume F", "F --resume"),
+    ],
 )
-def test_what_is_to_be_replaced_is_not_gone_on_with(
-    restarts: int, flags: list[str], goes_on: bool, tmp_path: Path
+def test_a_restart_goes_on_with_what_the_job_itself_has_saved(
+    flags: list[str], first: str, again: str, once_saved: str, in_recipe: bool, tmp_path: Path
 ) -> None:
-    environment = slurm(tmp_path) | {"SLURM_RESTART_COUNT": str(restarts)}
-    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
-    said, _ = submit(environment, ["--output_dir", "out", *flags]).communicate(timeout=20)
-    assert ("--resume" in said) == goes_on, said
+    environment, recipe, output = slurm(tmp_path), tmp_path / "recipe.yaml", tmp_path / "out"
+    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\necho "${@:6}"\nexit 76\n')
+    recipe.write_text(f'seed: 1\noutput_dir: "{output}"  # shared\n')
+    given = [*flags, *(["--config", str(recipe)] if in_recipe else ["--output_dir", str(output)])]
+    checkpoints = output / "checkpoints"
+    (checkpoints / "step-00000009").mkdir(parents=True)  # of another run
+    os.utime(checkpoints / "step-00000009", (1e9, 1e9))
+    for restarts, expected in enumerate((first, again, once_saved)):
+        if expected is once_saved:
+            (checkpoints / "step-00000004").mkdir()
+        job = submit(environment | {"SLURM_RESTART_COUNT": str(restarts)}, given)
+        said, _ = job.communicate(timeout=20)
+        assert said.split()[-len(given) - 1 :] == expected.replace("F", " ".join(given)).split(), (restarts, said)
 
 
 @pytest.mark.parametrize(("ended_with", "again"), [(76, True), (250, True), (2, False), (1, False)])
@@ -94,8 +118,7 @@ def test_a_lost_contact_is_known_where_srun_tells_of_the_launchers_that_it_kille
     job = submit(environment, [])
     said, _ = job.communicate(timeout=20)
     assert job.returncode == 143, said
-    assert (tmp_path / "requeued").exists() == again
-    assert not list(ROOT.glob(".hostfile-*"))
+    assert (tmp_path / "requeued").exists() == (ROOT / ".started-77").exists() == again
 
 
 def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
@@ -106,13 +129,19 @@ def test_a_job_that_is_canceled_stays_so(tmp_path: Path) -> None:
     os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all that runs
     job.communicate(timeout=20)
     assert not (tmp_path / "requeued").exists()
-    assert not list(ROOT.glob(".hostfile-*"))
 
 
-@pytest.mark.parametrize(("told", "restarts", "again"), [(76, 4, True), (76, 5, False), (250, 0, True), (2, 0, False)])
-def test_a_job_that_fails_alike_each_time_stops(told: int, restarts: int, again: bool, tmp_path: Path) -> None:
-    environment = slurm(tmp_path) | {"SRUN_TELLS": str(told), "SLURM_RESTART_COUNT": str(restarts)}
+@pytest.mark.parametrize(
+    ("told", "restarts", "seconds", "again"),
+    [(76, 4, 0, True), (76, 5, 0, False), (76, 5, 900, True), (250, 0, 0, True), (134, 0, 0, True), (2, 0, 0, False)],
+)
+def test_a_job_that_fails_alike_each_time_stops(
+    told: int, restarts: int, seconds: int, again: bool, tmp_path: Path
+) -> None:
+    how = {"SLURM_RESTART_COUNT": str(restarts), "SECONDS": str(seconds)}  # bash counts on from there
+    environment = slurm(tmp_path) | how
+    (tmp_path / "bin" / "srun").write_text(f"#!/usr/bin/env bash\nexit {told}\n")
     job = submit(environment, ["--help"])
-    said, _ = job.communicate(timeout=120)
+    said, _ = job.communicate(timeout=20)
     assert job.returncode == told, said
     assert (tmp_path / "requeued").exists() == again

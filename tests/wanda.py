@@ -18,11 +18,12 @@ class Wanda(Criterion):
 
     needs = frozenset({"weight", "activity"})
     roles = frozenset({"out"})
+    grows = 0.5  # of a mean, times the root of a sum
     settings = Criterion.settings | {"similarity_every", "similarity_tokens"}
 
     def share(self, view: ShardView) -> Tensor:
         """Return the slice's part of the units' means of |W2|, (N,)."""
-        weights_of_a_unit = prod(view.member.shape) // view.member.shape[view.member.dim]
+        weights_of_a_unit = prod(view.member.shape) // view.member.num_units
         return view.unit_sum(view.weight.abs()) / weights_of_a_unit
 
     def activity(self, activations: Tensor) -> Tensor:

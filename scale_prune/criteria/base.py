@@ -122,7 +122,8 @@ class Criterion:
         settles: what is removed once the target is reached stays the same.
         freezes: weights stay as they are until what is to leave has left.
         grows: the power of what a unit has by which its score grows, 1 for a sum over it; heads and neurons that are
-            ranked together are compared without it.
+            ranked together are compared without it. None: scores of heads and of neurons are no such numbers, and are
+            not ranked together.
         apart: its `select` brings neurons and heads to the target each by themselves, so that floors are checked so.
         of_layers: what is known of the layers, for budgets.
 
@@ -138,7 +139,7 @@ class Criterion:
     settings: ClassVar[frozenset[str]] = frozenset({"targets", "min_kept", "width_multiple", "update_every"})
     settles: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
-    grows: ClassVar[float] = 1.0
+    grows: ClassVar[float | None] = 1.0
     apart: ClassVar[bool] = False
 
     def __init__(self, config: PruningConfig, seed: int) -> None:
@@ -225,7 +226,7 @@ class Criterion:
         at_target, remaining = step >= schedule.last_descent_step, schedule.remaining(step)
         if self.config.scope == "standardized":
             scores = [standardized(group) for group in scores]
-        elif {group.kind for group in groups} == {"neuron", "head"}:
+        elif self.grows is not None and {group.kind for group in groups} == {"neuron", "head"}:
             scores = [each / group.cost**self.grows for each, group in zip(scores, groups, strict=True)]
         # What leaves for good in a round does not come back to make up a multiple later.
         multiple = self.config.width_multiple if at_target or self.config.rounds else 1

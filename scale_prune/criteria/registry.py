@@ -177,16 +177,23 @@ def check_uniqueness(config: PruningConfig) -> None:
 
 
 def check_scope(config: PruningConfig) -> None:
-    """Refuse a budget of layers where scores say what each layer loses.
+    """Refuse a budget of layers where scores say what each layer loses, and scores that cannot say it.
 
     Raises:
-        ValueError: the scope is not `per_group`, or the criterion removes components.
+        ValueError: the scope is not `per_group`, or the criterion removes components; or the scores of heads and
+            neurons would be ranked together, and cannot be compared.
     """
     components = CRITERIA[config.criterion].kind == "component"
     if config.budget != "uniform" and (config.scope != "per_group" or components):
         raise ValueError(
             f"--budget {config.budget} says what each layer loses, --scope {config.scope} lets scores say it; give "
             "--scope per_group, and a criterion of neurons"
+        )
+    together = {"mlp", "attention"} <= set(config.target_names) and config.scope == "global"
+    if CRITERIA[config.criterion].grows is None and together:
+        raise ValueError(
+            f"--scope global ranks heads and neurons together, whose scores under --criterion {config.criterion} are "
+            "numbers of different kinds; give --scope per_group, standardized, or another criterion"
         )
 
 

@@ -19,6 +19,7 @@ class Slimllm(Criterion):
     """Keep the heads that are missed most, and the neurons that write along the principal directions of the output."""
 
     needs = frozenset({"gram"})
+    grows = None
 
     def rank_units(self, gram: Tensor, weight: Tensor, block: int) -> Tensor:
         """Return the units' scores, (N,).

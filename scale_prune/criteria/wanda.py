@@ -17,7 +17,7 @@ class Wanda(Criterion):
 
     needs = frozenset({"weight", "activity"})
     roles = frozenset({"out"})
-    grows = 0.0
+    grows = 0.5  # of a mean, times the root of a sum
     settings = Criterion.settings | {"similarity_every", "similarity_tokens"}
 
     def share(self, view: ShardView) -> Tensor:

@@ -37,7 +37,7 @@ class Trials:
         self.run, self.engine, self.scores = run, run.student.engine, scores
         self.calibration = calibration if run.config.pruning.repair != "none" else None
         self.batches = self._rows()
-        self.dense = [self._logits(inputs).to("cpu", torch.bfloat16) for inputs, _ in self.batches]
+        self.dense = [in_two_bytes(self._logits(inputs)) for inputs, _ in self.batches]
         self._solved: dict[tuple[int, int], Tensor | None] = {}
 
     def loss(self, widths: Sequence[int]) -> float:
@@ -97,6 +97,13 @@ class Trials:
         moved = {name: values.to(self.engine.device) for name, values in inputs.items()}
         logits: Tensor = self.engine(**{**moved, **self.run.task.options, "labels": None}).logits
         return logits
+
+
+def in_two_bytes(logits: Tensor) -> Tensor:
+    """Return logits, (..., V), on the host; where they are rounded the largest is 0: a large offset costs digits."""
+    if logits.dtype == torch.float32:
+        logits = (logits - logits.amax(-1, keepdim=True)).to(torch.bfloat16)
+    return logits.cpu()
 
 
 def measure_levels(run: Run, trials: Trials) -> LevelTable:

@@ -6,6 +6,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
@@ -105,9 +106,9 @@ class Runtime:
             with _counting(store, alive, self.timeout / 4):
                 yield
         finally:  # also where the body fails: the others must meet the same mistake, not wait for ever
-            with suppress(RuntimeError):  # they have met it, and rank 0 has left
-                store.add(f"{turn}, rank {self.rank}", 1)
-                store.add(turn, 1)
+            for place in (f"{turn}, rank {self.rank}", turn):
+                with suppress(RuntimeError):  # they have met it, and rank 0 has left
+                    _add(store, place, 1, LEAVING_SECONDS)
         wait_for(turn, self.world_size)
 
     def peak_memory(self) -> list[int]:
@@ -138,10 +139,10 @@ class Runtime:
         """Wait for the others without a collective: they may be in another one, and then it would not be the same."""
         store = torch.distributed.distributed_c10d._get_default_store()
         with suppress(RuntimeError):  # rank 0, which keeps the store, is gone
-            store.add("leaving", 1)
+            _add(store, "leaving", 1, LEAVING_SECONDS)
             together = _wait_for(store, "leaving", self.world_size, LEAVING_SECONDS)
             if not self.is_main:
-                store.add("left", 1)
+                _add(store, "left", 1, LEAVING_SECONDS)
             elif together:
                 _wait_for(store, "left", self.world_size - 1, LEAVING_SECONDS)
 
@@ -155,16 +156,44 @@ def _wait_for(store: Any, place: str, needed: int, patience: float, alive: str =
         needed: how large.
         patience: seconds after which it is given up.
         alive: name of another number; while it goes up nothing is given up.
+
+    Raises:
+        DistError: the store cannot be reached.
     """
     pause, last, deadline = 0.01, 0, time.monotonic() + patience
-    while store.add(place, 0) < needed:
-        if alive and (now := store.add(alive, 0)) != last:
+    while _add(store, place, 0, patience) < needed:
+        if alive and (now := _add(store, alive, 0, patience)) != last:
             last, deadline = now, time.monotonic() + patience
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)  # of 1,000 ranks rank 0 answers 10,000 questions a second
     return True
+
+
+def _add(store: Any, place: str, number: int, patience: float) -> int:
+    """Add to a number of the store and return it.
+
+    Asked from a thread: where the store's host is cut off, the question waits for an answer a quarter of an hour and
+    more, whatever timeout the store was given.
+
+    Raises:
+        DistError: there is no answer for `patience` seconds.
+        RuntimeError: the store is gone.
+    """
+    answer: Future[int] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(store.add(place, number))
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(patience)
+    except TimeoutError as error:
+        raise torch.distributed.DistStoreError(f"the ranks' store gave no answer for {patience:g} seconds") from error
 
 
 @contextmanager
@@ -183,7 +212,7 @@ def _counting(store: Any, place: str, seconds: float) -> Iterator[None]:
         yield
     finally:
         left.set()
-        thread.join()
+        thread.join(seconds)  # no longer: its question may have no answer
 
 
 def remove_shared_memory(rank: int) -> None:
