@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,7 @@ def replacing(flags: list[str], output: Path) -> tuple[int, list[str]]:
 
 
 def assert_stopped(ranks: list[tuple[int, str]], reason: str, output: Path, step: int) -> None:
-    """The run has stopped in a step, with one message and the model of before that step."""
+    """The run, which saved before that step, has stopped in it, with one message and the model of before."""
     (code, stderr), (other_code, other_stderr) = ranks
     assert (code, other_code) == (2, 2)
     (error,) = errors_of(stderr)
@@ -320,12 +321,21 @@ def assert_stopped(ranks: list[tuple[int, str]], reason: str, output: Path, step
     assert errors_of(other_stderr) == []
     assert not (output / "report.json").exists()
     assert not (output / "pruned").exists()
-    model = AutoModelForCausalLM.from_pretrained(output / "last_good", trust_remote_code=True)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    AutoModelForCausalLM.from_pretrained(output / "last_good", trust_remote_code=True)
+    model = load_file(output / "last_good" / "model.safetensors")
+    masters = defaultdict[str, list[torch.Tensor]](list)
+    for part in sorted((output / "checkpoints" / f"step-{step - 1:08d}").glob("rank-*.safetensors")):
+        for name, own in load_file(part).items():
+            masters[name].append(own)
+    for name, weight in model.items():
+        master = torch.cat(masters[f"engine/master/{name}"])[: weight.numel()].view_as(weight)
+        assert not weight[weight != master].any(), "masked units are 0, everything else is as it was"
+        assert weight.any()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(work: Path) -> None:
-    flags = arguments(work, work / "nan", learning_rate=1e30, warmup_fraction=0.9, cooldown_fraction=0.0)
+    steep = {"learning_rate": 1e30, "warmup_fraction": 0.9, "cooldown_fraction": 0.0}
+    flags = arguments(work, work / "nan", **steep, save_every=1)
     ranks = run_ranks(outcome, 2, flags)
     assert_stopped(ranks, "the loss is nan", work / "nan", 4)
 
@@ -380,7 +390,8 @@ def outcome_with_a_broken_gradient(flags: list[str], step: int) -> tuple[int, st
 @pytest.mark.parametrize("criterion", ["gum", "random"])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_weights(criterion: str, work: Path) -> None:
     output = work / f"nan-{criterion}"
-    ranks = run_ranks(outcome_with_a_broken_gradient, 2, arguments(work, output, criterion=criterion), 3)
+    flags = arguments(work, output, criterion=criterion, save_every=1)
+    ranks = run_ranks(outcome_with_a_broken_gradient, 2, flags, 3)
     assert_stopped(ranks, "a gradient is not finite", output, 3)
 
 

@@ -7,9 +7,12 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from distributed import run_ranks
 from memory_backend import steady_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scale_prune.checkpoint.choice import filled_from
 from scale_prune.checkpoint.folder import Checkpoint
@@ -32,6 +35,7 @@ from scale_prune.run import output as run_output
 from scale_prune.run.run import Run
 from scale_prune.system import appears
 from scale_prune.system.exits import STOPPED
+from scale_prune.system.slices import write_slices
 from scale_prune.tasks.task import MicroBatch
 
 pytestmark = pytest.mark.distributed
@@ -78,9 +82,13 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((output / "checkpoints").iterdir())
 
 
-def losses(output: Path) -> dict[int, float]:
+def scalars(output: Path, name: str) -> dict[int, float]:
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def losses(output: Path) -> dict[int, float]:
+    return scalars(output, "train/loss")
 
 
 def go_on(work: Path, output: Path, world_size: int, **settings: Any) -> list[tuple[int, str]]:
@@ -240,6 +248,91 @@ def test_a_warned_run_saves_and_goes_on_with_resume_alone(whole: Path, work: Pat
     assert report_of(output)["resumed_at"] == [6]
 
 
+@contextmanager
+def warned_in(place: str) -> Iterator[None]:
+    """Let the scheduler's warning come at the beginning of a function."""
+    module, name = place.rsplit(".", 1)
+    function = getattr(import_module(module), name)
+
+    def warned(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **options)
+
+    with patch(place, warned):
+        yield
+
+
+def warned_outcome(flags: list[str], place: str) -> tuple[int, str]:
+    with warned_in(place):
+        return outcome(flags)
+
+
+def test_a_warning_between_steps_waits_for_the_next_one_or_the_end(work: Path) -> None:
+    rounds = {"criterion": "obs", "rounds": 2, "max_steps": 5, "recovery_steps": 0, "save_every": 0}
+    rounds |= {"calibration_tokens": 384, "remaining": 0.6}
+    whole, stopped = work / "not warned", work / "warned"
+    assert codes(go_on(work, whole, 1, **rounds)) == [0]
+    flags = arguments(work, stopped, **SETTINGS | rounds)
+    assert codes(run_ranks(warned_outcome, 1, flags, "scale_prune.run.removal.read_text")) == [STOPPED]
+    assert len(checkpoints(stopped)) == 1
+    assert codes(run_ranks(warned_outcome, 1, [*flags, "--resume"], "scale_prune.run.stages._export")) == [0]
+    assert_same_run(stopped, whole)
+
+
+def test_the_run_that_was_replaced_waits_for_the_end_of_one_that_is_gone_on_with(work: Path) -> None:
+    output = work / "replaced"
+    flags = arguments(work, output, **SETTINGS | {"max_steps": 4, "recovery_steps": 0})
+    assert codes(run_ranks(outcome, 1, flags)) == [0]
+    assert codes(run_ranks(stopping, 1, [*flags, "--overwrite"], 2)) == [STOPPED]
+    (aside,) = work.glob("replaced.replaced-*")
+    assert report_of(aside)["steps"] == 4
+    assert codes(run_ranks(outcome, 1, [*flags, "--resume"])) == [0]
+    assert not list(work.glob("replaced.replaced-*"))
+    assert report_of(output)["resumed_at"] == [2]
+
+
+def test_what_may_change_is_said_and_holds_from_then_on(whole: Path, work: Path) -> None:
+    output, before = work / "changed on the way", SETTINGS | {"learning_rate": 5e-4}
+    shutil.copytree(work / "model", work / "moved")
+    changes = {"learning_rate": 1e-4, "layout": "pad", "recovery_steps": 4, "model": work / "moved"}
+    resumed = {"resume": whole / "checkpoints" / "step-00000004"}
+    (said,) = run_ranks(said_by, 1, arguments(work, output, **before | resumed | changes))
+    for name, value in changes.items():
+        assert f"--{name} is now {value}, was " in said
+    rates, usual = scalars(output, "train/learning_rate"), scalars(whole, "train/learning_rate")
+    assert max(rates) == 11
+    assert all(rates[step] < 0.3 * usual[step] for step in rates if 5 < step < 9)
+    assert AutoModelForCausalLM.from_pretrained(output / "pruned").config.intermediate_size == max(
+        report_of(output)["widths"]
+    )
+
+
+def failing_on_rank_1(flags: list[str], save: int) -> tuple[int, str]:
+    """Run on disks of which that of rank 1 is full at a save."""
+    saves: list[Path] = []
+
+    def write(path: Path, *args: Any) -> None:
+        saves.append(path)
+        if os.environ["RANK"] == "1" and len(saves) == save:
+            raise OSError(28, "No space left on device")
+        write_slices(path, *args)
+
+    with patch("scale_prune.checkpoint.writing.write_slices", write):
+        return outcome(flags)
+
+
+def test_a_save_that_fails_on_one_rank_ends_all_and_leaves_the_one_before(work: Path) -> None:
+    output = work / "full"
+    flags = arguments(work, output, **SETTINGS | {"save_every": 1, "keep_checkpoints": 1})
+    ranks = run_ranks(failing_on_rank_1, 2, flags, 3)
+    assert codes(ranks) == [2, 2]
+    (error,) = errors_of(ranks[0][1])
+    assert "No space left on device" in error
+    left = checkpoints(output)
+    assert [path.suffix for path in left] == [""]
+    assert f"Earlier checkpoints are as they were: {left[0].name}" in error
+
+
 # --- what cannot be used ---------------------------------------------------------------------------------------------
 
 
@@ -257,7 +350,10 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole: Path, work: Path) -> None:
+    """Also of a run that was killed while it wrote its result."""
     output = copy_of(whole, work / "damaged")
+    (output / "pruned").mkdir()
+    (output / "pruned" / "model-00001-of-00002.safetensors").write_text("of the attempt before")
     theirs = output / "checkpoints" / "notes.partial"
     theirs.mkdir()
     flip_a_bit(output / "checkpoints" / "step-00000008" / "rank-00001-0000.safetensors")
@@ -265,6 +361,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole: Path, 
     assert "step-00000008 is damaged: the contents of rank-00001-0000.safetensors are not what was written" in said
     assert "going on after step 4" in said
     assert_same_run(output, whole)
+    assert [path.name for path in (output / "pruned").glob("*.safetensors")] == ["model.safetensors"]
     left = ["notes.partial", "step-00000004", "step-00000008", "step-00000008.abandoned"]
     assert [path.name for path in checkpoints(output)] == left
 
@@ -278,6 +375,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"block_size": 8}, "--block_size 8 is not the run's 16"),
     ({"bos": "always"}, "--bos always is not the run's never"),
     ({"train_batch_size": 4}, '"train_batch_size": 4, but the run has 6'),
+    ({"warmup_fraction": 0.3}, "--warmup_fraction 0.3 is not the run's 0.1"),
     ({"max_steps": 9}, "--max_steps 9 is not the run's 7, and its model is compacted already"),
     ({"recovery_steps": 0}, "has made 8 steps already, more than the 7 that --max_steps 7 and --recovery_steps 0"),
 ]

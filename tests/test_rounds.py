@@ -332,7 +332,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--calibration_tokens 10 are less than the 64 tokens of a step",
     ),
     (
-        {"criterion": "slimllm", "scope": "global", "targets": "mlp,attention"},
+        {"criterion": "slimllm", "scope": "global", "targets": "mlp,attention", "remaining": 0.9},
         "--scope global ranks heads and neurons together, whose scores under --criterion slimllm",
     ),
     ({"criterion": "magnitude", "repair_damping": -1}, "--repair_damping -1.0 is out of range"),
