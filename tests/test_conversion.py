@@ -47,7 +47,8 @@ def load(folder: Path, **settings: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_layout_becomes_every_other_and_computes_the_same(tmp_path: Path, model_type: str) -> None:
     model, groups, masked = compacted(model_type, "per_layer")
-    export(tmp_path / "per_layer", model, groups, "per_layer")
+    (code,) = export(tmp_path / "per_layer", model, groups, "per_layer").glob("*.py")
+    code.write_text("raise SystemExit")  # conversion runs nothing of a folder
     before, forms = "per_layer", ["pad", "per_layer", "auto"]
     forms += ["nemotron_nas", "pad", "nemotron_nas", "per_layer"] if model_type in ("llama", "qwen2") else []
     for step, form in enumerate(forms):

@@ -8,8 +8,10 @@ import shutil
 import signal
 import time
 from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from command import (
 )
 from distributed import run_ranks, start_ranks
 from models import LAYERS, WIDTH
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -40,7 +42,7 @@ from transformers import AutoModelForCausalLM
 from scale_prune.config.settings import Config
 from scale_prune.core.selection import select
 from scale_prune.preflight import fill_in
-from scale_prune.run import student
+from scale_prune.run import model_writer, student
 from scale_prune.system.exits import LOST_CONTACT
 
 pytestmark = pytest.mark.distributed
@@ -101,6 +103,9 @@ def test_the_report_keeps_its_contract(report: dict[str, Any], finished: Path) -
     counts = 8 * LAYERS  # of sampled tokens
     assert 0 < report["received_bytes"]["all_gather"] <= 2 * shares + counts
     assert report["settings"]["learning_rate"] == report["ds_config"]["optimizer"]["params"]["lr"]
+    assert {"host", "commit"} <= report.keys()
+    assert "--criterion gum" in report["command"]
+    assert time.time() - 3600 < datetime.fromisoformat(report["date"]).timestamp() <= time.time()
     assert (
         torch.__version__.split("+")[0] == report["versions"]["torch"].split("+")[0]
     )  # a wheel for CUDA says more of itself
@@ -305,6 +310,29 @@ def replacing(flags: list[str], output: Path) -> tuple[int, list[str]]:
     code, _ = outcome(flags)
     kinds, beside = ("checkpoints", "pruned", "report.json"), output.parent.glob(f"{output.name}.replaced-*")
     return code, sorted(" ".join(kind for kind in kinds if (path / kind).exists()) for path in beside)
+
+
+def outcome_with_a_broken_export(flags: list[str]) -> tuple[int, str]:
+    """Run where a weight is not what it was when it is in its file."""
+
+    def write_model(*args: Any, **options: Any) -> None:
+        write(*args, **options)
+        file = args[2] / "model.safetensors"
+        broken = load_file(file)
+        broken["transformer.ln_f.weight"] *= 2
+        save_file(broken, file, {"format": "pt"})
+
+    write = model_writer.write_model
+    with patch.object(model_writer, "write_model", write_model):
+        return outcome(flags)
+
+
+def test_a_folder_that_holds_another_model_than_was_trained_gets_no_report(work: Path) -> None:
+    output = work / "broken export"
+    with pytest.raises(AssertionError, match="the one it was written from"):
+        run_ranks(outcome_with_a_broken_export, 1, arguments(work, output, criterion="magnitude", max_steps=0))
+    assert (output / "pruned").exists()
+    assert not (output / "report.json").exists()
 
 
 # --- what can happen on the way ------------------------------------------------------------------------------------

@@ -158,3 +158,32 @@ def test_a_loop_that_forgets_a_call_is_told(tmp_path: Path) -> None:
     assert said["compact"] == "saved without `compact`: the removed units are still there, as zeros"
     assert "compact after 2 of the 7 steps" in said["steps"]
     assert "the target is 40.0%" in said["steps"]
+
+
+def saved_and_shrunk(path: Path, folder: Path, result: Path) -> None:
+    """Save on some ranks, and keep what was saved as one rank knows it."""
+    engine, pruner = start(path, ds_config(), pruning("gum"))
+    train(engine, pruner, BLOCKS, CUT)
+    engine.save_checkpoint(str(folder))
+    save_state(pruner, folder)
+    if pruner.backend.rank == 0:
+        torch.save([pruner.masks, pruner.scores], result)
+
+
+def loaded_elsewhere(path: Path, folder: Path) -> tuple[int, list[Tensor], list[Tensor]]:
+    _, pruner = start(path, ds_config(), pruning("gum"))
+    pruner.backend.steps_made = lambda: CUT  # type: ignore[method-assign]  # DeepSpeed's checkpoint is of two ranks
+    load_state(pruner, folder)
+    return pruner.step, list(pruner.masks), list(pruner.scores)
+
+
+def test_another_number_of_ranks_reads_what_was_saved_last(tmp_path: Path) -> None:
+    path = saved_model(tmp_path, "gpt_neo")
+    for ranks in (3, 2):  # the third rank's file of the first stays
+        run_ranks(saved_and_shrunk, ranks, path, tmp_path, tmp_path / "saved.pt")
+    masks, scores = torch.load(tmp_path / "saved.pt")
+    ((step, found, ranked),) = run_ranks(loaded_elsewhere, 1, path, tmp_path)
+    assert step == CUT
+    assert all(map(torch.equal, found, masks))
+    assert all(map(torch.equal, ranked, scores))
+    assert not torch.cat(found).all()
