@@ -26,8 +26,8 @@ from scale_prune.zero3 import (
     joined,
     launched_as,
     load_model,
-    precision,
     release,
+    working_dtype,
 )
 
 DESCRIPTION = "Measure how good models are at a task on validation data, and how fast they generate."
@@ -176,7 +176,7 @@ def _add_speeds(
             models[name] = GgufModel(str(training.model), own.prompt_tokens + own.new_tokens)
             continue
         models[name] = AutoModelForCausalLM.from_pretrained(
-            str(training.model), dtype=precision(each.ds_config), trust_remote_code=training.trust_remote_code
+            str(training.model), dtype=working_dtype(each.ds_config), trust_remote_code=training.trust_remote_code
         )
         models[name].eval().to(device)
     vocabulary = min(each.model_config.get_text_config().vocab_size for each in inputs.values())

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from scale_prune.data import Inputs, with_bos
 from scale_prune.tasks import neutral
-from scale_prune.zero3 import Runtime, precision
+from scale_prune.zero3 import Runtime, working_dtype
 
 KEPT = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
 RESAMPLES = 1000
@@ -74,7 +74,7 @@ class _SharedModel(HFLM):
     def __init__(self, inputs: Inputs, runtime: Runtime) -> None:
         training = inputs.config.training
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(training.model), dtype=precision(inputs.ds_config), trust_remote_code=training.trust_remote_code
+            str(training.model), dtype=working_dtype(inputs.ds_config), trust_remote_code=training.trust_remote_code
         )
         tokenizer = with_bos(inputs.tokenizer, inputs.bos is not None)
         super().__init__(model.to(runtime.device), tokenizer=tokenizer, batch_size=inputs.micro_batch_size)

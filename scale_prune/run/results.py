@@ -8,7 +8,7 @@ from scale_prune.run.progress import Progress
 from scale_prune.run.report import tenths
 from scale_prune.run.run import Run
 from scale_prune.system import versions
-from scale_prune.zero3 import precision
+from scale_prune.zero3 import working_dtype
 
 
 def results(run: Run, *, pruned_parameters: int, stored_parameters: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _distillation(run: Run) -> dict[str, Any] | None:
     """Return what the teacher cost: seconds of this rank, and bytes of every rank."""
     if run.teacher is None:
         return None
-    bytes_each = precision(run.inputs.ds_config).itemsize
+    bytes_each = working_dtype(run.inputs.ds_config).itemsize
     return {
         "teacher": run.config.distillation.teacher,
         "parameters": run.teacher.num_parameters,

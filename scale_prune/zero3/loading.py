@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations import HfDeepSpeedConfig
 
 from scale_prune.models import auto_model, classifies, full_shape
-from scale_prune.zero3.runtime import precision
+from scale_prune.zero3.runtime import working_dtype
 from scale_prune.zero3.saving import of_all_ranks
 from scale_prune.zero3.shard import Shard
 
@@ -55,7 +55,7 @@ def load_model(
     model, problem = None, ""
     try:
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, missing = _in_shards(path, config, dtype=precision(ds_config), trust_remote_code=trust_remote_code)
+        model, missing = _in_shards(path, config, dtype=working_dtype(ds_config), trust_remote_code=trust_remote_code)
         if missing:
             problem = f"{len(missing)} of them are missing and would be random, {missing[0]} for one"
     except Exception as error:  # a broken file raises whatever its content comes to

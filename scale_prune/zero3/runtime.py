@@ -228,7 +228,7 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in where)
 
 
-def precision(ds_config: dict[str, Any]) -> torch.dtype:
+def working_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """Return the dtype of the working copy that a ds_config asks for."""
     if ds_config.get("bf16", {}).get("enabled"):
         return torch.bfloat16
