@@ -193,7 +193,7 @@ def check_scope(config: PruningConfig) -> None:
     if CRITERIA[config.criterion].grows is None and together:
         raise ValueError(
             f"--scope global ranks heads and neurons together, whose scores under --criterion {config.criterion} are "
-            "numbers of different kinds; give --scope per_group, standardized, or another criterion"
+            "numbers of different kinds; give --scope per_group or another criterion"
         )
 
 

@@ -186,7 +186,7 @@ def _add(store: Any, place: str, number: int, patience: float) -> int:
     def ask() -> None:
         try:
             answer.set_result(store.add(place, number))
-        except RuntimeError as error:
+        except Exception as error:
             answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
@@ -212,7 +212,7 @@ def _counting(store: Any, place: str, seconds: float) -> Iterator[None]:
         yield
     finally:
         left.set()
-        thread.join(seconds)  # no longer: its question may have no answer
+        thread.join(LEAVING_SECONDS)  # no longer: its question may have no answer
 
 
 def remove_shared_memory(rank: int) -> None:
