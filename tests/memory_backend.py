@@ -170,7 +170,7 @@ class InMemoryBackend:
         for member in group.members:
             if anew:
                 self.parameters[member.name].data.copy_(self.masters[member.name])
-            self.parameters[member.name].data.movedim(member.dim, 0)[~mask] = 0.0
+            self.parameters[member.name].data.view(member.unit_shape).movedim(member.unit_dim, 0)[~mask] = 0.0
 
     def gather(self, name: str) -> Tensor:
         """Return a parameter's whole working copy."""

@@ -33,7 +33,7 @@ from scale_prune.export import check_gguf, convert, open_folder
 from scale_prune.export.plain_configs import without_layout
 from scale_prune.models import cluster_groups, component_groups, put_factors, tied_output
 
-FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "opt")
+FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "phi3", "opt")
 HEADS = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 WIDE = {"vocab_size": 150, **HEADS}
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "starcoder2")  # of others its reader takes sizes for granted

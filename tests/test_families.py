@@ -38,8 +38,9 @@ def test_groups_cover_every_mlp_parameter_once_except_the_output_bias(model_type
     model = tiny_model(model_type)
     groups = unit_groups(model)
     members = [member.name for group in groups for member in group.members]
-    # No other size of the tiny models is WIDTH; the output's bias has none of that size.
-    assert sorted(members) == sorted(name for name, stored in model.named_parameters() if WIDTH in stored.shape)
+    # No other size of the tiny models is WIDTH or twice that; the output's bias has none of that size.
+    sizes = {WIDTH, FAMILIES[model_type].pieces * WIDTH}
+    assert sorted(members) == sorted(name for name, stored in model.named_parameters() if sizes & {*stored.shape})
     assert all(group.output.startswith(group.name) and f"{group.output}.weight" in members for group in groups)
 
 
@@ -53,8 +54,10 @@ def test_groups_describe_the_stored_tensors(model_type: str) -> None:
         assert group.num_units == WIDTH
         for member in group.members:
             assert member.shape == tuple(model.get_parameter(member.name).shape)
-            assert sorted(member.shape) == [WIDTH] if member.role == "bias" else [model.config.hidden_size, WIDTH]
-            assert member.shape[member.dim] == WIDTH
+            counted = member.pieces * WIDTH
+            assert sorted(member.shape) == [counted] if member.role == "bias" else [model.config.hidden_size, counted]
+            assert member.shape[member.dim] == counted
+            assert member.pieces == (1 if member.role == "out" else FAMILIES[model_type].pieces)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -349,7 +349,7 @@ def test_a_loop_of_ones_own_keeps_its_scheduler_or_its_engine(folder: Path) -> N
 # --- every family ----------------------------------------------------------------------------------------------------
 
 # What no other test has on ranks; GPT-NeoX, OPT, ELECTRA and relatives of Llama are only among all, which take 80 s.
-SOME_FAMILIES = ("gemma3_text", "apertus", "phi", "gpt_bigcode", "codegen", "falcon")
+SOME_FAMILIES = ("gemma3_text", "apertus", "phi", "phi3", "gpt_bigcode", "codegen", "falcon")
 SOME_LOSE_HEADS = ("gpt2", "gpt_neox", "gptj")  # queries, keys and values in one tensor by kind, by head; apart
 GROUPED = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 

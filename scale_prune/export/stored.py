@@ -1,7 +1,7 @@
 """A model's folder, read tensor by tensor: what a conversion starts from. No code of the folder runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from scale_prune.core import UnitGroup, resize_group
+from scale_prune.core import Member, UnitGroup, resize_group, select_units
 from scale_prune.export.factors import product, whole_table
 from scale_prune.models import family_of, stock_class, unit_groups
 from scale_prune.system.tensor_files import TensorFiles
@@ -43,7 +43,7 @@ class Stored:
         if not any("num_attention_heads" in words for words in own.values()):
             return neurons
         heads = unit_groups(self._model, ("attention",))
-        return (*neurons, *(resize_group(group, self._stored_heads(group)) for group in heads))
+        return (*neurons, *(resize_group(group, self._in_files(group.members[0]).num_units) for group in heads))
 
     @cached_property
     def names(self) -> dict[str, Sequence[str]]:
@@ -83,7 +83,9 @@ class Stored:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the state dict, a copy of its own."""
         tensor, member = self._full(name), self._members.get(name)
-        return tensor if member is None else tensor.narrow(member.dim, 0, member.shape[member.dim]).clone()
+        return (
+            tensor if member is None else select_units(tensor, torch.arange(member.num_units), self._in_files(member))
+        )
 
     @cached_property
     def _members(self) -> dict[str, Any]:
@@ -131,18 +133,19 @@ class Stored:
         whole = product(down, up)
         return whole.T.contiguous() if family_of(self.config).transposed else whole
 
-    def _stored_heads(self, group: UnitGroup) -> int:
-        """Return how many units of a group of heads the files have."""
-        first = group.members[0]
-        return self._full_shape(first.name)[first.dim] * group.num_units // first.shape[first.dim]
+    def _in_files(self, member: Member) -> Member:
+        """Return a member as the files have it, with all their units."""
+        return replace(member, shape=self._full_shape(member.name))
 
     def _live(self, group: UnitGroup) -> int:
         """Return the number of neurons up to the last that is not zero everywhere; at least 1."""
-        live = torch.zeros(self._full_shape(group.members[0].name)[group.members[0].dim], dtype=torch.bool)
-        for member in reversed(group.members):
+        members = [self._in_files(member) for member in group.members]
+        live = torch.zeros(members[0].num_units, dtype=torch.bool)
+        for member in reversed(members):
             if live[-1:].any():
                 break
-            live |= self._full(member.name).movedim(member.dim, 0).reshape(len(live), -1).ne(0).any(1)
+            by_unit = self._full(member.name).reshape(member.unit_shape).movedim(member.unit_dim, 0)
+            live |= by_unit.reshape(len(live), -1).ne(0).any(1)
         return max(1, int(live.nonzero().max()) + 1) if live.any() else 1
 
 

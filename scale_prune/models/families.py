@@ -27,6 +27,7 @@ class Family:
         layers: dotted name of the list of layers; each is built as `Layer(config, index)` or `Layer(config)`.
         mlp: name of the MLP within a layer, "" where the projections belong to the layer itself.
         inputs: names of the projections that make the neurons' activations; two in a gated MLP.
+        pieces: how often such a projection counts the neurons through, one after another: 2 where it is gate and up.
         output: name of the projection that reads them.
         width_key: the config's key for the number of neurons of an MLP.
         transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
@@ -45,6 +46,7 @@ class Family:
     inputs: tuple[str, ...]
     output: str
     width_key: str
+    pieces: int = 1
     transposed: bool = False
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     attention: tuple[str, ...] = ()
@@ -134,6 +136,7 @@ LLAMA = Family(
     attention=_in("self_attn", "q_proj k_proj v_proj o_proj"),
     heads="apart",
 )
+GLM = replace(LLAMA, model_types=("glm", "glm4"), inputs=("gate_up_proj",), pieces=2)
 PHI = replace(
     LLAMA, model_types=("phi",), inputs=("fc1",), output="fc2", attention=_in("self_attn", "q_proj k_proj v_proj dense")
 )
@@ -160,7 +163,9 @@ for family in (
     *(GPT_NEO, GPT_J, GPT_BIGCODE),
     replace(GPT_BIGCODE, model_types=("gpt2",), transposed=True, heads="by_kind"),
     replace(GPT_J, model_types=("codegen",), attention=_in("attn", "qkv_proj out_proj"), heads=""),
-    *(FALCON, GPT_NEOX, LLAMA, PHI, OPT, BERT),
+    *(FALCON, GPT_NEOX, LLAMA, GLM, PHI, OPT, BERT),
+    # Its attention reads the number of heads in the config, which all layers share.
+    replace(GLM, model_types=("phi3",), attention=_in("self_attn", "qkv_proj o_proj"), heads=""),
     replace(LLAMA, model_types=("arcee", "apertus", "nemotron"), inputs=("up_proj",)),
     replace(LLAMA, model_types=("starcoder2",), inputs=("c_fc",), output="c_proj"),
     replace(BERT, model_types=("electra",), layers="electra.encoder.layer"),

@@ -112,7 +112,8 @@ def _parameters_of_a_unit(group: UnitGroup) -> int:
 
 def _neurons(model: nn.Module, family: Family, layer: int) -> UnitGroup:
     name = ".".join(filter(None, (family.layers, str(layer), family.mlp)))
-    members = tuple(_members(model, family, [f"{name}.{each}" for each in (*family.inputs, family.output)]))
+    found = _members(model, family, [f"{name}.{each}" for each in (*family.inputs, family.output)])
+    members = tuple(each if each.role == "out" else replace(each, pieces=family.pieces) for each in found)
     return _group(model, family, UnitGroup(name=name, layer=layer, num_units=0, members=members, output=""))
 
 
