@@ -11,12 +11,14 @@ import torch
 from command import GROUPED_HEADS, arguments, errors_of, make_work, outcomes, pruned
 from distributed import run_ranks
 from engines import ds_config, saved_model
-from models import VOCABULARY
+from models import VOCABULARY, compact_model, random_keep, tiny_model
 from safetensors.torch import load_file
 from test_resume import assert_same_run
 
+from scale_prune.config import PruningConfig
 from scale_prune.core.level_table import LevelTable, best_levels, levels_of, on_the_way, switched
 from scale_prune.models import unit_groups
+from scale_prune.preflight.budgets import afforded, sizes_of
 from scale_prune.run.budgeting import in_two_bytes
 from scale_prune.zero3 import Zero3Backend, inference_engine, load_model, training_engine, tried
 
@@ -139,6 +141,18 @@ def test_what_the_dense_model_says_is_kept_with_its_digits_however_far_its_logit
     assert divergence(logits.to(torch.bfloat16)) > 1e-3
     assert 0 <= divergence(in_two_bytes(logits)) < 1e-4
     assert torch.equal(in_two_bytes(logits.half()), logits.half())
+
+
+@pytest.mark.parametrize("name", ["max_flops", "max_parameters"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2"])
+def test_what_can_be_afforded_is_what_the_smaller_model_has(model_type: str, name: str) -> None:
+    model = tiny_model(model_type, intermediate_size=400) if model_type != "gpt2" else tiny_model("gpt2", n_inner=400)
+    groups, sizes = unit_groups(model), sizes_of(model)
+    limit = int(0.7 * sizes[name])
+    settings = PruningConfig(criterion="magnitude", **{name: limit})  # type: ignore[arg-type]
+    kept = int(400 * afforded(settings, frozenset(), sizes, groups).remaining)
+    compact_model(model, groups, random_keep(groups, [kept] * len(groups)))
+    assert 0.99 * limit < sizes_of(model)[name] <= limit
 
 
 @pytest.fixture(scope="module")
