@@ -1,5 +1,6 @@
 """The batch script for Slurm, with stand-ins for Slurm's own commands, which are not here; the run in it is real."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -94,19 +95,33 @@ def test_a_job_goes_on_with_what_it_has_saved_itself(
     words = {"": [], "overwrite: true": ["--overwrite"], "resume: /other": ["--resume", "/other"]}[setting]
     given = [] if in_recipe else [*words, "--output_dir", str(output)]
     checkpoints = output / "checkpoints"
-    (checkpoints / "step-00000009").mkdir(parents=True)  # of another run
-    os.utime(checkpoints / "step-00000009", (1e9, 1e9))
-    for restarts in range(3):
-        if restarts == 1:
-            (checkpoints / "step-00000004.partial").mkdir()
-        if restarts == 2:
-            (checkpoints / "step-00000004").mkdir()
-        job = submit(environment | {"SLURM_RESTART_COUNT": str(restarts)}, [*given, "--config", str(recipe)])
-        said, _ = job.communicate(timeout=20)
-        assert (said.strip() == "--resume") == (goes_on or restarts == 2), (restarts, said)
-    MARKER.unlink()  # lost, or never made: all that is there counts
-    job = submit(environment | {"SLURM_RESTART_COUNT": "1"}, [*given, "--config", str(recipe)])
-    assert job.communicate(timeout=20)[0].strip() == "--resume"
+    (checkpoints / "step-00000009").mkdir(parents=True)
+    (output / "recipe.yaml").touch()
+    for old in (checkpoints / "step-00000009", output / "recipe.yaml"):  # of another run
+        os.utime(old, (1e9, 1e9))
+    restarts = itertools.count()
+
+    def added() -> str:
+        """Return the last word of the next start, where it is not one that was given."""
+        count = {"SLURM_RESTART_COUNT": str(next(restarts))}
+        said, _ = submit(environment | count, [*given, "--config", str(recipe)]).communicate(timeout=20)
+        return "" if said.strip() == str(recipe) else said.strip()
+
+    before = "--resume" if goes_on else ""
+    assert added() == before
+    (checkpoints / "step-00000004.partial").mkdir()
+    assert added() == before
+    (output / "recipe.yaml").touch()
+    assert added() == (before if "resume" not in setting else "--overwrite"), (
+        "PATH again, in the place of what it began"
+    )
+    (checkpoints / "step-00000004").mkdir()
+    assert added() == "--resume"
+    (checkpoints / "step-00000004").rmdir()
+    (output / "report.json").touch()
+    assert added() == "--resume", "complete"
+    MARKER.unlink()  # never made, as where Slurm queued the job again before it began
+    assert added() == before
 
 
 @pytest.mark.parametrize(("ended_with", "again"), [(76, True), (250, True), (2, False), (1, False)])

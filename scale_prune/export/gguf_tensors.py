@@ -114,7 +114,7 @@ class _Orders:
         shape = [*self.stored.shape(name)]
         if name in self.members:
             member, width = self.members[name]
-            shape[member.dim] = width
+            shape[member.dim] = member.pieces * member.block * width
         return tuple(shape[::-1] if name in self.transposed else shape)
 
     def tensor(self, name: str) -> Tensor:

@@ -26,8 +26,8 @@ class Family:
         model_types: the `model_type` of the configs that the description fits.
         layers: dotted name of the list of layers; each is built as `Layer(config, index)` or `Layer(config)`.
         mlp: name of the MLP within a layer, "" where the projections belong to the layer itself.
-        inputs: names of the projections that make the neurons' activations; two in a gated MLP.
-        pieces: how often such a projection counts the neurons through, one after another: 2 where it is gate and up.
+        inputs: names of the projections that make the neurons' activations; two in a gated MLP, the same one twice
+            where it makes first all of one half, then all of the other.
         output: name of the projection that reads them.
         width_key: the config's key for the number of neurons of an MLP.
         transposed: True where weights are stored (in, out), as by GPT-2's Conv1D, instead of (out, in).
@@ -46,7 +46,6 @@ class Family:
     inputs: tuple[str, ...]
     output: str
     width_key: str
-    pieces: int = 1
     transposed: bool = False
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     attention: tuple[str, ...] = ()
@@ -136,7 +135,7 @@ LLAMA = Family(
     attention=_in("self_attn", "q_proj k_proj v_proj o_proj"),
     heads="apart",
 )
-GLM = replace(LLAMA, model_types=("glm", "glm4"), inputs=("gate_up_proj",), pieces=2)
+GLM = replace(LLAMA, model_types=("glm", "glm4"), inputs=("gate_up_proj", "gate_up_proj"))
 PHI = replace(
     LLAMA, model_types=("phi",), inputs=("fc1",), output="fc2", attention=_in("self_attn", "q_proj k_proj v_proj dense")
 )

@@ -25,7 +25,9 @@ def linear_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     family = family_of(model.config)
     within = {
         "attention": family.attention,
-        "mlp": tuple(".".join(filter(None, (family.mlp, name))) for name in (*family.inputs, family.output)),
+        "mlp": tuple(
+            ".".join(filter(None, (family.mlp, name))) for name in (*dict.fromkeys(family.inputs), family.output)
+        ),
     }
     for target in targets:
         if not within[target]:
@@ -112,8 +114,9 @@ def _parameters_of_a_unit(group: UnitGroup) -> int:
 
 def _neurons(model: nn.Module, family: Family, layer: int) -> UnitGroup:
     name = ".".join(filter(None, (family.layers, str(layer), family.mlp)))
-    found = _members(model, family, [f"{name}.{each}" for each in (*family.inputs, family.output)])
-    members = tuple(each if each.role == "out" else replace(each, pieces=family.pieces) for each in found)
+    found = _members(model, family, [f"{name}.{each}" for each in (*dict.fromkeys(family.inputs), family.output)])
+    pieces = len(family.inputs) // len(set(family.inputs))
+    members = tuple(each if each.role == "out" else replace(each, pieces=pieces) for each in found)
     return _group(model, family, UnitGroup(name=name, layer=layer, num_units=0, members=members, output=""))
 
 
