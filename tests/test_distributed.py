@@ -156,7 +156,11 @@ with joined(rank, timeout=2) as runtime:
 
 @pytest.mark.parametrize(
     ("does", "code"),
-    [("waits", LOST_CONTACT), ("leaves", 0), pytest.param("works", LOST_CONTACT, marks=pytest.mark.slow)],
+    [
+        ("waits", LOST_CONTACT),
+        pytest.param("leaves", 0, marks=pytest.mark.slow),
+        pytest.param("works", LOST_CONTACT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_store_that_gives_no_answer_is_not_waited_for(does: str, code: int) -> None:
     """As that of a host that is cut off: its socket stays open, and nothing ever comes."""
