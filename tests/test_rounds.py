@@ -169,7 +169,7 @@ def test_neurons_that_follow_from_others_go_for_nothing(
 
 @pytest.mark.parametrize(
     ("criterion", "steps"),
-    [("sensitivity", (2, 8)), ("kfac", (4, 6))],  # before the first round and the second, after the last, in recovery
+    [pytest.param("sensitivity", (2, 4, 6, 8), marks=pytest.mark.slow), ("kfac", (2, 4, 6, 8))],
 )
 def test_rounds_go_on_bit_for_bit(criterion: str, steps: tuple[int, ...], work: Path) -> None:
     whole, rounds = work / f"whole {criterion}", ROUNDS | {"criterion": criterion}
