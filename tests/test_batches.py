@@ -2,12 +2,15 @@
 
 import hashlib
 from itertools import chain, islice
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from scale_prune.data.batches import TokenBlocks, training_batches, validation_batches
+from scale_prune.config.settings import Config
+from scale_prune.data import Inputs
+from scale_prune.data.batches import TokenBlocks, assigned, training_batches, validation_batches
 from scale_prune.tasks.language_modeling import fingerprint
 
 BLOCK = 3
@@ -100,3 +103,22 @@ def test_validation_counts_every_token_once(world_size: int, num_blocks: int, la
     assert torch.equal(input_ids, labels.where(labels != -100, 0))
     starts = labels[:, 0][labels[:, 0] != -100]
     assert sorted(starts.tolist()) == blocks.tokens[::BLOCK].tolist()
+
+
+@pytest.mark.parametrize(("rows", "starts"), [(40, 8), (41, 8), (44, 9), (12, 4), (5, 4), (2, 1)])
+def test_what_a_round_is_calibrated_on_is_new_in_this_epoch_or_that_of_the_first_steps(rows: int, starts: int) -> None:
+    config = Config.from_flat({"block_size": 8, "calibration_tokens": 3 * 4 * 8})
+    of_no_model: dict[str, Any] = {"model_config": None, "tokenizer": None}
+    inputs = Inputs(config=config, ds_config={"train_batch_size": 4}, train_rows=rows, **of_no_model)
+    seen: set[int] = set()
+    read = [each.flatten().tolist() for each in islice(assigned(rows, (1, 1, 4), seed=3), 60)]
+    for step in range(40):
+        start = inputs.calibration_start(step)
+        text = [*chain.from_iterable(read[start : start + inputs.calibration_steps])]
+        assert start in (step, 0)
+        assert len(set(text)) == min(len(text), rows)
+        if start == step:
+            assert not seen.intersection(text)
+        for row in read[step]:  # the step is made
+            seen = seen | {row} if len(seen) + 1 < rows else set()
+    assert len({inputs.calibration_start(step) for step in range(10)}) == starts

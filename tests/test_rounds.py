@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_resume import assert_same_run, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scale_prune.data import Inputs
 from scale_prune.pruning import Calibration
 from scale_prune.run.losses import observe_gradients
 from scale_prune.run.run import Run
@@ -101,6 +102,28 @@ def test_a_round_without_training_is_chosen_by_its_own_model_alone(work: Path) -
     flags = arguments(work, work / "readings", **UNTRAINED | {"criterion": "fisher", "rounds": 2})
     ((first, second),) = run_ranks(counts_of_readings, 1, flags)
     assert first == second > 0
+
+
+def starts_of_readings(flags: list[str]) -> list[int]:
+    """Run, and return the step that the text of each reading begins with."""
+    starts: list[int] = []
+    start = Inputs.calibration_start
+
+    def note(inputs: Inputs, step: int) -> int:
+        starts.append(start(inputs, step))
+        return starts[-1]
+
+    with patch.object(Inputs, "calibration_start", note):
+        assert outcome(flags)[0] == 0
+    return starts
+
+
+def test_a_round_reads_what_no_step_has_read(work: Path) -> None:
+    output = work / "what comes next"
+    settings = ROUNDS | {"criterion": "kfac", "calibration_tokens": 96}
+    (starts,) = run_ranks(starts_of_readings, 1, arguments(work, output, **settings))
+    assert starts == [each["step"] for each in report_of(output)["rounds"]]
+    assert len(set(starts)) == 3
 
 
 class OnlyOne(Calibration):

@@ -53,6 +53,15 @@ class Inputs:
         asked = calibration_steps(self.config, self.batch_size)
         return asked if self.train_rows is None else min(asked, max(1, self.train_rows // self.batch_size))
 
+    def calibration_start(self, step: int) -> int:
+        """Return the step whose text calibration begins with: what comes next, and no step of this epoch has read.
+
+        Where that goes on into another epoch, which may have the same rows again, it is the first of all.
+        """
+        needed = self.calibration_steps * self.batch_size
+        fits = self.train_rows is None or step * self.batch_size % self.train_rows + needed <= self.train_rows
+        return step if fits else 0
+
     @property
     def calibration_tokens(self) -> int:
         """Tokens that a round is calibrated on, at most: rows may be shorter than a block."""

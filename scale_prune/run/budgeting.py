@@ -71,9 +71,9 @@ class Trials:
 
         Every rank has a row in every pass, since all gather the parameters.
         """
-        config, runtime, found = self.run.config, self.run.runtime, []
-        wanted = -(-TRIAL_TOKENS // config.data.block_size)
-        for number, batch in enumerate(calibration_text(self.engine, self.run.inputs, self.run.task)):
+        run, runtime, found = self.run, self.run.runtime, []
+        wanted = -(-TRIAL_TOKENS // run.config.data.block_size)
+        for number, batch in enumerate(calibration_text(self.engine, run.inputs, run.task, run.progress.step)):
             in_pass = len(batch.inputs["labels"])
             first = (number * runtime.world_size + runtime.rank) * in_pass  # as `batches.assigned` hands rows out
             if number * runtime.world_size * in_pass >= wanted:

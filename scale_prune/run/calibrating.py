@@ -16,29 +16,33 @@ from scale_prune.tasks import MicroBatch, Task
 from scale_prune.zero3 import Runtime, reading
 
 
-def calibration_text(engine: Any, inputs: Inputs, task: Task) -> Iterator[MicroBatch]:
-    """Yield this rank's part of the text that every round is calibrated on: that of the first steps."""
-    for step in islice(task.steps(engine.gradient_accumulation_steps(), 0), inputs.calibration_steps):
-        yield from step.micro_batches
+def calibration_text(engine: Any, inputs: Inputs, task: Task, step: int) -> Iterator[MicroBatch]:
+    """Yield this rank's part of the text that a round after a step is calibrated on: that of the steps to come.
+
+    On what the model has just learned, units that leave cost less than on other text, and repairs fit too well.
+    """
+    steps = task.steps(engine.gradient_accumulation_steps(), inputs.calibration_start(step))
+    for each in islice(steps, inputs.calibration_steps):
+        yield from each.micro_batches
 
 
 @torch.no_grad()
-def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
+def read_text(engine: Any, calibration: Calibration, inputs: Inputs, task: Task, step: int) -> None:
     """Let a model read the calibration text, the same for every number of ranks, and be watched. A collective."""
     engine.eval()
     with calibration.watching():
-        for micro_batch in calibration_text(engine, inputs, task):
+        for micro_batch in calibration_text(engine, inputs, task, step):
             engine(**{**micro_batch.to(engine.device), **task.options, "labels": None})
     engine.empty_partition_cache()
     engine.train()
 
 
 @torch.no_grad()
-def text_loss(engine: Any, inputs: Inputs, task: Task, runtime: Runtime) -> float:
+def text_loss(engine: Any, inputs: Inputs, task: Task, step: int, runtime: Runtime) -> float:
     """Return a model's loss on the calibration text, a mean over what is predicted. A collective."""
     total = torch.zeros(2, dtype=torch.float64)
     engine.eval()
-    for micro_batch in calibration_text(engine, inputs, task):
+    for micro_batch in calibration_text(engine, inputs, task, step):
         batch = micro_batch.to(engine.device)
         mean_loss, predicted = engine(**batch, **task.options).loss, int((batch["labels"] != IGNORED).sum())
         if predicted:  # the mean of none is NaN
@@ -49,7 +53,7 @@ def text_loss(engine: Any, inputs: Inputs, task: Task, runtime: Runtime) -> floa
     return summed / predicted
 
 
-def read_back(engine: Any, calibration: Calibration, inputs: Inputs, task: Task) -> None:
+def read_back(engine: Any, calibration: Calibration, inputs: Inputs, task: Task, step: int) -> None:
     """Do the same, and watch the gradients of what its projections put out, in one pass and back. A collective.
 
     Gradients of parameters are not made, so that an engine without an optimizer is enough.
@@ -59,7 +63,7 @@ def read_back(engine: Any, calibration: Calibration, inputs: Inputs, task: Task)
     handle = embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
     engine.eval()
     with calibration.watching(), calibration.watching_gradients(), recomputing(engine.module):
-        for micro_batch in calibration_text(engine, inputs, task):
+        for micro_batch in calibration_text(engine, inputs, task, step):
             batch = micro_batch.to(engine.device)
             # Of what the engine itself returns DeepSpeed lets no gradient through but by engine.backward.
             mean_loss, predicted = engine.module(**batch, **task.options).loss, batch["labels"] != IGNORED
@@ -88,5 +92,5 @@ def whitening_roots(model: PreTrainedModel, inputs: Inputs, task: Task) -> dict[
         return {}
     with reading(model, inputs.ds_config) as backend:
         calibration = Calibration(backend, groups)
-        read_text(backend.engine, calibration, inputs, task)
+        read_text(backend.engine, calibration, inputs, task, 0)
         return roots_of(calibration, pruning.damping_of(0))  # with few tokens it was not measured

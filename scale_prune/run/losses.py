@@ -60,7 +60,7 @@ def observe_gradients(run: Run) -> None:
     pruner.scoring.forget()
     engine.module.enable_input_require_grads()  # where no weight has a gradient, activations are to have one
     engine.eval()  # no dropout
-    for micro_batch in calibration_text(engine, run.inputs, run.task):
+    for micro_batch in calibration_text(engine, run.inputs, run.task, run.progress.step):
         with recomputing(engine.module):
             loss = loss_of(run, micro_batch)
         with run.progress.seconds.measure("forward_backward"):

@@ -124,7 +124,7 @@ def _repair_if_better(run: Run, portions: Sequence[Sequence[int]]) -> None:
 
     def loss(taken_over: dict[int, Tensor] | None) -> float:
         with run.progress.seconds.measure("repair"), tried(student.backend, student.groups, masks, taken_over):
-            return text_loss(student.engine, run.inputs, run.task, run.runtime)
+            return text_loss(student.engine, run.inputs, run.task, run.progress.step, run.runtime)
 
     without, repaired = loss(None), loss(takeovers)
     taken = repaired < without
@@ -231,7 +231,7 @@ def _readings(
         )
         with run.progress.seconds.measure("calibration"):
             read = read_back if chooses and "output_grad" in criterion.needs else read_text
-            read(student.engine, calibration, run.inputs, run.task)
+            read(student.engine, calibration, run.inputs, run.task, run.progress.step)
         # Rows that are short have fewer tokens than were asked for, and what is read twice counts once.
         passed, rows = run.inputs.calibration_steps * run.inputs.batch_size, run.inputs.calibration_rows
         tokens = int(run.runtime.add_over_ranks(torch.tensor([calibration.tokens]))) * rows // passed
