@@ -4,14 +4,16 @@
 
 The model has the shape of GPT-Neo-125M and random weights, which are saved once. A pruned step makes the pruner's two
 calls, `after_backward` and `after_step`, and chooses masks anew; a plain one does not. What slows the machine down for
-a while slows both.
+a while slows both. `--profile 15` tells in which functions these calls spend most, and makes them slower.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from cProfile import Profile
 from pathlib import Path
+from pstats import SortKey, Stats
 from statistics import mean, median
 from typing import Any
 
@@ -49,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, type=Path, help="folder that keeps the random model")
     parser.add_argument("--criteria", nargs="+", default=["movement", "gum"])
     parser.add_argument("--steps", type=int, default=60, help="pruned steps of a criterion, and as many plain ones")
+    parser.add_argument("--profile", type=int, default=0, help="functions of rank 0 to print, by their own time")
     parser.add_argument("--ds_config", default="zero3_cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--micro_batch_size", type=int, default=2, help="blocks a rank and step")
@@ -81,7 +84,7 @@ class Bench:
     """One engine, on which steps with and without the pruner are timed."""
 
     def __init__(self, args: argparse.Namespace, runtime: Runtime, folder: Path) -> None:
-        self.args, self.runtime = args, runtime
+        self.args, self.runtime, self.profile = args, runtime, Profile()
         settings = {"precision": args.precision, "micro_batch_size": args.micro_batch_size}
         config = Config.from_flat(settings)
         ds_config = resolve(
@@ -107,11 +110,15 @@ class Bench:
             if step == 0:  # the first turns, a sample among them, load what they use
                 for each in (plain, pruned, sampling, pruner.seconds):
                     each.clear()
+                self.profile.clear()
             samples = "activation" in pruner.scoring.criterion.needs and step % pruning.similarity_every == 0
             if not samples:  # the sampler's hooks are in place already, and must not catch a plain step
                 plain.append(self.step(None))
                 pruner.calls.go_on()  # it counts the engine's steps, and has not seen this one
             (sampling if samples else pruned).append(self.step(pruner))
+        if self.args.profile and self.runtime.is_main:
+            print(f"{criterion}, {self.args.steps} steps:")
+            Stats(self.profile).strip_dirs().sort_stats(SortKey.TIME).print_stats(self.args.profile)
         return {
             "criterion": criterion,
             "plain": plain,
@@ -129,12 +136,18 @@ class Bench:
         loss = self.engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
         self.engine.backward(loss)
         if pruner is not None:
-            pruner.after_backward()
+            self.call(pruner.after_backward)
         self.engine.step()
         if pruner is not None:
-            pruner.after_step()
+            self.call(pruner.after_step)
         self.wait_for_all()
         return time.perf_counter() - started
+
+    def call(self, function: Callable[[], None]) -> None:
+        if self.args.profile:
+            self.profile.runcall(function)
+        else:
+            function()
 
     def wait_for_all(self) -> None:
         if self.runtime.device.type == "cuda":
