@@ -7,10 +7,11 @@ loop's own checkpoints.
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ from scale_prune.system.slices import SliceReader, write_slices
 from scale_prune.zero3 import Zero3Backend, check_maskable, compact_engine, prepare_units, told_to_all, write_model
 
 STATE = "pruner.json"
-_uncompacted: WeakSet[Any] = WeakSet()  # engines with a pruner
+_uncompacted: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # engines with a pruner, and whether they have gates
 
 
 def prepare(
@@ -100,8 +101,9 @@ def attach(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 
     check_reachable(groups, config)
     if not removes_components(config):
         check_width_key(engine.module)
-    _uncompacted.add(engine)
-    return Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
+    pruner = Pruner(backend, groups, config, total_steps=total_steps, seed=seed)
+    _uncompacted[engine] = pruner.gating is not None
+    return pruner
 
 
 def _check_in_a_loop(config: PruningConfig) -> None:
@@ -155,33 +157,50 @@ def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
         folder: as for `save_state`.
 
     Raises:
-        ValueError: the groups of the model are not those of the folder, the engine's checkpoint is of another step,
-            `save_state` was cut off in between, or the folder holds something else.
+        ValueError: on all ranks, where one of them cannot read the folder, the groups or the criterion are not those of
+            the folder, the engine's checkpoint is of another step, or `save_state` was cut off in between.
+    """
+    folder = Path(folder)
+    with ExitStack() as opened:
+        with told_to_all(folder, "read"):
+            facts = _facts_in(folder, pruner)
+            files = sorted(folder.glob("pruner-*.safetensors"))  # more than were written, if there were more ranks once
+            reader = opened.enter_context(SliceReader(files[: facts.get("world_size")]))
+            if others := reader.steps - {facts["step"]}:
+                raise ValueError(
+                    f"it holds slices of the steps {sorted(others)} beside {STATE} of step {facts['step']}: "
+                    "`save_state` was cut off; go on from an earlier folder"
+                )
+        restore(pruner, facts, reader.read)
+    pruner.put_masks_on()
+
+
+def _facts_in(folder: Path, pruner: Pruner) -> dict[str, Any]:
+    """Return what `save_state` wrote in plain values.
+
+    Raises:
+        OSError: they cannot be read.
+        ValueError: they are not those of this pruner's model, criterion and step.
     """
     try:
-        facts = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{Path(folder) / STATE} is not valid JSON") from error
+        raise ValueError(f"{STATE} is not valid JSON") from error
     if problem := problem_of_pruner(facts):
-        raise ValueError(f"{Path(folder) / STATE} {problem}")
+        raise ValueError(f"{STATE} {problem}")
     groups = {group.name: group.num_units for group in pruner.groups}
     if facts["groups"] != groups:
-        raise ValueError(f"{folder} is of a model with the groups {facts['groups']}, this one has {groups}")
+        raise ValueError(f"it is of a model with the groups {facts['groups']}, this one has {groups}")
+    scalars = {name for name, value in pruner.scoring.state.items() if value.dim() == 0}
+    if missing := scalars - facts["scalars"].keys():
+        raise ValueError(f"it has no {', '.join(sorted(missing))}, which criterion {pruner.config.criterion} keeps")
     made = pruner.backend.steps_made()
     if made != facts.get("engine_steps", made):
         raise ValueError(
-            f"{folder} is of the time when the engine had made {facts['engine_steps']} steps, but it has made {made}; "
-            "load the engine's checkpoint of that step first"
+            f"it is of the time when the engine had made {facts['engine_steps']} steps, but it has made {made}; load "
+            "the engine's checkpoint of that step first"
         )
-    files = sorted(Path(folder).glob("pruner-*.safetensors"))  # more than were written, if there were more ranks once
-    with SliceReader(files[: facts.get("world_size")]) as reader:
-        if others := reader.steps - {facts["step"]}:
-            raise ValueError(
-                f"{folder} holds slices of the steps {sorted(others)} beside {STATE} of step {facts['step']}: "
-                "`save_state` was cut off; go on from an earlier folder"
-            )
-        restore(pruner, facts, reader.read)
-    pruner.put_masks_on()
+    return facts
 
 
 def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = None) -> Any:
@@ -194,7 +213,8 @@ def compact(pruner: Pruner, make_engine: Callable[[nn.Module], Any] | None = Non
 
     Raises:
         ValueError: the engine has made steps that the pruner has not seen, or its optimizer keeps what a smaller one
-            cannot take over; it is left as it was.
+            cannot take over: it is left as it was. Or the optimizer of `make_engine` is not as the old one was, by
+            groups or schedule; the old engine is gone then.
     """
     assert isinstance(pruner.backend, Zero3Backend)
     pruner.calls.check(pruner.step, "pruner.after_backward() and pruner.after_step()")
@@ -226,11 +246,14 @@ def save(
         tokenizer: written along, if there is one.
 
     Raises:
-        ValueError: the layout is unknown or cannot hold the widths, or the folder holds something or is a mount point.
+        ValueError: the layout is unknown or cannot hold the widths, the folder holds something or is a mount point, or
+            the model still has gates.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid are {', '.join(LAYOUTS)}")
     backend = Zero3Backend(engine)
+    if _uncompacted.get(engine):
+        raise ValueError("saved without `compact`, which alone puts gates into the weights")
     if engine in _uncompacted and backend.rank == 0:
         warnings.warn("saved without `compact`: the removed units are still there, as zeros", stacklevel=2)
     groups = components_of(engine.module) or stored_groups(engine.module)

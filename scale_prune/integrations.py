@@ -1,16 +1,19 @@
 """Pruning in loops that accelerate runs: one line for Hugging Face's `Trainer`, one for an accelerate loop."""
 
+import json
 from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from scale_prune.api import STATE, attach, compact, load_state, prepare, save, save_state
 from scale_prune.config import PruningConfig
 from scale_prune.pruning import Pruner
 from scale_prune.system import check_new
+from scale_prune.zero3 import told_to_all
 
 
 def follow(engine: Any, config: PruningConfig, *, total_steps: int, seed: int = 0) -> Pruner:
@@ -88,14 +91,17 @@ class PruningCallback(TrainerCallback):
 
         Raises:
             ValueError: the Trainer resumes from a checkpoint that is not in its `output_dir`, or has no pruner's state;
-                or as `attach` and `load_state`.
+                the folder holds something by now; or as `attach` and `load_state`.
         """
-        checkpoint = self._checkpoint(args, state)
-        if state.global_step and not (checkpoint / STATE).exists():
-            raise ValueError(
-                f"the Trainer goes on after step {state.global_step}, but {checkpoint} holds no {STATE}; resume from a "
-                "checkpoint in its output_dir that was written with PruningCallback"
-            )
+        checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        with told_to_all(self.folder):
+            check_new(self.folder)
+        with told_to_all(checkpoint, "gone on from"):
+            if state.global_step and not _is_of(checkpoint, state):
+                raise ValueError(
+                    f"it holds no {STATE}, or is not what the Trainer has loaded; resume from a checkpoint in its "
+                    "output_dir that was written with PruningCallback"
+                )
         engine = self.trainer.model_wrapped
         self.pruner = follow(engine, self.config, total_steps=state.max_steps, seed=args.seed)
         save_checkpoint = engine.save_checkpoint
@@ -110,6 +116,12 @@ class PruningCallback(TrainerCallback):
         if state.global_step:
             load_state(self.pruner, checkpoint)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the pruner how many passes the step has: fewer at the end of an epoch, where the Trainer knows."""
+        self.pruner.backend.accumulation_steps = self.trainer.current_gradient_accumulation_steps
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -118,5 +130,13 @@ class PruningCallback(TrainerCallback):
         engine = compact(self.pruner)
         save(engine, self.folder, tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
 
-    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+def _is_of(checkpoint: Path, state: TrainerState) -> bool:
+    """Tell whether a checkpoint has a pruner's state, and is the one that the Trainer has read its own from.
+
+    The Trainer does not say which that was; what it has logged until then, if anything, is another in another run.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    if not ((checkpoint / STATE).exists() and file.exists()):
+        return False
+    return json.dumps(TrainerState.load_from_json(str(file)).log_history) == json.dumps(state.log_history)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def accelerate_loop(model_folder: Path, output: Path) -> Pruner:
 def make_trainer(model_folder: Path, output: Path, **more: Any) -> Trainer:
     """Make a Trainer without pruning, of batches in the order of the other loops."""
     settings: dict[str, Any] = {"deepspeed": DS_CONFIG, "lr_scheduler_type": "constant", "save_strategy": "no"} | more
+    rows = settings.pop("rows", ROWS)
     arguments = TrainingArguments(
         output_dir=str(output),
         learning_rate=1e-2,
@@ -87,11 +89,12 @@ def make_trainer(model_folder: Path, output: Path, **more: Any) -> Trainer:
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         report_to="none",
+        logging_steps=1,
         accelerator_config={"use_configured_state": True},
         **settings,
     )
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    data: dict[str, Any] = {"data_collator": default_data_collator, "train_dataset": ROWS, "eval_dataset": ROWS}
+    data: dict[str, Any] = {"data_collator": default_data_collator, "train_dataset": rows, "eval_dataset": ROWS}
     return Trainer(model, arguments, processing_class=tiny_tokenizer(), **data)
 
 
@@ -131,7 +134,30 @@ def trainer_of_its_own_optimizer(model_folder: Path, output: Path) -> Pruner:
     return callback.pruner
 
 
-LOOPS = (own_loop, accelerate_loop, trainer_loop, resumed_trainer, trainer_of_its_own_optimizer)
+class Passes(TrainerCallback):
+    """Notes how many passes the pruner takes each step to have."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.seen = callback, list[int]()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note it."""
+        self.seen.append(self.callback.pruner.backend.accumulation_steps)
+
+
+def odd_trainer(model_folder: Path, output: Path) -> Pruner:
+    """Train where an epoch's last step has fewer passes than the others."""
+    trainer = make_trainer(model_folder, output.with_name("odd"), rows=ROWS[: 3 * RANKS * BATCH])
+    trainer.add_callback(callback := scale_prune.PruningCallback(trainer, PRUNING, output))
+    trainer.add_callback(passes := Passes(callback))
+    trainer.train()
+    assert passes.seen == [ACCUMULATED, 1]
+    return callback.pruner
+
+
+LOOPS = (own_loop, accelerate_loop, trainer_loop, resumed_trainer, trainer_of_its_own_optimizer, odd_trainer)
 
 
 def refused(model_folder: Path, output: Path) -> None:
@@ -151,8 +177,20 @@ def refused(model_folder: Path, output: Path) -> None:
     with pytest.raises(ValueError, match=r"accelerator\.prepare returns"):
         scale_prune.follow(trainer.model, PRUNING, total_steps=STEPS)
     trainer.add_callback(scale_prune.PruningCallback(trainer, PRUNING, output / "new"))
-    with pytest.raises(ValueError, match=f"checkpoint-{SAVED} holds no pruner.json"):
-        trainer.train(resume_from_checkpoint=str(output.with_name("trainer_loop") / f"checkpoint-{SAVED}"))
+    saved = output.with_name("trainer_loop") / f"checkpoint-{SAVED}"
+    with pytest.raises(ValueError, match=f"checkpoint-{SAVED} cannot be gone on from: it holds no pruner.json"):
+        trainer.train(resume_from_checkpoint=str(saved))
+    if trainer.is_world_process_zero():  # another run's of the same step
+        told = json.loads((saved / "trainer_state.json").read_text())
+        shutil.copytree(saved, other := output / saved.name)
+        told["log_history"][0]["loss"] += 1
+        (other / "trainer_state.json").write_text(json.dumps(told))
+    torch.distributed.barrier()
+    find_ranks()
+    trainer = make_trainer(model_folder, output)
+    trainer.add_callback(scale_prune.PruningCallback(trainer, PRUNING, output / "new"))
+    with pytest.raises(ValueError, match="or is not what the Trainer has loaded"):
+        trainer.train(resume_from_checkpoint=str(saved))
 
 
 def find_ranks() -> None:

@@ -70,6 +70,17 @@ def refused(path: Path, config: dict[str, Any]) -> None:
         start(path, config, pruning("magnitude"))
 
 
+def test_gates_are_not_left_out_of_what_is_saved(tmp_path: Path) -> None:
+    run_ranks(saved_with_gates, 1, saved_model(tmp_path, "gpt_neo"), tmp_path / "saved")
+
+
+def saved_with_gates(path: Path, folder: Path) -> None:
+    engine, _ = start(path, ds_config(), pruning("neuron_l0"))
+    with pytest.raises(ValueError, match="which alone puts gates into the weights"):
+        scale_prune.save(engine, folder)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("layout", ["auto", "gguf", "per-layer"])
 def test_a_layout_that_is_none_is_refused(tmp_path: Path, layout: str) -> None:
     with pytest.raises(ValueError, match=f"unknown layout '{layout}'; valid are uniform, pad, per_layer"):

@@ -53,8 +53,8 @@ def write_model(backend: Zero3Backend, export: Export, folder: Path, *, replace:
 
 
 @contextmanager
-def told_to_all(path: Path) -> Iterator[None]:
-    """Raise on all ranks what keeps one of them from writing. A collective.
+def told_to_all(path: Path, what: str = "written") -> Iterator[None]:
+    """Raise on all ranks what keeps one of them from writing, or from what else is said. A collective.
 
     Raises:
         ValueError: it.
@@ -63,7 +63,7 @@ def told_to_all(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        problem = f"{path} cannot be written: {error}"
+        problem = f"{path} cannot be {what}: {error}"
     if problems := list(filter(None, of_all_ranks(problem))):
         raise ValueError(problems[0])
 
