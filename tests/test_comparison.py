@@ -72,6 +72,16 @@ def test_rows_are_methods_and_fractions_over_seeds(tmp_path: Path) -> None:
     assert [ratio_of(row, found) for row in found] == [1.0, 33.0 / 15.0, 50.0 / 15.0]
 
 
+def test_batches_of_other_sizes_are_other_methods_and_a_resumed_run_is_not(tmp_path: Path) -> None:
+    small, large = ({"ds_config": {"train_batch_size": size}} for size in (16, 32))
+    resumed = report(33.0, seed=1, train_batch_size=16) | small
+    found = rows_of(runs(tmp_path, report(30.0) | small, resumed, report(36.0, seed=2) | large))
+    assert {row.method: len(row.runs) for row in found} == {
+        "gum, train_batch_size 16": 2,
+        "gum, train_batch_size 32": 1,
+    }
+
+
 def test_runs_of_the_same_seed_count_once(tmp_path: Path) -> None:
     twice = [report(value, remaining=1.0, criterion=name) for name, value in (("gum", 10.0), ("random", 12.0))]
     (row,) = rows_of(runs(tmp_path, *twice, report(15.0, remaining=1.0, seed=1)))

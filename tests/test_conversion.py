@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from scale_prune.commands.convert import main
 from scale_prune.core import svd_factors
 from scale_prune.export import check_gguf, convert, open_folder
+from scale_prune.export.gguf_tokens import check_tokens
 from scale_prune.export.plain_configs import without_layout
 from scale_prune.models import cluster_groups, component_groups, put_factors, tied_output
 
@@ -183,6 +184,45 @@ def test_transformers_reads_the_gguf_of_one_width(tmp_path: Path, model_type: st
     torch.testing.assert_close(logits(model, tokens()), masked, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["phi", "gpt_neox", "olmo2"])
+def test_an_output_that_is_the_embedding_stands_in_gguf_where_llama_cpp_wants_it(
+    tmp_path: Path, model_type: str
+) -> None:
+    file, _ = gguf(tmp_path, model_type, "uniform", tie_word_embeddings=True)
+    told = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(file).tensors}
+    assert torch.equal(told["output.weight"], told["token_embd.weight"])
+
+
+@pytest.mark.parametrize(
+    ("blank", "changes", "message"),
+    [
+        ("none", {"normalizer": {"type": "Lowercase"}}, "does to texts first: Lowercase"),
+        ("metaspace", {"pre_tokenizer": {"type": "Whitespace"}}, "does to texts first: Whitespace"),
+        ("normalizer", {"pre_tokenizer": {"type": "Split", "pattern": {"String": "a"}}}, "does to texts first: Split"),
+        (
+            "none",
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Digits", "individual_digits": True},
+                        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                    ],
+                }
+            },
+            "no known name for the way",
+        ),
+    ],
+)
+def test_tokenizers_that_llama_cpp_would_not_follow_are_refused(
+    blank: str, changes: dict[str, Any], message: str
+) -> None:
+    own = json.loads(tiny_tokenizer(blank).backend_tokenizer.to_str())
+    check_tokens(own, 200)
+    with pytest.raises(ValueError, match=message):
+        check_tokens(own | changes, 200)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_a_llama_of_many_widths_keeps_them_in_gguf(tmp_path: Path, model_type: str) -> None:
     reader = GGUFReader(gguf(tmp_path, model_type, "per_layer")[0])
@@ -252,7 +292,8 @@ LLAMA_3 |= {"original_max_position_embeddings": 16}
         ("gpt2", "gguf", {"scale_attn_by_inverse_layer_idx": True}, "not scaled by the root of a head's width alone"),
         ("starcoder2", "gguf", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
         ("stablelm", "gguf", {**HEADS, "qk_layernorm": True}, "its queries and keys have norms"),
-        ("stablelm", "gguf", {**HEADS, "tie_word_embeddings": True}, "its output is its embedding"),
+        ("olmo2", "gguf", {"attention_bias": True}, "its projections have biases"),
+        ("starcoder2", "gguf", {"use_bias": False}, "its projections have no biases"),
         ("qwen3", "gguf", {"attention_bias": True}, "its projections have biases"),
         ("gpt_neox", "gguf", {"attention_bias": False}, "its attention has no biases"),
         ("gpt2", "gguf", {"activation_function": "quick_gelu"}, "its activation function is quick_gelu, not gelu"),

@@ -37,6 +37,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     LlamaTokenizer,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -44,7 +45,7 @@ from transformers import (
 
 from scale_prune.core.groups import Kind, UnitGroup
 from scale_prune.export.card import model_card
-from scale_prune.export.config_files import write_tokenizer
+from scale_prune.export.config_files import write_config, write_tokenizer
 from scale_prune.export.layouts import check_layout, resolve_layout
 from scale_prune.export.modeling_files import FACTORIZED_FILE, NEMOTRON_FILE
 from scale_prune.export.plain_configs import MODELING_FILE
@@ -293,6 +294,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("qwen2", YARN, "rope_theta", ""),
         ("stablelm", {}, "rope_theta", "partial_rotary_factor"),
         ("gpt_neox", YARN, "rotary_emb_base", "rotary_pct"),
+        ("phi3", {}, "rope_theta", ""),
+        ("olmo3", {}, "rope_theta", ""),
     ],
 )
 def test_rotary_embeddings_are_told_to_older_versions_too(
@@ -308,9 +311,39 @@ def test_rotary_embeddings_are_told_to_older_versions_too(
     assert told.get(share) == (0.25 if share else None)
     without = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     assert told.get("rope_scaling") == (without if scaling else None)
+    assert "rope_local_base_freq" not in told
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert again.config.rope_parameters == model.config.rope_parameters
     torch.testing.assert_close(logits(again, tokens()), masked, rtol=0, atol=1e-5)
+
+
+def test_long_rotary_embeddings_are_told_in_the_three_words_that_older_versions_take(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e5, "partial_rotary_factor": 0.5} | factors
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    settings: dict[str, Any] = sizes | {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    config = Phi3Config(**settings)
+    write_config(tmp_path, config)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told["rope_scaling"] == {"type": "longrope"} | factors
+    assert (told["rope_theta"], told["partial_rotary_factor"]) == (1e5, 0.5)
+    assert Phi3Config.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+def test_vllm_reads_the_width_of_a_phi(tmp_path: Path) -> None:
+    model, groups, _ = compacted("phi", "uniform")
+    folder = export(tmp_path / "pruned", model, groups, "uniform")
+    told = json.loads((folder / "config.json").read_text())
+    assert told["n_inner"] == told["intermediate_size"] == WIDTHS["uniform"][0]
+
+
+def test_a_qwen2_whose_window_is_its_context_generates_as_a_nemotron(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 31, "max_window_layers": 0, "max_position_embeddings": 31}
+    model, groups, masked = compacted("qwen2", "per_layer", **windows)
+    folder = export(tmp_path / "pruned", model, groups, "nemotron_nas")
+    again: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.testing.assert_close(logits(again, tokens()), masked, rtol=0, atol=1e-5)
+    assert again.generate(tokens()[:1, :3], max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 5)
 
 
 @pytest.mark.parametrize(("begins", "told"), [(True, {}), (False, {"add_bos_token": False})])

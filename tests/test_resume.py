@@ -289,6 +289,10 @@ def test_the_run_that_was_replaced_waits_for_the_end_of_one_that_is_gone_on_with
     assert codes(run_ranks(outcome, 1, [*flags, "--resume"])) == [0]
     assert not list(work.glob("replaced.replaced-*"))
     assert report_of(output)["resumed_at"] == [2]
+    aside.mkdir()  # as a kill leaves it that comes while it is removed
+    (output / ".replaces").write_text(f"{aside.name}\n")
+    assert codes(run_ranks(outcome, 1, [*flags, "--resume"])) == [0]
+    assert not aside.exists()
 
 
 def test_what_may_change_is_said_and_holds_from_then_on(whole: Path, work: Path) -> None:

@@ -10,7 +10,7 @@ from scale_prune.checkpoint import filled_from, glance
 from scale_prune.config import dry_run_ranks, load, load_plugins, parse, plugins_of, said_once, user_errors
 from scale_prune.criteria import AUTO, CRITERIA, check_uniqueness
 from scale_prune.preflight import check_output, check_same, dry_run, fill_in, goes_on, is_complete, read_inputs
-from scale_prune.run import embedded_default, prune
+from scale_prune.run import drop_replaced, embedded_default, prune
 from scale_prune.zero3 import check_launcher, joined, launched_as
 
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
         if goes_on(config) and is_complete(config):
             with said_once(speaks=rank == 0):
                 print(f"the run in {config.output.output_dir} is complete, there is nothing to go on with", flush=True)
+            if rank == 0:
+                drop_replaced(config)  # what a kill has kept it from
             return
         if checkpoint is None:
             check_uniqueness(config.pruning)

@@ -25,8 +25,8 @@ def write_config(folder: Path, config: PretrainedConfig) -> None:
     config.save_pretrained(folder)
     content = written = _read(folder / "config.json")
     if older := _older_rope(content.get("rope_parameters") or {}, content["model_type"]):
-        understood = [type(config).from_dict(copy.deepcopy(words)).to_dict() for words in (content, content | older)]
-        if understood[0] == understood[1]:
+        understood, again = (_understood(type(config), words) for words in (content, content | older))
+        if all(again.get(key) == value for key, value in understood.items() if key not in older):
             content = content | older
     if any(word in content for word in FACTOR_WORDS):  # its class is not here, but in the folder
         content = content | {"model_type": f"factorized_{content['model_type']}"}
@@ -50,16 +50,31 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     _write(path, content)
 
 
+def _understood(config_class: type[PretrainedConfig], words: dict[str, Any]) -> dict[str, Any]:
+    """Return what transformers 5 makes of a config's words."""
+    told: dict[str, Any] = config_class.from_dict(copy.deepcopy(words)).to_dict()
+    told["rope_parameters"].pop("type", None)  # beside `rope_type`, which is the same
+    return told
+
+
 def _older_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """Return the keys that tell `rope_parameters` to transformers 4.57; of two kinds of layers both bases."""
+    """Return the keys that tell `rope_parameters` to transformers 4.57, none where these cannot.
+
+    Of two kinds of layers Gemma 3's have a word for each base, those of others one for both.
+    """
     local, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
     names = OWN_ROPE_KEYS.get(model_type, {})
     apart = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     older = {names.get(key, key): value for key, value in apart.items()}
-    if local:
+    if local and model_type == "gemma3_text":
         older["rope_local_base_freq"] = local["rope_theta"]
+    elif local and local != rope:
+        return {}
     if rope.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
+        told = {key: value for key, value in rope.items() if key not in apart}
+        if model_type == "phi3":  # which takes these three alone
+            told = {"type": rope["rope_type"]} | {key: rope.get(key) for key in ("short_factor", "long_factor")}
+        older["rope_scaling"] = told
     return older
 
 

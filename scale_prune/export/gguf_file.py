@@ -35,6 +35,7 @@ class Dialect:
         activations: the names of the activation function that it computes.
         own_heads: heads together may be wider or narrower than the model.
         factors: rotary embeddings may be of type "llama3", whose factors are a tensor of the file.
+        own_output: the output has to be there, also where it is the embedding.
     """
 
     arch: str
@@ -44,6 +45,7 @@ class Dialect:
     activations: tuple[str, ...] = ("silu", "swish")
     own_heads: bool = False
     factors: bool = False
+    own_output: bool = False
 
 
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -56,14 +58,14 @@ DIALECTS = {
     "smollm3": Dialect(arch="smollm3", pairs=True, own_heads=True),
     "qwen2": Dialect(arch="qwen2"),
     "qwen3": Dialect(arch="qwen3", own_heads=True),
-    "olmo2": Dialect(arch="olmo2"),
+    "olmo2": Dialect(arch="olmo2", own_output=True),
     "gemma": Dialect(arch="gemma", shift=1.0, own_heads=True, activations=GELU),
     "starcoder2": Dialect(arch="starcoder2", activations=GELU),
-    "stablelm": Dialect(arch="stablelm"),
-    "phi": Dialect(arch="phi2", activations=GELU),
+    "stablelm": Dialect(arch="stablelm", own_output=True),
+    "phi": Dialect(arch="phi2", activations=GELU, own_output=True),
     "gpt2": Dialect(arch="gpt2", activations=GELU),
     "gpt_bigcode": Dialect(arch="starcoder", fused=True, activations=GELU),
-    "gpt_neox": Dialect(arch="gptneox", fused=True, activations=GELU),
+    "gpt_neox": Dialect(arch="gptneox", fused=True, activations=GELU, own_output=True),
 }
 """By model type, the architectures that were tried in llama.cpp."""
 
@@ -88,8 +90,6 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
     problems = [short_window(config), unknown_rope(config, dialect.factors), unknown_biases(config)]
     if activation_of(config) not in dialect.activations:
         problems += [f"its activation function is {activation_of(config)}, not {dialect.activations[0]}"]
-    if config.tie_word_embeddings and dialect.arch == "stablelm":
-        problems += ["its output is its embedding"]
     if heads != config.hidden_size and not dialect.own_heads:
         problems += [f"its heads are {heads} wide together, not {config.hidden_size} like the model"]
     rotary = getattr(config, "no_rope_layers", None) or []  # 1 where a layer has rotary embeddings
@@ -107,8 +107,10 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
 def unknown_biases(config: PretrainedConfig) -> str:
     """Return which biases llama.cpp does not read, or misses, "" where it reads what there is."""
     model_type, biases = model_type_of(config), getattr(config, "attention_bias", None)
-    if model_type in ("qwen3", "arcee") and (biases or getattr(config, "mlp_bias", False)):
+    if model_type in ("qwen3", "arcee", "olmo2", "gemma") and (biases or getattr(config, "mlp_bias", False)):
         return "its projections have biases"
+    if model_type == "starcoder2" and not config.use_bias:
+        return "its projections have no biases"
     return "its attention has no biases" if model_type == "gpt_neox" and biases is False else ""
 
 

@@ -1,7 +1,7 @@
 """The tensors of a model in the names, orders and types of llama.cpp."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,9 @@ def tensors_for(stored: Stored, dialect: Any, widths: list[int], dtype: str) -> 
         wanted = "f16" if wanted == "q8_0" and shape[-1] % 32 else wanted
         kind = GGMLQuantizationType[wanted.upper()]
         found.append(GgufTensor(name=called, shape=shape, type=kind, make=partial(orders.tensor, name)))
+    if dialect.own_output and stored.config.tie_word_embeddings:
+        embedding = next(tensor for tensor in found if tensor.name == "token_embd.weight")
+        found.append(replace(embedding, name="output.weight"))
     if (factors := rope_factors(stored.config)) is not None:
         kind = GGMLQuantizationType.F32
         found.append(GgufTensor(name="rope_freqs.weight", shape=tuple(factors.shape), type=kind, make=lambda: factors))

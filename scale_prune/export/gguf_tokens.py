@@ -66,8 +66,16 @@ def check_tokens(tokenizer: dict[str, Any], size: int) -> None:
     """
     if (kind := tokenizer["model"].get("type")) != "BPE":
         raise ValueError(f"gguf cannot tell a tokenizer of type {kind}, only BPE")
+    unknown = {part["type"] for part in _parts(tokenizer.get("normalizer"), "normalizers")}
     if _is_byte_level(tokenizer):
         _split(tokenizer)
+        unknown -= {"NFC"}
+    else:
+        parts = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+        splits = {part["type"] for part in parts if part.get("pattern") != {"String": " "}}
+        unknown = (unknown - {"Prepend", "Replace"}) | (splits - {"Metaspace"})
+    if unknown:
+        raise ValueError(f"gguf cannot tell what the tokenizer does to texts first: {', '.join(sorted(unknown))}")
     if (largest := max(_numbers(tokenizer))) >= size:
         raise ValueError(f"gguf needs a row of the embedding for every token: {largest + 1} tokens, {size} rows")
 
@@ -119,7 +127,8 @@ def _split(tokenizer: dict[str, Any]) -> str:
     """
     parts = _parts(tokenizer["pre_tokenizer"], "pretokenizers")
     split = tuple(part["pattern"].get("Regex", "") if part["type"] == "Split" else part["type"] for part in parts)
-    usual = {"Digits": parts[0].get("individual_digits", False), "ByteLevel": parts[-1].get("use_regex", True)}
+    by_words = parts[-1].get("use_regex", True)
+    usual = {"Digits": parts[0].get("individual_digits", False) and by_words, "ByteLevel": by_words}
     if split not in SPLITS or parts[-1].get("add_prefix_space") or not usual.get(split[0], True):
         raise ValueError(f"gguf has no known name for the way in which the tokenizer splits texts: {parts}")
     return SPLITS[split]

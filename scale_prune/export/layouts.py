@@ -138,6 +138,8 @@ def config_for(layout: str, config: PretrainedConfig, groups: Sequence[UnitGroup
         )
     config = without_layout(config)
     setattr(config, family_of(config).width_key, max(widths.values()))
+    if model_type_of(config) == "phi":
+        config.n_inner = max(widths.values())  # what vLLM reads in its place
     stock = stock_class(config)
     if stock is not None:
         config.architectures = [stock.__name__]
@@ -169,7 +171,8 @@ def _nemotron(config: PretrainedConfig, widths: Sequence[int]) -> PretrainedConf
     Engines read either the width or, of multiples of 256, a multiple of the hidden size; the latter more of them.
     """
     words = config.to_dict()
-    for name in ("model_type", "architectures", "per_layer_config", "sliding_window", "use_sliding_window"):
+    windows = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")  # as long as the context
+    for name in ("model_type", "architectures", "per_layer_config", *windows):
         words.pop(name, None)
     if model_type_of(config) == "qwen2":
         words["qkv_bias"] = True
