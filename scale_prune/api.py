@@ -147,6 +147,11 @@ def save_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
         if rank == 0:
             more = {"world_size": pruner.backend.world_size, "engine_steps": pruner.backend.steps_made()}
             write_atomically(folder / STATE, json.dumps(facts_of(pruner) | more))
+    with told_to_all(folder, "gone on from later"):
+        if not (folder / STATE).is_file():
+            raise ValueError(
+                f"rank {rank} does not see {STATE}, which rank 0 has written; give a folder of a shared disk"
+            )
 
 
 def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:

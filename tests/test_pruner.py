@@ -288,6 +288,22 @@ def test_a_skipped_step_changes_no_score(criterion: str) -> None:
     assert changed == (criterion not in ("random", "factorize"))
 
 
+@pytest.mark.parametrize("criterion", ["sensitivity", "fisher", "wanda", "flap", "movement", "gum", "magnitude"])
+def test_nothing_is_masked_before_a_step_was_made(criterion: str) -> None:
+    """As in fp16, whose first steps are skipped until the loss scale fits."""
+    backend, pruner = start(criterion, warmup_fraction=0.0)
+    backend.overflow = True
+    train(backend, pruner, BLOCKS, STEPS // 2)
+    assert all(mask.all() for mask in pruner.masks)
+    backend.overflow = False
+    train(backend, pruner, BLOCKS, 1)
+    assert not all(mask.all() for mask in pruner.masks)
+    backend, pruner = start(criterion)
+    backend.overflow = True
+    train(backend, pruner, BLOCKS, STEPS)
+    assert pruner.remaining == pytest.approx(pruner.config.remaining, abs=0.05)
+
+
 @pytest.mark.parametrize("update_every", [1, 2])
 def test_units_return_in_a_step_that_was_skipped(update_every: int) -> None:
     """Where scores have moved since the masks were chosen, a skipped step may choose them anew."""

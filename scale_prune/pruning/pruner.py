@@ -115,7 +115,8 @@ class Pruner:
                 self.scoring.state = self.observations.take(self.scoring.state, self.masks)
             with self.seconds.measure("scoring"):
                 self.scoring.update(self.step, self.masking.live, self.observations.similarity)
-        if self.schedule.updates(self.step):
+        is_last = self.step >= self.schedule.last_pruning_step
+        if self.schedule.updates(self.step) and (self.scoring.learned or is_last):
             with self.seconds.measure("scoring"):
                 self.masking.update(self.scoring.choose(self.step))
         if not self.scoring.criterion.freezes:  # there are no masters, and what leaves may have to be seen once more

@@ -24,12 +24,14 @@ class Scoring:
     Attributes:
         state: the criterion's state of the owned units, (U,) tensors and scalars by name.
         scores: one (N,) float32 tensor a group, as of the last choice; the same on all ranks.
+        learned: a step that was made, not skipped in fp16, is part of the state; before, all scores are alike.
         total: (U,) float32, the shares of the last step added up, or the gradients of its gates.
     """
 
     def __init__(self, line: UnitLine, criterion: Criterion, schedule: Schedule, gating: Gating | None) -> None:
         self.line, self.criterion, self.schedule, self.gating = line, criterion, schedule, gating
         self.forget()
+        self.learned = False
         self.scores = line.by_group(line.per_unit(lambda group: 0.0))
         self.total = torch.zeros(line.num_owned, device=line.backend.device)
         watches = schedule.target < 1 and "influence" in criterion.needs
@@ -58,6 +60,7 @@ class Scoring:
             live: (M,) bool, the units that remain.
             similarity: (U,) mean similarity of the owned units.
         """
+        self.learned = True
         gated = range(self.schedule.warmup_steps + 1, self.schedule.last_pruning_step + 1)
         gates_were_on = self.gating is not None and step in gated
         if self.schedule.target < 1 and (learns_from_gradients(self.criterion) or gates_were_on):

@@ -20,6 +20,7 @@ def facts_of(pruner: Pruner) -> dict[str, Any]:
     return {
         "step": pruner.step,
         "churn": pruner.masking.churn,
+        "learned": pruner.scoring.learned,
         "due": pruner.observations.due,
         "sampled": any(rows.values is not None for rows in pruner.observations.similarities),
         "scalars": {name: float(value) for name, value in pruner.scoring.state.items() if value.dim() == 0},
@@ -66,12 +67,13 @@ def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
     pruner.step, masking.churn = facts["step"], facts["churn"]
     masking.put(by_group("masks"))
     scoring.scores = by_group("scores")
+    scoring.learned = facts.get("learned", True)  # which checkpoints did not always have, as `due`
     scoring.state = {
         name: own(f"state/{name}").to(value) if value.dim() else torch.full_like(value, facts["scalars"][name])
         for name, value in scoring.state.items()
     }
     observations.similarity = own("similarity").clone()
-    observations.due = facts.get("due", False)  # which checkpoints did not always have
+    observations.due = facts.get("due", False)
     if facts["sampled"]:
         for span, rows in zip(line.spans, observations.similarities, strict=True):
             rows.go_on_from(observations.similarity[span.place].clone(), _reader_of(span.group.name, read))
