@@ -7,7 +7,6 @@ loop's own checkpoints.
 import json
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,8 @@ def save_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
         write_slices(partial, dict(pruner_slices(pruner)), pruner.step)
     with told_to_all(folder):
         if rank == 0:
-            more = {"world_size": pruner.backend.world_size, "engine_steps": pruner.backend.steps_made()}
+            more: dict[str, Any] = {"criterion": pruner.config.criterion, "world_size": pruner.backend.world_size}
+            more |= {"engine_steps": pruner.backend.steps_made()}
             write_atomically(folder / STATE, json.dumps(facts_of(pruner) | more))
     with told_to_all(folder, "gone on from later"):
         if not (folder / STATE).is_file():
@@ -166,17 +166,17 @@ def load_state(pruner: Pruner, folder: str | PathLike[str]) -> None:
             the folder, the engine's checkpoint is of another step, or `save_state` was cut off in between.
     """
     folder = Path(folder)
-    with ExitStack() as opened:
-        with told_to_all(folder, "read"):
-            facts = _facts_in(folder, pruner)
-            files = sorted(folder.glob("pruner-*.safetensors"))  # more than were written, if there were more ranks once
-            reader = opened.enter_context(SliceReader(files[: facts.get("world_size")]))
+    with told_to_all(folder, "read"):
+        facts = _facts_in(folder, pruner)
+        files = sorted(folder.glob("pruner-*.safetensors"))  # more than were written, if there were more ranks once
+        with SliceReader(files[: facts.get("world_size")]) as reader:
             if others := reader.steps - {facts["step"]}:
                 raise ValueError(
                     f"it holds slices of the steps {sorted(others)} beside {STATE} of step {facts['step']}: "
                     "`save_state` was cut off; go on from an earlier folder"
                 )
-        restore(pruner, facts, reader.read)
+            restore(pruner, facts, reader.read)
+    pruner.prepare_step()
     pruner.put_masks_on()
 
 
@@ -196,9 +196,9 @@ def _facts_in(folder: Path, pruner: Pruner) -> dict[str, Any]:
     groups = {group.name: group.num_units for group in pruner.groups}
     if facts["groups"] != groups:
         raise ValueError(f"it is of a model with the groups {facts['groups']}, this one has {groups}")
-    scalars = {name for name, value in pruner.scoring.state.items() if value.dim() == 0}
-    if missing := scalars - facts["scalars"].keys():
-        raise ValueError(f"it has no {', '.join(sorted(missing))}, which criterion {pruner.config.criterion} keeps")
+    own = pruner.config.criterion
+    if (criterion := facts.get("criterion", own)) != own:  # which older folders do not tell
+        raise ValueError(f"it is of criterion {criterion}, this is {own}")
     made = pruner.backend.steps_made()
     if made != facts.get("engine_steps", made):
         raise ValueError(

@@ -177,6 +177,22 @@ def loaded_elsewhere(path: Path, folder: Path) -> tuple[int, list[Tensor], list[
     return pruner.step, list(pruner.masks), list(pruner.scores)
 
 
+def of_another_criterion(path: Path, folder: Path) -> None:
+    engine, pruner = start(path, ds_config(), pruning("magnitude"))
+    save_state(pruner, folder)
+    with pytest.raises(ValueError, match="cannot be read: it is of criterion magnitude, this is random"):
+        load_state(attach(engine, pruning("random"), total_steps=STEPS), folder)
+    if pruner.backend.rank == 1:  # as where a host does not see what another has written
+        (folder / "pruner-00000.safetensors").rename(folder / "gone")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="cannot be read: "):
+        load_state(attach(engine, pruning("magnitude"), total_steps=STEPS), folder)
+
+
+def test_what_cannot_be_read_is_said_on_all_ranks(tmp_path: Path) -> None:
+    run_ranks(of_another_criterion, 2, saved_model(tmp_path, "gpt_neo"), tmp_path)
+
+
 def test_another_number_of_ranks_reads_what_was_saved_last(tmp_path: Path) -> None:
     path = saved_model(tmp_path, "gpt_neo")
     for ranks in (3, 2):  # the third rank's file of the first stays

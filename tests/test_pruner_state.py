@@ -41,6 +41,7 @@ def stored(pruner: Pruner, folder: Path) -> str:
 def taken_over(pruner: Pruner, facts: str, folder: Path) -> Pruner:
     with SliceReader(sorted(folder.iterdir())) as reader:
         restore(pruner, json.loads(facts), reader.read)
+    pruner.prepare_step()
     return pruner
 
 

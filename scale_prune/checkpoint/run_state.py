@@ -96,11 +96,12 @@ def read_kept(checkpoint: Checkpoint, groups: Sequence[UnitGroup]) -> tuple[list
 
 
 def restore_pruner(checkpoint: Checkpoint, pruner: Pruner) -> None:
-    """Give a new pruner what the checkpoint holds for it."""
+    """Give a new pruner what the checkpoint holds for it. A collective with gates."""
     with _one_message(checkpoint), checkpoint.reader() as reader:
         pruner_state.restore(
             pruner, checkpoint.state["pruner"], lambda name, start, count: reader.read(f"pruner/{name}", start, count)
         )
+    pruner.prepare_step()
 
 
 def restore_engine(checkpoint: Checkpoint, backend: Zero3Backend) -> None:

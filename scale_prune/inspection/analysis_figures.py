@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import matplotlib as mpl
 import torch
@@ -32,7 +31,7 @@ def draw_all(folder: Path, found: Found, baseline: str | None, kept: Mapping[str
     if baseline is not None and len(found) > 1:
         _save(folder, "redundancy", _redundancy(found, baseline))
     for name, groups in found.items():
-        _save(folder, f"sensitivity_by_neuron_{quote(name, safe='')}", _heat_map(name, groups))
+        _save(folder, f"sensitivity_by_neuron_{_file(name)}", _heat_map(name, groups))
     _save(folder, "nearest_neighbours", _neighbors(found))
     if baseline is not None and kept:
         _save(folder, "kept_neurons", _kept(found[baseline], baseline, kept))
@@ -148,3 +147,7 @@ def _save(folder: Path, name: str, figure: Any) -> None:
     for kind in ("png", "svg"):
         figure.savefig(folder / f"{name}.{kind}", dpi=150)
     plt.close(figure)
+
+
+def _file(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)

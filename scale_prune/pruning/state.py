@@ -48,7 +48,8 @@ def pruner_slices(pruner: Pruner) -> Iterator[tuple[str, FlatSlice]]:
 def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
     """Give a new pruner of the same groups and settings what another one remembered.
 
-    The masks are not on the working copy after this; `pruner.put_masks_on()` puts them there.
+    No communication: afterwards `pruner.prepare_step()` puts on what the coming step needs, and
+    `pruner.put_masks_on()` the masks.
 
     Args:
         pruner: one that has not made a step.
@@ -77,7 +78,6 @@ def restore(pruner: Pruner, facts: Mapping[str, Any], read: ReadSlice) -> None:
     if facts["sampled"]:
         for span, rows in zip(line.spans, observations.similarities, strict=True):
             rows.go_on_from(observations.similarity[span.place].clone(), _reader_of(span.group.name, read))
-    pruner.prepare_step()
 
 
 @torch.no_grad()
@@ -95,6 +95,7 @@ def carry_over(pruner: Pruner, smaller: Pruner) -> None:
             lines[f"state/{name}"] = pruner.line.gather(values)[live]
     facts = facts_of(pruner) | {"sampled": False, "churn": 0}
     restore(smaller, facts, lambda name, start, count: lines[name][start : start + count])
+    smaller.prepare_step()
     smaller.seconds.update(pruner.seconds)
 
 
