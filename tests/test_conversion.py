@@ -134,7 +134,7 @@ def test_a_dense_folder_of_the_hub_is_read_as_transformers_reads_it(tmp_path: Pa
 def test_a_folder_of_other_names_is_refused_with_some_of_them(tmp_path: Path) -> None:
     tiny_model("gpt2").config.save_pretrained(tmp_path)
     save_file({"my.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"holds no transformer\.h\.0\.mlp\.c_fc\.weight, only my\.weight and so on"):
+    with pytest.raises(ValueError, match=r"holds no transformer\.wte\.weight, only my\.weight and so on"):
         convert(open_folder(tmp_path), "pad", tmp_path / "new")
 
 
@@ -152,6 +152,20 @@ def test_code_that_a_base_names_and_nobody_ran_is_named_no_more(code: str) -> No
     assert not hasattr(without_layout(config), "auto_map")
     config.auto_map = {"AutoModelForCausalLM": "their/model--modeling_x.X"}  # on a stock config, which may have run
     assert without_layout(config).auto_map == config.auto_map
+
+
+def test_the_only_copy_of_a_tied_weight_may_have_the_name_of_the_output(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path / "dense")
+    stored = dict(named_state(model))
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file({name: tensor.clone() for name, tensor in stored.items()}, tmp_path / "dense" / "model.safetensors")
+    convert(open_folder(tmp_path / "dense"), "pad", tmp_path / "pad")
+    torch.testing.assert_close(logits(load(tmp_path / "pad"), tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
+    del stored["model.layers.0.self_attn.q_proj.weight"]
+    save_file({name: tensor.clone() for name, tensor in stored.items()}, tmp_path / "dense" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"dense holds no model\.layers\.0\.self_attn\.q_proj\.weight"):
+        convert(open_folder(tmp_path / "dense"), "pad", tmp_path / "again")
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["copy", "own"])
@@ -292,6 +306,7 @@ LLAMA_3 |= {"original_max_position_embeddings": 16}
         ("gpt2", "gguf", {"scale_attn_by_inverse_layer_idx": True}, "not scaled by the root of a head's width alone"),
         ("starcoder2", "gguf", {"sliding_window": 5}, "reaches back only 5 of 31 tokens"),
         ("stablelm", "gguf", {**HEADS, "qk_layernorm": True}, "its queries and keys have norms"),
+        ("gemma", "gguf", {"tie_word_embeddings": False}, "its output is not its embedding"),
         ("olmo2", "gguf", {"attention_bias": True}, "its projections have biases"),
         ("starcoder2", "gguf", {"use_bias": False}, "its projections have no biases"),
         ("qwen3", "gguf", {"attention_bias": True}, "its projections have biases"),

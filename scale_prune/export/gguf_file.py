@@ -90,6 +90,8 @@ def dialect_of(config: PretrainedConfig) -> Dialect:
     problems = [short_window(config), unknown_rope(config, dialect.factors), unknown_biases(config)]
     if activation_of(config) not in dialect.activations:
         problems += [f"its activation function is {activation_of(config)}, not {dialect.activations[0]}"]
+    if dialect.arch == "gemma" and not config.tie_word_embeddings:
+        problems += ["its output is not its embedding"]
     if heads != config.hidden_size and not dialect.own_heads:
         problems += [f"its heads are {heads} wide together, not {config.hidden_size} like the model"]
     rotary = getattr(config, "no_rope_layers", None) or []  # 1 where a layer has rotary embeddings

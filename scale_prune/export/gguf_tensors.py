@@ -82,7 +82,7 @@ def tensors_for(stored: Stored, dialect: Any, widths: list[int], dtype: str) -> 
         wanted = "f16" if wanted == "q8_0" and shape[-1] % 32 else wanted
         kind = GGMLQuantizationType[wanted.upper()]
         found.append(GgufTensor(name=called, shape=shape, type=kind, make=partial(orders.tensor, name)))
-    if dialect.own_output and stored.config.tie_word_embeddings:
+    if dialect.own_output and not any(tensor.name == "output.weight" for tensor in found):
         embedding = next(tensor for tensor in found if tensor.name == "token_embd.weight")
         found.append(replace(embedding, name="output.weight"))
     if (factors := rope_factors(stored.config)) is not None:

@@ -52,7 +52,7 @@ class Stored:
         What that model does not know, e.g. buffers of its older versions, is left out, as where transformers loads it.
 
         Raises:
-            ValueError: the files lack a tensor of an MLP.
+            ValueError: the files lack a parameter, but for a head that they have none of at all.
         """
         known, prefix = self._model.state_dict(), self._model.base_model_prefix
         conversions = get_model_conversion_mapping(self._model)
@@ -62,16 +62,19 @@ class Stored:
             name, _ = rename_source_key(self._whole(stored_name), renamings, [], prefix, known)
             if name in known:
                 found.setdefault(name, []).append(stored_name)
-        members = (member.name for group in unit_groups(self._model) for member in group.members)
-        if missing := next((name for name in members if name not in found), None):
+        ties = (getattr(self._model, "_tied_weights_keys", None) or {}) if self.config.tie_word_embeddings else {}
+        for output, table in ties.items():
+            if output in found and table not in found:
+                found[table] = found.pop(output)  # files have the only copy by either name
+            elif _alike(self.files, found.get(output, []), found.get(table, [])):
+                del found[output]  # a second copy would be read as an output of the model's own
+        inner = [name for name, _ in self._model.named_parameters() if name.startswith(f"{prefix}.")]
+        needed = (name for name in inner if name not in ties and "pooler" not in name)
+        if missing := next((name for name in needed if name not in found), None):
             raise ValueError(
                 f"{self.folder} holds no {missing}, only {', '.join(self.files.names[:3])} and so on; give a model by "
                 f"the names that {type(self._model).__name__} of transformers loads"
             )
-        ties = (getattr(self._model, "_tied_weights_keys", None) or {}) if self.config.tie_word_embeddings else {}
-        for output, table in ties.items():
-            if _alike(self.files, found.get(output, []), found.get(table, [])):
-                del found[output]  # a second copy would be read as an output of the model's own
         return dict(found)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -1,10 +1,12 @@
 """The output folder, looked at before anything is written."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from scale_prune.checkpoint import NEWEST, newest_first
 from scale_prune.config import Config
+from scale_prune.config.settings import concerns
 from scale_prune.system import RECIPE, REPORT, check_writable
 
 
@@ -32,11 +34,32 @@ def check_output(config: Config) -> None:
             f"--output_dir {folder} holds a run already{other}; give another folder, --resume to go on with it, or "
             "--overwrite to replace it"
         )
+    _refuse_losses(config, folder)
     if os.path.ismount(folder) or not os.access(folder.resolve().parent, os.W_OK):
         raise ValueError(
             f"--output_dir {folder} cannot be set aside until the new run is complete: its parent cannot be written, "
             "or it is a disk of its own; give a folder below it"
         )
+
+
+def _refuse_losses(config: Config, folder: Path) -> None:
+    """Refuse to replace a folder in which is more than one run, or what the new run reads.
+
+    Raises:
+        ValueError: it names that.
+    """
+    if others := sorted(path.parent for path in folder.rglob(RECIPE) if path.parent != folder):
+        raise ValueError(
+            f"--output_dir {folder} holds other runs besides its own, as {others[0]}, which --overwrite would remove; "
+            "give another folder, or move them"
+        )
+    replaced, asked = folder.resolve(), config.flat()
+    for name in (spec.name for concern in concerns().values() for spec in fields(concern) if spec.metadata["is_path"]):
+        given = asked[name]
+        if name != "output_dir" and given and replaced in (path := Path(given).resolve(), *path.parents):
+            raise ValueError(
+                f"--output_dir {folder} holds --{name} {given}, which --overwrite would remove; give another folder"
+            )
 
 
 def goes_on(config: Config) -> bool:
