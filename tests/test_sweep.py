@@ -339,6 +339,7 @@ def test_a_finished_or_begun_cell_is_not_taken_for_one_of_other_settings(
     assert "seed_0 is begun and was run with criterion gum, the recipe now has kfac" in stderr
 
 
+@pytest.mark.slow
 def test_how_a_batch_is_cut_up_may_change_where_its_size_is_given(
     sweep: list[str], tmp_path: Path, signals: None
 ) -> None:
