@@ -505,7 +505,7 @@ def settings_where(nature: str, value: Any) -> tuple[str, ...]:
     """Return the names of the settings whose declaration says this of their nature, in order.
 
     Args:
-        nature: "may_change", "compared" or "commands".
+        nature: "is_path", "may_change", "compared" or "commands".
         value: what it is, or for "commands" one of them.
     """
     natures = {spec.name: spec.metadata[nature] for concern in concerns().values() for spec in fields(concern)}

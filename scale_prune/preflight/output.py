@@ -1,12 +1,10 @@
 """The output folder, looked at before anything is written."""
 
 import os
-from dataclasses import fields
 from pathlib import Path
 
 from scale_prune.checkpoint import NEWEST, newest_first
-from scale_prune.config import Config
-from scale_prune.config.settings import concerns
+from scale_prune.config import Config, settings_where
 from scale_prune.system import RECIPE, REPORT, check_writable
 
 
@@ -54,7 +52,7 @@ def _refuse_losses(config: Config, folder: Path) -> None:
             "give another folder, or move them"
         )
     replaced, asked = folder.resolve(), config.flat()
-    for name in (spec.name for concern in concerns().values() for spec in fields(concern) if spec.metadata["is_path"]):
+    for name in settings_where("is_path", True):
         given = asked[name]
         if name != "output_dir" and given and replaced in (path := Path(given).resolve(), *path.parents):
             raise ValueError(

@@ -17,10 +17,7 @@ from scale_prune.zero3 import Runtime, reading
 
 
 def calibration_text(engine: Any, inputs: Inputs, task: Task, step: int) -> Iterator[MicroBatch]:
-    """Yield this rank's part of the text that a round after a step is calibrated on: that of the steps to come.
-
-    On what the model has just learned, units that leave cost less than on other text, and repairs fit too well.
-    """
+    """Yield this rank's part of the text that a round after a step is calibrated on: that of the steps to come."""
     steps = task.steps(engine.gradient_accumulation_steps(), inputs.calibration_start(step))
     for each in islice(steps, inputs.calibration_steps):
         yield from each.micro_batches

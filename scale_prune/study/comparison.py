@@ -63,10 +63,8 @@ def read(path: Path, metric: str = PERPLEXITY) -> FinishedRun:
     settings = _value(path, report, "settings", dict)
     for name in ("criterion", "seed", "model", "block_size"):
         _value(path, report, f"settings.{name}", object)
-    if batch_size := (report.get("ds_config") or {}).get(
-        "train_batch_size"
-    ):  # by the ranks, where it was not asked for
-        settings = settings | {"train_batch_size": batch_size}
+    if size := (report.get("ds_config") or {}).get("train_batch_size"):  # by the ranks, where none was asked for
+        settings = settings | {"train_batch_size": size}
     validation = str(report.get("validation") or settings.get("validation_file") or settings.get("dataset"))
     as_they_were = {"rows": "lines" if AS_LINES in validation else "documents"}  # whatever they were taken for by
     return FinishedRun(
