@@ -6,7 +6,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "api": ("attach", "compact", "load_state", "prepare", "save", "save_state"),
+    "api": ("attach", "compact", "prepare", "save"),
+    "checkpoint": ("load_state", "save_state"),
     "config": ("PruningConfig",),
     "integrations": ("PruningCallback", "follow"),
     "criteria": ("Criterion", "GatedCriterion", "Moment", "ShardView", "State", "register_criterion"),

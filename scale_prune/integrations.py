@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from scale_prune.api import STATE, attach, compact, load_state, prepare, save, save_state
+from scale_prune.api import attach, compact, prepare, save
+from scale_prune.checkpoint import STATE, load_state, save_state
 from scale_prune.config import PruningConfig
 from scale_prune.pruning import Pruner
 from scale_prune.system import check_new

@@ -2,6 +2,7 @@
 
 from scale_prune.checkpoint.choice import UNSAID, choose, filled_from, glance
 from scale_prune.checkpoint.folder import NEWEST, Checkpoint, newest_first, set_newer_aside
+from scale_prune.checkpoint.loop_state import STATE, load_state, save_state
 from scale_prune.checkpoint.run_state import (
     check_model_and_text,
     read_kept,
@@ -10,4 +11,3 @@ from scale_prune.checkpoint.run_state import (
     restore_randomness,
     save_run,
 )
-from scale_prune.checkpoint.schema import problem_of_pruner
